@@ -1,0 +1,1 @@
+"""Records become conversations, conversations tokens with loss weights, tokens batches."""

@@ -1,0 +1,205 @@
+"""Lay samples out as a grid of equal rows for one pass through the model.
+
+Two layouts share one form. *Padded*: a row holds one sample, as everyone does it.
+*Packed*: the tokens that all samples of the batch begin with (a system prompt, the
+template's header) stand once at the front, and rows hold the rest, several short samples
+to a row. Positions count as if each sample stood alone. Attention in a packed grid costs
+rows x width x (prefix + width), not the square of all its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mlxtune.data.render import Sample
+
+PADDING = -1
+PREFIX = 0
+
+# Shapes are rounded up so that few of them occur: each new one is compiled anew.
+WIDTH_STEP = 8
+TARGET_STEP = 32
+# A shorter common prefix is not worth its own rows.
+SHORTEST_PREFIX = 8
+
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples laid out for the model.
+
+    Attributes:
+        tokens: int32 (rows, width).
+        positions: int32 (rows, width), each token's position in its own sample.
+        segments: int32 (rows, width): 0 for the shared prefix, 1, 2, … for samples,
+            -1 for padding.
+        prefix: tokens of the shared prefix, which stands at the front of the grid.
+            Samples may begin in its last row.
+        packed: whether the model must be told about positions and segments. A padded
+            batch needs nothing: each row is a sample, and padding comes last.
+        sources: int32 (m,), index into the flat grid of the hidden state that predicts
+            each target.
+        targets: int32 (m,), token ids.
+        weights: float32 (m,), loss weights; 0 fills m up to a multiple of 32.
+        records: record numbers of the samples.
+        token_count: tokens of all samples, as if each stood alone.
+        supervised: targets that carry weight.
+    """
+
+    tokens: Ints
+    positions: Ints
+    segments: Ints
+    prefix: int
+    packed: bool
+    sources: Ints
+    targets: Ints
+    weights: npt.NDArray[np.float32]
+    records: tuple[int, ...]
+    token_count: int
+    supervised: int
+
+    @property
+    def weight(self) -> float:
+        """Sum of the loss weights."""
+        return float(self.weights.sum(dtype=np.float64))
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """Where one sample stands: its tokens from `prefix` on, at (row, column)."""
+
+    sample: Sample
+    row: int
+    column: int
+
+
+def pad(samples: Sequence[Sample]) -> Batch:
+    """One sample to a row, padded at the right to a common width."""
+    width = _round_up(max(len(s.tokens) for s in samples), WIDTH_STEP)
+    placed = [_Placed(sample, row, 0) for row, sample in enumerate(samples)]
+    return _grid(placed, prefix=0, rows=len(samples), width=width, packed=False)
+
+
+def pack(samples: Sequence[Sample]) -> Batch:
+    """The common prefix once, and the rest of the samples packed into rows."""
+    prefix = common_prefix(samples)
+    lengths = [len(s.tokens) - prefix for s in samples]
+    width, rows = _best_grid(lengths, prefix)
+    placed = [
+        _Placed(samples[i], row, column) for row, items in enumerate(rows) for i, column in items
+    ]
+    return _grid(placed, prefix=prefix, rows=len(rows), width=width, packed=True)
+
+
+def common_prefix(samples: Sequence[Sample]) -> int:
+    """Tokens that all samples begin with and none of them is trained on.
+
+    At least one token of each sample is left over; a prefix too short to pay counts as
+    none.
+    """
+    if len(samples) < 2:
+        return 0
+    limit = min(
+        min(len(s.tokens) - 1, int(np.argmax(s.weights > 0)) or len(s.tokens) - 1)
+        for s in samples
+    )
+    first = samples[0].tokens[:limit]
+    same = np.ones(limit, bool)
+    for sample in samples[1:]:
+        same &= sample.tokens[:limit] == first
+    prefix = limit if same.all() else int(np.argmin(same))
+    return prefix if prefix >= SHORTEST_PREFIX else 0
+
+
+# One row of the grid: (index of the sample, column it begins at).
+_Row = list[tuple[int, int]]
+
+
+def _best_grid(lengths: Sequence[int], prefix: int) -> tuple[int, list[_Row]]:
+    """The width, and the rows, that cost least.
+
+    Projections cost by the token and attention by token times visible keys; a key costs
+    about a thousandth of a token's projections for models of common width.
+    """
+    longest = _round_up(max(lengths), WIDTH_STEP)
+    best: tuple[float, int, list[_Row]] | None = None
+    for width in range(longest, 4 * longest + 1, WIDTH_STEP):
+        rows = _best_fit(lengths, width, prefix)
+        cost = len(rows) * width * (1 + (prefix + width) / 1000)
+        if best is None or cost < best[0]:
+            best = (cost, width, rows)
+    assert best is not None
+    return best[1], best[2]
+
+
+def _best_fit(lengths: Sequence[int], width: int, prefix: int) -> list[_Row]:
+    """Best-fit decreasing: each sample goes to the fullest row that still takes it.
+
+    The prefix comes first; its last row takes samples like any other.
+    """
+    used = [width] * (prefix // width) + ([prefix % width] if prefix % width else [])
+    rows: list[_Row] = [[] for _ in used]
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fitting = [r for r, u in enumerate(used) if u + lengths[index] <= width]
+        row = max(fitting, key=lambda r: used[r]) if fitting else len(rows)
+        if row == len(rows):
+            rows.append([])
+            used.append(0)
+        rows[row].append((index, used[row]))
+        used[row] += lengths[index]
+    return rows
+
+
+def _grid(placed: list[_Placed], *, prefix: int, rows: int, width: int, packed: bool) -> Batch:
+    tokens = np.zeros(rows * width, np.int32)
+    positions = np.zeros(rows * width, np.int32)
+    segments = np.full(rows * width, PADDING, np.int32)
+    if prefix:
+        tokens[:prefix] = placed[0].sample.tokens[:prefix]
+        positions[:prefix] = np.arange(prefix)
+        segments[:prefix] = PREFIX
+    sources, targets, weights = [], [], []
+    for number, item in enumerate(placed, start=1):
+        own = item.sample.tokens[prefix:]
+        start = item.row * width + item.column
+        here = slice(start, start + len(own))
+        tokens[here] = own
+        positions[here] = np.arange(prefix, prefix + len(own))
+        segments[here] = number
+        # The token at index t of the sample is predicted by the one before it, which is
+        # the last of the prefix for the first token after it.
+        trained = np.flatnonzero(item.sample.weights[1:]) + 1
+        before = trained - 1 - prefix
+        sources.append(np.where(before >= 0, start + before, prefix + before))
+        targets.append(item.sample.tokens[trained])
+        weights.append(item.sample.weights[trained])
+    supervised = sum(len(t) for t in targets)
+    size = _round_up(max(supervised, 1), TARGET_STEP)
+
+    def filled(parts: list[npt.NDArray[np.int32]], dtype: type) -> npt.NDArray[np.int32]:
+        out = np.zeros(size, dtype)
+        out[:supervised] = np.concatenate(parts)
+        return out
+
+    return Batch(
+        tokens=tokens.reshape(rows, width),
+        positions=positions.reshape(rows, width),
+        segments=segments.reshape(rows, width),
+        prefix=prefix,
+        packed=packed,
+        sources=filled(sources, np.int32),
+        targets=filled(targets, np.int32),
+        weights=filled(weights, np.float32),  # type: ignore[arg-type]
+        records=tuple(p.sample.record for p in placed),
+        token_count=sum(len(p.sample.tokens) for p in placed),
+        supervised=supervised,
+    )
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step

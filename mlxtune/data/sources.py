@@ -1,0 +1,56 @@
+"""Read records from files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jsonlines
+
+from mlxtune.data.records import Conversation, parse_record
+from mlxtune.errors import DataError
+
+
+def read_conversations(path: Path, *, format: str = "auto") -> list[Conversation]:
+    """Every record of a JSONL file.
+
+    Args:
+        path: the file, UTF-8, one JSON object a line; blank lines are passed over.
+        format: shape of the records, see `records.parse_record`.
+
+    Raises:
+        DataError: the file is missing, empty or not text, or a line is no JSON or no
+            record; names the line.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            conversations = [
+                parse_record(_decode(line, where), format=format, where=where)
+                for number, line in enumerate(lines, start=1)
+                if line.strip() and (where := f"{path}:{number}")
+            ]
+    except FileNotFoundError:
+        raise DataError(
+            "there is no such file",
+            where=str(path),
+            remedy=f"paths are taken from the folder you are in: {Path.cwd()}",
+        ) from None
+    except IsADirectoryError:
+        raise DataError("this is a folder; a JSONL file was expected", where=str(path)) from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"the file is not UTF-8 text: {error.reason}", where=str(path)) from None
+    if not conversations:
+        raise DataError("the file has no records", where=str(path))
+    return conversations
+
+
+def _decode(line: str, where: str) -> object:
+    try:
+        with jsonlines.Reader([line]) as reader:
+            return reader.read()
+    except jsonlines.InvalidLineError as error:
+        reason = str(error.__cause__ or error)
+        raise DataError(
+            f"this line is not JSON: {reason}",
+            where=where,
+            remedy="each line holds one JSON object",
+        ) from None

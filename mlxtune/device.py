@@ -1,0 +1,108 @@
+"""The device that MLX runs on, and a real BLAS where it is a CPU.
+
+MLX's Linux wheel for CPUs is linked to reference BLAS (3 GFLOP/s in float32 on two
+cores). A BLAS preloaded into the process takes its place: MKL or OpenBLAS multiply about
+90 times faster. Preloading has to happen before the process starts, so the program runs
+itself once more.
+
+    python -m mlxtune.device COMMAND…    # run any Python program that way
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+SWITCH = "MLXTUNE_BLAS"
+_DONE = "preloaded"
+
+# Debian's and Fedora's places for OpenBLAS, where the `mkl` wheel is not installed.
+_OPENBLAS = (
+    "/usr/lib/{arch}-linux-gnu/openblas-pthread/libopenblas.so.0",
+    "/usr/lib/{arch}-linux-gnu/libopenblas.so.0",
+    "/usr/lib64/libopenblas.so.0",
+)
+
+# MLX frees and takes whole activations all the time. By default glibc gives each one
+# back to the system, which clears the pages again: a sixth of a training step.
+_MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "34359738368",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+
+
+def on_cpu() -> bool:
+    """Whether MLX computes on a CPU here."""
+    import mlx.core as mx
+
+    return bool(mx.default_device() == mx.cpu)
+
+
+def device_name() -> str:
+    """What MLX runs on, for people: `Apple M2 Pro`, or a CPU's architecture."""
+    import mlx.core as mx
+
+    if on_cpu():
+        return f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
+    return str(mx.device_info().get("device_name", "GPU"))
+
+
+def find_blas() -> Path | None:
+    """A BLAS to preload: MKL's wheel in this environment, else the system's OpenBLAS."""
+    for path in sorted(Path(sys.prefix, "lib").glob("libmkl_rt.so*"), reverse=True):
+        return path
+    for pattern in _OPENBLAS:
+        path = Path(pattern.format(arch=platform.machine()))
+        if path.exists():
+            return path
+    return None
+
+
+def needs_blas() -> bool:
+    """Whether this process would multiply on MLX's reference BLAS and may be told not to."""
+    return (
+        sys.platform == "linux"
+        and os.environ.get(SWITCH, "") not in ("off", _DONE)
+        and not any(name in os.environ.get("LD_PRELOAD", "") for name in ("mkl_rt", "blas"))
+        and on_cpu()
+    )
+
+
+def run_with_blas(command: list[str]) -> None:
+    """Replace this process by `command` with a BLAS preloaded; say so in one line.
+
+    Returns only where that is not needed, or no BLAS is found.
+    """
+    if not needs_blas():
+        return
+    blas = find_blas()
+    if blas is None:
+        print(
+            "mlxtune: MLX multiplies on reference BLAS here, about 90 times slower than it "
+            "could.\n  pip install mkl, or install libopenblas0-pthread.",
+            file=sys.stderr,
+        )
+        return
+    print(f"mlxtune: on the CPU, with {blas.name} ({SWITCH}=off to not)", file=sys.stderr)
+    preload = " ".join(filter(None, [str(blas), os.environ.get("LD_PRELOAD")]))
+    environment = _MALLOC | os.environ | {"LD_PRELOAD": preload, SWITCH: _DONE}
+    sys.stderr.flush()
+    os.execve(command[0], command, environment)
+
+
+def _main() -> None:
+    command = sys.argv[1:]
+    program = shutil.which(command[0]) if command else None
+    if program is None:
+        sys.exit("usage: python -m mlxtune.device COMMAND…")
+    command = [program, *command[1:]]
+    run_with_blas(command)
+    os.execv(program, command)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,1 @@
+"""Did it learn: held-out loss, answers, and how many of them are right."""

@@ -1,0 +1,158 @@
+"""Base against tuned, on the same held-out records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.nn as nn
+
+from mlxtune.data.records import Conversation
+from mlxtune.data.render import Renderer, render_all
+from mlxtune.data.sources import read_conversations
+from mlxtune.errors import DataError, ModelError
+from mlxtune.evaluate.answers import answers
+from mlxtune.layers.inject import lora_layers
+from mlxtune.models.packed import enable_packs
+from mlxtune.train.heldout import held_out_loss
+from mlxtune.train.session import open_run, read_corpus
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One model's figures.
+
+    Attributes:
+        held_out_loss: nats a supervised token.
+        exact_match: share of answers equal to the expected one, white space around
+            both removed.
+    """
+
+    held_out_loss: float
+    exact_match: float
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One record and what both models said."""
+
+    prompt: str
+    expected: str
+    base: str
+    tuned: str
+    category: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Base against tuned."""
+
+    run: str
+    records: int
+    base: Scores
+    tuned: Scores
+    answers: tuple[Answered, ...]
+
+    def by_category(self) -> dict[str, tuple[int, float, float]]:
+        """Category to (records, exact match of base, of tuned)."""
+        groups: dict[str, list[Answered]] = {}
+        for answer in self.answers:
+            groups.setdefault(answer.category, []).append(answer)
+        return {
+            category: (
+                len(group),
+                _share([a.base == a.expected for a in group]),
+                _share([a.tuned == a.expected for a in group]),
+            )
+            for category, group in sorted(groups.items())
+        }
+
+
+def compare_run(
+    path: Path,
+    *,
+    data: Path | None = None,
+    limit: int | None = None,
+    max_tokens: int = 64,
+    progress: Callable[[str], None] = lambda _stage: None,
+) -> Comparison:
+    """Evaluate a run's base model and its adapter on held-out records.
+
+    Args:
+        path: the run.
+        data: records to use instead of the recipe's held-out ones.
+        limit: use the first so many.
+        max_tokens: answers are cut off there.
+        progress: is told what is being done.
+
+    Raises:
+        RunError: there is no finished run.
+        DataError: there are no held-out records.
+    """
+    run, model = open_run(path)
+    recipe = run.recipe()
+    held_out = read_conversations(data) if data is not None else read_corpus(recipe).held_out
+    if not held_out:
+        raise DataError(
+            "the recipe holds no records out",
+            where=str(path),
+            remedy="name a file of records with --data",
+        )
+    held_out = held_out[:limit]
+    renderer = Renderer(model.tokenizer)
+    samples = render_all(renderer, held_out)
+    prompts = [renderer.prompt(conversation) for conversation in held_out]
+    packing = False
+    with suppress(ModelError):
+        enable_packs(model.model)
+        packing = True
+
+    def score(name: str) -> tuple[Scores, list[str]]:
+        progress(f"{name}: held-out loss")
+        loss = held_out_loss(model.model, samples, batch_size=16, packing=packing)
+        progress(f"{name}: {len(prompts)} answers")
+        said = answers(model.model, model.tokenizer, prompts, max_tokens=max_tokens)
+        expected = [c.answer().strip() for c in held_out]
+        right = _share([a == b for a, b in zip(said, expected, strict=True)])
+        return Scores(loss, right), said
+
+    with adapter_off(model.model):
+        base, base_said = score("base")
+    tuned, tuned_said = score("tuned")
+    return Comparison(
+        run=str(path),
+        records=len(held_out),
+        base=base,
+        tuned=tuned,
+        answers=tuple(map(_answered, held_out, base_said, tuned_said)),
+    )
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """The base model, for a while."""
+    scales = {path: layer.scale for path, layer in lora_layers(model)}
+    for _, layer in lora_layers(model):
+        layer.scale = 0.0
+    try:
+        yield
+    finally:
+        for path, layer in lora_layers(model):
+            layer.scale = scales[path]
+
+
+def _answered(conversation: Conversation, base: str, tuned: str) -> Answered:
+    asked = [turn.content for turn in conversation.prompt_turns() if turn.role == "user"]
+    return Answered(
+        prompt=asked[-1] if asked else "",
+        expected=conversation.answer().strip(),
+        base=base,
+        tuned=tuned,
+        category=str(conversation.tags.get("category", "")),
+    )
+
+
+def _share(hits: Sequence[bool]) -> float:
+    return sum(hits) / len(hits)

@@ -1,0 +1,1 @@
+"""Hand a trained model to the programs that people run."""

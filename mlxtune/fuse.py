@@ -1,0 +1,205 @@
+"""Adapter into base, with the proof that nothing was lost.
+
+A packed base is expanded and never packed again: rounding the sum back to four bits
+would round away most of what was trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxtune.data.render import Renderer
+from mlxtune.files import atomic_folder, write_json
+from mlxtune.layers.lora import LoRALinear
+from mlxtune.layers.quantized import QuantizedLinear
+from mlxtune.models.load import DTYPES, LoadedModel, load_model
+from mlxtune.models.resolve import ModelSource
+from mlxtune.train.session import open_run, read_corpus
+
+SHARD_BYTES = 5 * 10**9
+REPORT = "fuse.json"
+# Enough to meet every layer with real inputs, and quick for a large model too.
+PROOF_CONVERSATIONS = 8
+
+
+@dataclass(frozen=True)
+class DenseTensor:
+    """One tensor of a fused model, computed when it is asked for.
+
+    Attributes:
+        name: as the model's parameter is called, such as `model.norm.weight`.
+        shape: of the array.
+        load: gives the array, in float32 where it was computed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    load: Callable[[], mx.array]
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What was written and how near it is to the live adapter.
+
+    Attributes:
+        folder: the fused model.
+        dtype: of its weights.
+        max_logit_difference: largest |Δlogit| between the live adapter and the folder
+            read back from disk, over `tokens_compared` tokens of real conversations.
+        max_logit: largest |logit| among them, for scale.
+        top1_agreement: share of those tokens at which both have the same best token.
+    """
+
+    folder: str
+    dtype: str
+    max_logit_difference: float
+    max_logit: float
+    top1_agreement: float
+    tokens_compared: int
+
+
+def fuse_run(
+    path: Path, output: Path, *, dtype: str | None = None, overwrite: bool = False
+) -> FuseReport:
+    """Write a run's fused model as a Hugging Face folder, and compare it with the adapter.
+
+    Args:
+        path: the run.
+        output: folder to write.
+        dtype: of the weights; the type that the base stores its own in by default.
+        overwrite: replace `output` if it exists.
+
+    Raises:
+        RunError: there is no finished run.
+        OutputExists, StorageError: nothing was written.
+    """
+    with atomic_folder(output, overwrite=overwrite) as folder:
+        run, live = open_run(path, for_inference=False)
+        corpus = read_corpus(run.recipe())
+        renderer = Renderer(live.tokenizer)
+        chosen = (corpus.held_out or corpus.train)[:PROOF_CONVERSATIONS]
+        prompts = [renderer.sample(c).tokens.tolist() for c in chosen]
+        before = _logits(live.model, prompts)
+        dtype = dtype or live.stored_dtype
+        save_model(folder, live, dtype)
+        fused = load_model(ModelSource(str(output), folder), dtype=live.dtype)
+        after = _logits(fused.model, prompts)
+        difference = max(mx.abs(a - b).max().item() for a, b in zip(before, after, strict=True))
+        same = sum(
+            int((a.argmax(-1) == b.argmax(-1)).sum().item())
+            for a, b in zip(before, after, strict=True)
+        )
+        count = sum(len(p) for p in prompts)
+        report = FuseReport(
+            folder=str(output),
+            dtype=dtype,
+            max_logit_difference=difference,
+            max_logit=max(mx.abs(a).max().item() for a in before),
+            top1_agreement=same / count,
+            tokens_compared=count,
+        )
+        write_json(folder / REPORT, asdict(report))
+    return report
+
+
+def dense_tensors(model: nn.Module) -> Iterator[DenseTensor]:
+    """Every parameter of a model as it is after fusing and expanding, in a fixed order."""
+    owned: set[str] = set()
+    for path, layer in sorted(model.named_modules()):
+        if any(path.startswith(f"{owner}.") for owner in owned):
+            continue
+        if isinstance(layer, LoRALinear):
+            owned.add(path)
+            yield from _projection(path, layer.linear, layer.fused_weight)
+        elif isinstance(layer, QuantizedLinear):
+            owned.add(path)
+            yield from _projection(path, layer, layer.dequantized)
+        else:
+            for name, value in layer.items():
+                if isinstance(value, mx.array) and not name.startswith("_"):
+                    full = f"{path}.{name}" if path else name
+                    yield DenseTensor(full, value.shape, lambda value=value: value)
+
+
+def _projection(
+    path: str, base: nn.Linear | QuantizedLinear, weight: Callable[[], mx.array]
+) -> Iterator[DenseTensor]:
+    shape = base.shape if isinstance(base, QuantizedLinear) else base.weight.shape
+    yield DenseTensor(f"{path}.weight", tuple(shape), weight)
+    if "bias" in base:
+        yield DenseTensor(f"{path}.bias", base.bias.shape, lambda: base.bias)
+
+
+def save_model(folder: Path, model: LoadedModel, dtype: str) -> None:
+    """Write a model, adapter fused in, as config, safetensors and tokenizer files.
+
+    Args:
+        folder: exists.
+        model: with or without adapter.
+        dtype: `float32`, `float16` or `bfloat16`.
+    """
+    shards: list[dict[str, mx.array]] = [{}]
+    sizes = [0]
+    index: dict[str, int] = {}
+    temporary = "model-{}.safetensors"
+
+    def flush() -> None:
+        number = len(shards) - 1
+        with (folder / temporary.format(number)).open("wb") as handle:
+            # Through Python's file, because a full disk is an error there.
+            mx.save_safetensors(handle, shards[-1], {"format": "mlx"})
+        shards[-1] = {}
+
+    for tensor in dense_tensors(model.model):
+        array = tensor.load().astype(DTYPES[dtype])
+        mx.eval(array)
+        if sizes[-1] and sizes[-1] + array.nbytes > SHARD_BYTES:
+            flush()
+            shards.append({})
+            sizes.append(0)
+        shards[-1][tensor.name] = array
+        sizes[-1] += array.nbytes
+        index[tensor.name] = len(shards) - 1
+    flush()
+    _name_shards(folder, temporary, index, sizes)
+    write_json(folder / "config.json", _config(model.config, dtype))
+    model.tokenizer.save_pretrained(str(folder))
+
+
+def _name_shards(folder: Path, temporary: str, index: dict[str, int], sizes: list[int]) -> None:
+    """Give weight files the names that Hugging Face libraries look for."""
+    count = len(sizes)
+    names = (
+        ["model.safetensors"]
+        if count == 1
+        else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    )
+    for number, name in enumerate(names):
+        (folder / temporary.format(number)).rename(folder / name)
+    if count > 1:
+        weight_map = {tensor: names[number] for tensor, number in sorted(index.items())}
+        write_json(
+            folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map},
+        )
+
+
+def _config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    packed = {"quantization", "quantization_config"}
+    kept = {k: v for k, v in config.items() if k not in packed and v is not None}
+    return kept | {"dtype": dtype}
+
+
+def _logits(model: nn.Module, prompts: Sequence[list[int]]) -> list[mx.array]:
+    results = []
+    for tokens in prompts:
+        logits = model(mx.array([tokens]))[0].astype(mx.float32)
+        mx.eval(logits)
+        results.append(logits)
+    return results

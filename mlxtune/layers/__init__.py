@@ -1,0 +1,1 @@
+"""Our own layers: quantized projections, LoRA over them, and how they enter a model."""

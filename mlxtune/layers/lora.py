@@ -1,0 +1,87 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) over a plain or a quantized projection.
+
+    y = W x + scale * B A dropout(x)
+
+with scale = alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski 2023,
+arXiv:2312.03732). A starts uniform and B at zero, so a new layer computes exactly what
+its base computes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxtune.layers.quantized import QuantizedLinear
+
+
+class LoRALinear(nn.Module):
+    """A frozen projection plus a trained low-rank update.
+
+    Parameters are stored as mlx-lm stores them: `lora_a` (in, rank), `lora_b`
+    (rank, out). Both are float32 whatever the base is: updates of 1e-4 vanish in
+    bfloat16. The output has the base's type, so that one adapter does not drag the
+    rest of the network into float32.
+
+    Args:
+        base: the projection to adapt; it is frozen.
+        rank: width of the update.
+        scale: factor on the update.
+        dropout: probability of dropping an input feature of the update, in training.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear | QuantizedLinear,
+        *,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        out_dims, in_dims = base.shape if isinstance(base, QuantizedLinear) else base.weight.shape
+        base.freeze()
+        self.linear = base
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)
+        bound = 1 / math.sqrt(in_dims)
+        self.lora_a = mx.random.uniform(low=-bound, high=bound, shape=(in_dims, rank))
+        self.lora_b = mx.zeros((rank, out_dims))
+
+    @classmethod
+    def from_base(
+        cls, base: nn.Linear | QuantizedLinear, *, rank: int, scale: float, dropout: float = 0.0
+    ) -> LoRALinear:
+        """Wrap `base`."""
+        return cls(base, rank=rank, scale=scale, dropout=dropout)
+
+    def _extra_repr(self) -> str:
+        in_dims, rank = self.lora_a.shape
+        return f"{in_dims} -> {self.lora_b.shape[1]}, rank={rank}, scale={self.scale:g}"
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.linear(x)
+        update = (self.dropout(x).astype(self.lora_a.dtype) @ self.lora_a) @ self.lora_b
+        return y + (self.scale * update).astype(y.dtype)
+
+    def fused_weight(self) -> mx.array:
+        """W + scale * (A B)^T, (out, in) in float32."""
+        base = self.linear
+        weight = base.dequantized() if isinstance(base, QuantizedLinear) else base.weight
+        return weight.astype(mx.float32) + self.scale * (self.lora_a @ self.lora_b).T
+
+    def fuse(self) -> nn.Linear:
+        """A plain projection that computes what this layer computes, in float32.
+
+        Never requantized: rounding back to few bits would round most of a small update
+        away.
+        """
+        weight = self.fused_weight()
+        has_bias = "bias" in self.linear
+        fused = nn.Linear(weight.shape[1], weight.shape[0], bias=has_bias)
+        fused.weight = weight
+        if has_bias:
+            fused.bias = self.linear.bias
+        return fused

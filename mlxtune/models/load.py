@@ -1,0 +1,167 @@
+"""Load a model and its tokenizer, from a folder or from GGUF."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
+
+from mlxtune.errors import ModelError
+from mlxtune.gguf.model import open_model
+from mlxtune.gguf.tokenizer import read_tokenizer
+from mlxtune.models.resolve import ModelSource
+
+DTYPES: dict[str, mx.Dtype] = {
+    "float32": mx.float32,
+    "float16": mx.float16,
+    "bfloat16": mx.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run.
+
+    Attributes:
+        source: where it came from.
+        model: an mlx-lm model; packed layers are MLX's own.
+        tokenizer: mlx-lm's wrapper around a Hugging Face tokenizer.
+        config: what config.json says.
+        stored_dtype: the float type that the weights are stored in.
+        dtype: the float type that it computes in.
+    """
+
+    source: ModelSource
+    model: nn.Module
+    tokenizer: TokenizerWrapper
+    config: dict[str, Any]
+    stored_dtype: str
+    dtype: str
+
+
+def load_model(
+    source: ModelSource, *, dtype: str = "auto", chat_template: str | None = None
+) -> LoadedModel:
+    """Load a model; its weights stay lazy until they are first used.
+
+    Args:
+        source: from `resolve_model`.
+        dtype: `float32`, `float16`, `bfloat16`, or `auto`: as stored on a GPU, and
+            float32 on a CPU, where MLX multiplies nothing else fast.
+        chat_template: Jinja text that replaces the model's own template.
+
+    Raises:
+        ModelError: the files are missing, damaged or of an unknown kind.
+    """
+    model, tokenizer, config = (_from_gguf if source.is_gguf else _from_folder)(source)
+    stored = _stored_dtype(model)
+    if dtype == "auto":
+        dtype = "float32" if mx.default_device() == mx.cpu else stored
+    model.set_dtype(DTYPES[dtype])
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+        tokenizer.has_chat_template = True
+    model.eval()
+    return LoadedModel(source, model, tokenizer, config, stored, dtype)
+
+
+def _from_gguf(source: ModelSource) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
+    file, read = open_model(source.path)
+    hf_tokenizer = read_tokenizer(file.metadata, where=str(source.path))
+    model_class, args_class = _model_classes(read.config)
+    model = model_class(args_class.from_dict(read.config))
+    nn.quantize(
+        model,
+        class_predicate=lambda path, _layer: read.packing.get(path, False),
+    )
+    try:
+        model.load_weights(list(read.weights.items()), strict=True)
+    except ValueError as error:
+        raise ModelError(
+            f"its tensors are not those of its architecture: {error}", where=str(source.path)
+        ) from None
+    tokenizer = TokenizerWrapper(hf_tokenizer, BPEStreamingDetokenizer)
+    return model, tokenizer, read.config
+
+
+def _from_folder(source: ModelSource) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
+    path = source.path
+    files = sorted(path.glob("model*.safetensors"))
+    if not files:
+        pickled = any(path.glob("*.bin")) or any(path.glob("*.pt*"))
+        raise ModelError(
+            "this folder has no model*.safetensors",
+            where=str(path),
+            remedy="its weights are pickled, which is never read here: save them as safetensors"
+            if pickled
+            else "download the model again",
+        )
+    for file in files:
+        check_safetensors(file)
+    try:
+        model, config = mlx_lm.utils.load_model(path, lazy=True)
+        tokenizer = mlx_lm.utils.load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
+        # What mlx-lm and transformers raise for a folder they cannot make sense of.
+        raise ModelError(f"the model cannot be loaded: {error}", where=str(path)) from error
+    return model, tokenizer, config
+
+
+def _model_classes(config: dict[str, Any]) -> tuple[Callable[..., nn.Module], Any]:
+    """mlx-lm's model and argument classes for a config."""
+    model_type = config["model_type"]
+    name = mlx_lm.utils.MODEL_REMAPPING.get(model_type, model_type)
+    try:
+        module = importlib.import_module(f"mlx_lm.models.{name}")
+    except ImportError:
+        raise ModelError(f"mlx-lm has no model of type {model_type!r}") from None
+    return module.Model, module.ModelArgs
+
+
+def _stored_dtype(model: nn.Module) -> str:
+    """The float type of the largest float parameter; norms alone may be kept wider."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    sizes: dict[str, int] = {}
+    for _, array in nn.utils.tree_flatten(model.parameters()):
+        if array.dtype in names:
+            name = names[array.dtype]
+            sizes[name] = sizes.get(name, 0) + array.size
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def check_safetensors(path: Path) -> None:
+    """Compare a safetensors file's header with its size, without reading its tensors.
+
+    Raises:
+        ModelError: the file is truncated or its header is no JSON.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            if length > size - 8:
+                raise ValueError("the header is longer than the file")
+            header = json.loads(handle.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name[0] != "_"]
+        wanted = 8 + length + max(ends, default=0)
+    except (struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ModelError(
+            f"this is not a whole safetensors file: {error}",
+            where=str(path),
+            remedy="download or save it again",
+        ) from None
+    if wanted != size:
+        raise ModelError(
+            f"the file has {size} bytes and its header speaks of {wanted}: it is truncated",
+            where=str(path),
+            remedy="download or save it again",
+        )

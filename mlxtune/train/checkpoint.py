@@ -1,0 +1,103 @@
+"""Checkpoints: all that a run needs to go on exactly where it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxtune.adapters.store import (
+    adapter_arrays,
+    load_arrays,
+    save_arrays,
+    set_adapter_arrays,
+)
+from mlxtune.errors import RunError
+from mlxtune.files import atomic_folder, write_json
+
+ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is, beside its arrays.
+
+    Attributes:
+        step: steps done; with the seed it fixes the place in the data.
+        best_loss: lowest held-out loss so far; None before the first.
+        tokens, supervised_tokens, examples: seen so far.
+        seconds: time spent training so far.
+    """
+
+    step: int = 0
+    best_loss: float | None = None
+    tokens: int = 0
+    supervised_tokens: int = 0
+    examples: int = 0
+    seconds: float = 0.0
+
+
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: mlx.optimizers.Optimizer,
+    progress: Progress,
+    *,
+    keep: int,
+) -> Path:
+    """Write `folder/step-N`, whole or not at all; then drop all but the latest `keep`.
+
+    Raises:
+        StorageError: the disk refuses the write; earlier checkpoints stand.
+    """
+    path = folder / f"step-{progress.step}"
+    with atomic_folder(path, overwrite=True) as temporary:
+        save_arrays(temporary / ADAPTER, adapter_arrays(model))
+        state = dict(tree_flatten(optimizer.state))
+        # The optimizer's name for its rate holds a schedule's value, which is derived.
+        arrays = {f"optimizer.{k}": v for k, v in state.items() if isinstance(v, mx.array)}
+        arrays |= {f"random.{i}": key for i, key in enumerate(mx.random.state)}
+        save_arrays(temporary / OPTIMIZER, arrays)
+        write_json(temporary / STATE, asdict(progress))
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: mlx.optimizers.Optimizer
+) -> Progress:
+    """Put everything back as it was when the checkpoint was written.
+
+    Raises:
+        RunError: a file is missing or damaged, or belongs to another model.
+    """
+    try:
+        values: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+        progress = Progress(**values)
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"this checkpoint cannot be read: {error}", where=str(path)) from None
+    set_adapter_arrays(model, load_arrays(path / ADAPTER), where=str(path))
+    arrays = load_arrays(path / OPTIMIZER)
+    state = {
+        name.removeprefix("optimizer."): array
+        for name, array in arrays.items()
+        if name.startswith("optimizer.")
+    }
+    optimizer.state = tree_unflatten(list(state.items()))
+    for index in range(len(mx.random.state)):
+        mx.random.state[index] = arrays[f"random.{index}"]
+    return progress
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))

@@ -1,0 +1,28 @@
+"""Loss on records that are not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.nn as nn
+
+from mlxtune.data.batches import batched
+from mlxtune.data.render import Sample
+from mlxtune.train.step import LossFunction, batch_arrays
+
+
+def held_out_loss(
+    model: nn.Module, samples: Sequence[Sample], *, batch_size: int, packing: bool
+) -> float:
+    """Mean loss over all supervised tokens of the samples, nats; dropout is off."""
+    loss_of = LossFunction(model)
+    was_training = model.training
+    model.eval()
+    total = weight = 0.0
+    # Samples of similar length together waste the least; a sum has no order.
+    ordered = sorted(samples, key=lambda s: len(s.tokens))
+    for batch in batched(ordered, batch_size, packing=packing):
+        total += loss_of(batch_arrays(batch), batch.prefix, batch.packed).item()
+        weight += batch.weight
+    model.train(was_training)
+    return total / weight

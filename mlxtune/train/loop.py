@@ -1,0 +1,255 @@
+"""The training loop: steps, reports, held-out loss, checkpoints, and how it stops."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxtune.adapters.store import save_adapter
+from mlxtune.data.batches import Plan
+from mlxtune.data.pack import Batch
+from mlxtune.data.render import Sample
+from mlxtune.errors import TrainingDiverged
+from mlxtune.files import atomic_folder
+from mlxtune.recipe.schema import CheckpointSection, EvalSection, LogSection, TrainSection
+from mlxtune.train.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint
+from mlxtune.train.heldout import held_out_loss
+from mlxtune.train.metrics import Report, Reporter
+from mlxtune.train.optim import make_optimizer
+from mlxtune.train.run import Run
+from mlxtune.train.schedule import learning_rate
+from mlxtune.train.step import TrainStep
+
+
+class Interrupted(Exception):
+    """Training was stopped by the user; everything is saved in `checkpoint`."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(str(checkpoint))
+        self.checkpoint = checkpoint
+
+
+class Trainer:
+    """Trains a model's adapters in a run's folder.
+
+    Args:
+        model: with adapters in place; for packed batches `enable_packs` was called.
+        run: the folder.
+        plan: what each step sees.
+        held_out: samples to measure the held-out loss on; may be empty.
+        train, evaluation, checkpoint, log: sections of the recipe.
+        base: name of the base model, kept with the adapters.
+        reporter: is told how it goes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        run: Run,
+        plan: Plan,
+        held_out: Sequence[Sample],
+        *,
+        train: TrainSection,
+        evaluation: EvalSection,
+        checkpoint: CheckpointSection,
+        log: LogSection,
+        base: str,
+        reporter: Reporter,
+    ) -> None:
+        self._model = model
+        self._run = run
+        self._plan = plan
+        self._held_out = held_out
+        self._train = train
+        self._checkpoint = checkpoint
+        self._log = log
+        self._base = base
+        self._reporter = reporter
+        self.total_steps = plan.total_steps(epochs=train.epochs, max_steps=train.max_steps)
+        self._eval_every = evaluation.steps or plan.steps_per_epoch
+        self._optimizer = make_optimizer(train.optimizer, model, weight_decay=train.weight_decay)
+        self._progress = Progress()
+
+    def resume(self) -> int:
+        """Go back to the latest checkpoint, if there is one; returns the steps done."""
+        if found := checkpoints(self._run.checkpoints):
+            self._progress = load_checkpoint(found[-1], self._model, self._optimizer)
+        self._run.forget_after(self._progress.step)
+        return self._progress.step
+
+    def __call__(self) -> None:
+        """Train to the end and save the adapter.
+
+        Raises:
+            Interrupted: after Ctrl-C, with everything saved.
+            TrainingDiverged: the loss or the gradient is not a number.
+            StorageError: the disk refuses a checkpoint; the one before stands.
+        """
+        step_on = TrainStep(self._model, self._optimizer, max_grad_norm=self._train.max_grad_norm)
+        self._model.train()
+        mx.reset_peak_memory()
+        since = _Since(self._progress)
+        first = self._progress.step
+        if first == 0:
+            self._measure()
+        with _stop_on_interrupt() as stopping:
+            for batches in self._plan.steps(first, self.total_steps):
+                begun = time.perf_counter()
+                rate = self._rate(self._progress.step)
+                result = step_on(batches, rate)
+                mx.eval(self._model.state, self._optimizer.state, result.loss, result.grad_norm)
+                loss, norm = result.loss.item(), result.grad_norm.item()
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    raise self._diverged(batches, loss)
+                self._advance(batches, time.perf_counter() - begun)
+                since.add(loss, batches)
+                step = self._progress.step
+                last = step == self.total_steps
+                self._reporter.stepped(step)
+                if step % self._log.steps == 0 or last:
+                    self._report(since, rate, norm)
+                    since = _Since(self._progress)
+                if step % self._eval_every == 0 or last:
+                    self._measure()
+                if step % self._checkpoint.steps == 0 or last or stopping():
+                    self._save()
+                if stopping() and not last:
+                    raise Interrupted(self._run.checkpoints / f"step-{step}")
+        with atomic_folder(self._run.adapter, overwrite=True) as folder:
+            save_adapter(folder, self._model, base=self._base)
+
+    def _rate(self, step: int) -> float:
+        warmup = round(self._train.warmup_ratio * self.total_steps)
+        return learning_rate(
+            step,
+            peak=self._train.learning_rate,
+            total_steps=self.total_steps,
+            warmup_steps=warmup,
+            kind=self._train.lr_scheduler,
+        )
+
+    def _advance(self, batches: list[Batch], seconds: float) -> None:
+        before = self._progress
+        self._progress = replace(
+            before,
+            step=before.step + 1,
+            tokens=before.tokens + sum(b.token_count for b in batches),
+            supervised_tokens=before.supervised_tokens + sum(b.supervised for b in batches),
+            examples=before.examples + sum(len(b.records) for b in batches),
+            seconds=before.seconds + seconds,
+        )
+
+    def _report(self, since: _Since, rate: float, norm: float) -> None:
+        now = self._progress
+        seconds = max(now.seconds - since.start.seconds, 1e-9)
+        report = Report(
+            step=now.step,
+            epoch=now.step / self._plan.steps_per_epoch,
+            loss=since.loss,
+            learning_rate=rate,
+            grad_norm=norm,
+            tokens=now.tokens,
+            supervised_tokens=now.supervised_tokens,
+            examples=now.examples,
+            tokens_per_second=(now.tokens - since.start.tokens) / seconds,
+            examples_per_second=(now.examples - since.start.examples) / seconds,
+            peak_memory_bytes=mx.get_peak_memory(),
+            seconds=now.seconds,
+        )
+        self._run.log(report.as_entry())
+        self._reporter.reported(report)
+
+    def _measure(self) -> None:
+        """Held-out loss; the adapter is kept if it is the best so far."""
+        if not self._held_out:
+            return
+        loss = held_out_loss(
+            self._model,
+            self._held_out,
+            batch_size=self._train.batch_size,
+            packing=self._plan.packing,
+        )
+        now = self._progress
+        best = now.best_loss is None or loss < now.best_loss
+        if best:
+            self._progress = replace(now, best_loss=loss)
+            if now.step:
+                with atomic_folder(self._run.best_adapter, overwrite=True) as folder:
+                    save_adapter(folder, self._model, base=self._base)
+        epoch = now.step / self._plan.steps_per_epoch
+        self._run.log({"step": now.step, "epoch": epoch, "held_out_loss": loss})
+        self._reporter.measured(now.step, loss, best)
+
+    def _save(self) -> None:
+        path = save_checkpoint(
+            self._run.checkpoints,
+            self._model,
+            self._optimizer,
+            self._progress,
+            keep=self._checkpoint.keep,
+        )
+        self._reporter.saved(path)
+
+    def _diverged(self, batches: list[Batch], loss: float) -> TrainingDiverged:
+        records = sorted(r for b in batches for r in b.records)
+        good = checkpoints(self._run.checkpoints)
+        what = f"the loss became {loss}" if not math.isfinite(loss) else "the gradient overflowed"
+        return TrainingDiverged(
+            f"{what} at step {self._progress.step + 1}, on records "
+            f"{', '.join(map(str, records))}",
+            where=str(self._run.path),
+            remedy="lower train.learning_rate, raise train.warmup_ratio, or look at those "
+            f"records; last good checkpoint: {good[-1] if good else 'none yet'}",
+        )
+
+
+class _Since:
+    """Losses since the last report."""
+
+    def __init__(self, start: Progress) -> None:
+        self.start = start
+        self._sum = 0.0
+        self._weight = 0.0
+
+    def add(self, loss: float, batches: list[Batch]) -> None:
+        weight = sum(batch.weight for batch in batches)
+        self._sum += loss * weight
+        self._weight += weight
+
+    @property
+    def loss(self) -> float:
+        return self._sum / self._weight
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[_Stopping]:
+    """The first Ctrl-C asks for a stop after this step; the second stops at once."""
+    stopping = _Stopping()
+
+    def handle(_signal: int, _frame: FrameType | None) -> None:
+        if stopping.asked:
+            raise KeyboardInterrupt
+        stopping.asked = True
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield stopping
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Stopping:
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self) -> bool:
+        return self.asked

@@ -1,0 +1,99 @@
+"""What a run reports, and to whom."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Report:
+    """Figures since the last report; counts and seconds are of the whole run.
+
+    Attributes:
+        step: steps done.
+        epoch: epochs done, as a fraction.
+        loss: mean over supervised tokens since the last report, nats.
+        learning_rate: of the last step.
+        grad_norm: of the last step, before clipping.
+        tokens: tokens of all samples seen, each as if it stood alone, without padding.
+        supervised_tokens: those that carried loss.
+        examples: samples seen.
+        tokens_per_second, examples_per_second: since the last report.
+        peak_memory_bytes: MLX's peak so far.
+        seconds: spent in training steps.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    supervised_tokens: int
+    examples: int
+    tokens_per_second: float
+    examples_per_second: float
+    peak_memory_bytes: int
+    seconds: float
+
+    def as_entry(self) -> dict[str, Any]:
+        """As a line of metrics.jsonl."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is about to be trained."""
+
+    run: Path
+    model: str
+    device: str
+    dtype: str
+    packed: bool
+    notes: tuple[str, ...]
+    trainable: int
+    parameters: int
+    samples: int
+    held_out: int
+    first_step: int
+    total_steps: int
+
+
+class Reporter(Protocol):
+    """Someone who wants to know how training goes."""
+
+    def started(self, outline: Outline) -> None:
+        """Training begins, or goes on."""
+
+    def stepped(self, step: int) -> None:
+        """A step is done."""
+
+    def reported(self, report: Report) -> None:
+        """Figures are due."""
+
+    def measured(self, step: int, held_out_loss: float, best: bool) -> None:
+        """The held-out loss was measured."""
+
+    def saved(self, path: Path) -> None:
+        """A checkpoint was written."""
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def started(self, outline: Outline) -> None:
+        """Say nothing."""
+
+    def stepped(self, step: int) -> None:
+        """Say nothing."""
+
+    def reported(self, report: Report) -> None:
+        """Say nothing."""
+
+    def measured(self, step: int, held_out_loss: float, best: bool) -> None:
+        """Say nothing."""
+
+    def saved(self, path: Path) -> None:
+        """Say nothing."""

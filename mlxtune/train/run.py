@@ -1,0 +1,164 @@
+"""A run's folder: everything needed to continue, judge or ship it.
+
+    recipe.toml     the recipe as it was resolved
+    run.json        status, versions, device, hashes, seed
+    metrics.jsonl   one object a report
+    checkpoints/    step-N/, the latest few
+    adapter/        the final adapter
+    adapter-best/   the adapter with the lowest held-out loss
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxtune.errors import OutputExists, RecipeError, RunError
+from mlxtune.files import write_json, write_text
+from mlxtune.recipe.load import dump_recipe, load_recipe
+from mlxtune.recipe.schema import Recipe
+
+RECIPE = "recipe.toml"
+STATUS = "run.json"
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A handle on a run's folder.
+
+    Args:
+        path: the folder.
+    """
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path, recipe: Recipe, facts: dict[str, Any], *, overwrite: bool) -> Run:
+        """Make the folder of a new run.
+
+        Raises:
+            OutputExists: the folder exists and `overwrite` is false, or it exists and is
+                no run, which is never overwritten.
+        """
+        run = cls(path)
+        if path.exists():
+            is_run = (path / STATUS).is_file()
+            if not is_run and any(path.iterdir() if path.is_dir() else [path]):
+                raise OutputExists(
+                    "this exists already and is not a run; nothing was written",
+                    where=str(path),
+                    remedy="choose another place with --output",
+                )
+            if is_run and not overwrite:
+                raise OutputExists(
+                    "this run exists already; nothing was written",
+                    where=str(path),
+                    remedy="go on with it by --resume, replace it by --overwrite, or give the "
+                    "recipe another name",
+                )
+            shutil.rmtree(path)
+        path.mkdir(parents=True)
+        write_text(path / RECIPE, dump_recipe(recipe))
+        run.write_status(status="running", **facts)
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """An existing run.
+
+        Raises:
+            RunError: the folder is no run.
+        """
+        if not (path / STATUS).is_file():
+            raise RunError(
+                "there is no run in this folder" if path.is_dir() else "there is no such run",
+                where=str(path),
+                remedy="`mlxtune lora recipe.toml` makes one, in runs/<name>",
+            )
+        return cls(path)
+
+    @property
+    def adapter(self) -> Path:
+        """The final adapter's folder."""
+        return self.path / "adapter"
+
+    @property
+    def best_adapter(self) -> Path:
+        """Folder of the adapter with the lowest held-out loss."""
+        return self.path / "adapter-best"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def finished_adapter(self) -> Path:
+        """The final adapter's folder.
+
+        Raises:
+            RunError: the run has not come to its end.
+        """
+        if not self.adapter.is_dir():
+            raise RunError(
+                f"this run has no adapter yet; its status is {self.status()['status']!r}",
+                where=str(self.path),
+                remedy=f"finish it: mlxtune lora {self.path / RECIPE} --resume",
+            )
+        return self.adapter
+
+    def recipe(self) -> Recipe:
+        """The recipe as it was resolved.
+
+        Raises:
+            RunError: the file is missing or was damaged.
+        """
+        try:
+            return load_recipe(self.path / RECIPE)
+        except RecipeError as error:
+            raise RunError(
+                f"the run's recipe cannot be read: {error}", where=str(self.path / RECIPE)
+            ) from None
+
+    def status(self) -> dict[str, Any]:
+        """What run.json says.
+
+        Raises:
+            RunError: it cannot be read.
+        """
+        try:
+            value: dict[str, Any] = json.loads((self.path / STATUS).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"the run's status cannot be read: {error}", where=str(self.path / STATUS)
+            ) from None
+        return value
+
+    def write_status(self, **changes: Any) -> None:
+        """Change entries of run.json."""
+        before = self.status() if (self.path / STATUS).is_file() else {}
+        write_json(self.path / STATUS, before | changes)
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Append one object to metrics.jsonl."""
+        with (self.path / METRICS).open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(entry) + "\n")
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """Objects of metrics.jsonl; a last line cut off by a crash is passed over."""
+        if not (self.path / METRICS).is_file():
+            return
+        for line in (self.path / METRICS).read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return
+
+    def forget_after(self, step: int) -> None:
+        """Drop what metrics.jsonl says of steps after `step`, which will be run again."""
+        kept = [entry for entry in self.metrics() if entry["step"] <= step]
+        write_text(self.path / METRICS, "".join(json.dumps(entry) + "\n" for entry in kept))
