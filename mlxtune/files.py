@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from mlxtune.errors import OutputExists, StorageError
 
@@ -30,7 +30,7 @@ _STORAGE_ERRNOS = {
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open `path` for writing bytes; it takes its name only when the block succeeds.
 
     Raises:

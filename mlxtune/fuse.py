@@ -6,7 +6,7 @@ would round away most of what was trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxtune.arrays import scalar
 from mlxtune.data.render import Renderer
 from mlxtune.files import atomic_folder, write_json
-from mlxtune.layers.lora import LoRALinear
-from mlxtune.layers.quantized import QuantizedLinear
+from mlxtune.layers.dense import dense_tensors
 from mlxtune.models.load import DTYPES, LoadedModel, load_model
 from mlxtune.models.resolve import ModelSource
 from mlxtune.train.session import open_run, read_corpus
@@ -26,21 +26,6 @@ SHARD_BYTES = 5 * 10**9
 REPORT = "fuse.json"
 # Enough to meet every layer with real inputs, and quick for a large model too.
 PROOF_CONVERSATIONS = 8
-
-
-@dataclass(frozen=True)
-class DenseTensor:
-    """One tensor of a fused model, computed when it is asked for.
-
-    Attributes:
-        name: as the model's parameter is called, such as `model.norm.weight`.
-        shape: of the array.
-        load: gives the array, in float32 where it was computed.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    load: Callable[[], mx.array]
 
 
 @dataclass(frozen=True)
@@ -90,50 +75,21 @@ def fuse_run(
         save_model(folder, live, dtype)
         fused = load_model(ModelSource(str(output), folder), dtype=live.dtype)
         after = _logits(fused.model, prompts)
-        difference = max(mx.abs(a - b).max().item() for a, b in zip(before, after, strict=True))
+        difference = max(scalar(mx.abs(a - b).max()) for a, b in zip(before, after, strict=True))
         same = sum(
-            int((a.argmax(-1) == b.argmax(-1)).sum().item())
-            for a, b in zip(before, after, strict=True)
+            scalar((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(before, after, strict=True)
         )
         count = sum(len(p) for p in prompts)
         report = FuseReport(
             folder=str(output),
             dtype=dtype,
             max_logit_difference=difference,
-            max_logit=max(mx.abs(a).max().item() for a in before),
+            max_logit=max(scalar(mx.abs(a).max()) for a in before),
             top1_agreement=same / count,
             tokens_compared=count,
         )
         write_json(folder / REPORT, asdict(report))
     return report
-
-
-def dense_tensors(model: nn.Module) -> Iterator[DenseTensor]:
-    """Every parameter of a model as it is after fusing and expanding, in a fixed order."""
-    owned: set[str] = set()
-    for path, layer in sorted(model.named_modules()):
-        if any(path.startswith(f"{owner}.") for owner in owned):
-            continue
-        if isinstance(layer, LoRALinear):
-            owned.add(path)
-            yield from _projection(path, layer.linear, layer.fused_weight)
-        elif isinstance(layer, QuantizedLinear):
-            owned.add(path)
-            yield from _projection(path, layer, layer.dequantized)
-        else:
-            for name, value in layer.items():
-                if isinstance(value, mx.array) and not name.startswith("_"):
-                    full = f"{path}.{name}" if path else name
-                    yield DenseTensor(full, value.shape, lambda value=value: value)
-
-
-def _projection(
-    path: str, base: nn.Linear | QuantizedLinear, weight: Callable[[], mx.array]
-) -> Iterator[DenseTensor]:
-    shape = base.shape if isinstance(base, QuantizedLinear) else base.weight.shape
-    yield DenseTensor(f"{path}.weight", tuple(shape), weight)
-    if "bias" in base:
-        yield DenseTensor(f"{path}.bias", base.bias.shape, lambda: base.bias)
 
 
 def save_model(folder: Path, model: LoadedModel, dtype: str) -> None:

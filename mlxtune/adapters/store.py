@@ -13,8 +13,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
+from mlxtune.arrays import flat
 from mlxtune.errors import RunError
 from mlxtune.files import atomic_file, write_json
 from mlxtune.layers.inject import add_lora, lora_layers, projections
@@ -96,7 +96,9 @@ def set_adapter_arrays(model: nn.Module, arrays: dict[str, mx.array], *, where: 
     """
     have = adapter_arrays(model)
     wrong = sorted(have.keys() ^ arrays.keys())
-    wrong += [name for name in have.keys() & arrays.keys() if have[name].shape != arrays[name].shape]
+    wrong += [
+        name for name in have.keys() & arrays.keys() if have[name].shape != arrays[name].shape
+    ]
     if wrong:
         raise RunError(
             f"the saved adapter does not fit this model, for one at {wrong[0]}", where=where
@@ -127,7 +129,7 @@ def load_arrays(path: Path) -> dict[str, mx.array]:
         mx.eval(arrays)
     except (RuntimeError, ValueError, OSError) as error:
         raise RunError(f"this file cannot be read: {error}", where=str(path)) from None
-    return dict(tree_flatten(arrays))
+    return flat(arrays)
 
 
 def _within_block(path: str) -> str:

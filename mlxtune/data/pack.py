@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -105,8 +106,7 @@ def common_prefix(samples: Sequence[Sample]) -> int:
     if len(samples) < 2:
         return 0
     limit = min(
-        min(len(s.tokens) - 1, int(np.argmax(s.weights > 0)) or len(s.tokens) - 1)
-        for s in samples
+        min(len(s.tokens) - 1, int(np.argmax(s.weights > 0)) or len(s.tokens) - 1) for s in samples
     )
     first = samples[0].tokens[:limit]
     same = np.ones(limit, bool)
@@ -181,10 +181,8 @@ def _grid(placed: list[_Placed], *, prefix: int, rows: int, width: int, packed: 
     supervised = sum(len(t) for t in targets)
     size = _round_up(max(supervised, 1), TARGET_STEP)
 
-    def filled(parts: list[npt.NDArray[np.int32]], dtype: type) -> npt.NDArray[np.int32]:
-        out = np.zeros(size, dtype)
-        out[:supervised] = np.concatenate(parts)
-        return out
+    def filled(parts: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        return np.pad(np.concatenate(parts), (0, size - supervised))
 
     return Batch(
         tokens=tokens.reshape(rows, width),
@@ -192,9 +190,9 @@ def _grid(placed: list[_Placed], *, prefix: int, rows: int, width: int, packed: 
         segments=segments.reshape(rows, width),
         prefix=prefix,
         packed=packed,
-        sources=filled(sources, np.int32),
-        targets=filled(targets, np.int32),
-        weights=filled(weights, np.float32),  # type: ignore[arg-type]
+        sources=filled(sources).astype(np.int32),
+        targets=filled(targets),
+        weights=filled(weights),
         records=tuple(p.sample.record for p in placed),
         token_count=sum(len(p.sample.tokens) for p in placed),
         supervised=supervised,

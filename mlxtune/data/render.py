@@ -76,9 +76,7 @@ class Renderer:
         """The turns as the template writes them; with `ask`, ready for an answer."""
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         return str(
-            self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=ask
-            )
+            self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
         )
 
     def prompt(self, conversation: Conversation) -> list[int]:

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from mlxtune.data.render import Renderer
 from mlxtune.export.modelfile import modelfile
 from mlxtune.files import atomic_folder, write_text
-from mlxtune.fuse import DenseTensor, dense_tensors
 from mlxtune.gguf.architectures import for_config
 from mlxtune.gguf.tokenizer import tokenizer_metadata
 from mlxtune.gguf.writer import SourceTensor, write_gguf
+from mlxtune.layers.dense import DenseTensor, dense_tensors
 from mlxtune.models.load import LoadedModel
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.run import Run
@@ -60,9 +61,7 @@ def export_run(
     file_type = file_type or recipe.export.quantize
     folder = output or path / "export" / file_type
     for_config(model.config)
-    tokenizer = tokenizer_metadata(
-        model.tokenizer._tokenizer, int(model.config["vocab_size"])
-    )
+    tokenizer = tokenizer_metadata(model.tokenizer._tokenizer, int(model.config["vocab_size"]))
     commands = run_commands(folder, recipe.name)
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         write_gguf(
@@ -129,7 +128,7 @@ def model_card(
 
 
 def _source(tensor: DenseTensor) -> SourceTensor:
-    def load() -> np.ndarray:  # type: ignore[type-arg]
+    def load() -> npt.NDArray[np.float32]:
         return np.array(tensor.load().astype(mx.float32))
 
     return SourceTensor(tensor.name, tensor.shape, load)

@@ -16,7 +16,7 @@ from mlxtune.errors import ExportError
 
 _CHATML_GO = (
     "{{- if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}"
-    "{{- range .Messages }}{{ if ne .Role \"system\" }}<|im_start|>{{ .Role }}\n"
+    '{{- range .Messages }}{{ if ne .Role "system" }}<|im_start|>{{ .Role }}\n'
     "{{ .Content }}<|im_end|>\n{{ end }}{{ end }}<|im_start|>assistant\n"
 )
 
@@ -55,11 +55,11 @@ def chatml_system(renderer: Renderer) -> str | None:
 
 
 def quoted(text: str) -> str:
-    '''A Modelfile value: "…" on one line, triple-quoted otherwise.
+    """A Modelfile value: "…" on one line, triple-quoted otherwise.
 
     Raises:
         ExportError: the text holds triple quotes, which the grammar cannot express.
-    '''
+    """
     if '"""' in text:
         raise ExportError('a Modelfile cannot hold """', where=text[:40])
     if "\n" in text or '"' in text:

@@ -172,6 +172,4 @@ class GGUFFile:
             )
 
     def _damaged(self, what: str) -> ModelError:
-        return ModelError(
-            what, where=str(self.path), remedy="download or export the file again"
-        )
+        return ModelError(what, where=str(self.path), remedy="download or export the file again")

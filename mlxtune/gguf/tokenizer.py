@@ -179,6 +179,7 @@ def _recognise(core: Tokenizer) -> str:
 
 def _essence(pre: Any) -> Any:
     """What a pre-tokenizer does, without settings that change offsets only."""
+
     def strip(part: Any) -> Any:
         if isinstance(part, dict):
             return {k: strip(v) for k, v in part.items() if k != "trim_offsets"}

@@ -57,9 +57,7 @@ def affine(type_: Type, data: Bytes) -> Affine | None:
     size, unpack = _LAYOUTS[type_]
     rows = data.shape[0]
     codes, scale, bias, bits = unpack(data.reshape(-1, size))
-    return Affine(
-        codes.reshape(rows, -1), scale.reshape(rows, -1), bias.reshape(rows, -1), bits
-    )
+    return Affine(codes.reshape(rows, -1), scale.reshape(rows, -1), bias.reshape(rows, -1), bits)
 
 
 _Unpacked = tuple[Bytes, Any, Any, int]
@@ -76,7 +74,7 @@ def _nibbles(quants: Bytes) -> Bytes:
 
 def _fifth_bits(blocks: Bytes) -> Bytes:
     """Bit i of a little-endian word of 32 is the fifth bit of code i."""
-    return np.unpackbits(blocks, axis=1, bitorder="little") << 4
+    return np.unpackbits(blocks, axis=1, bitorder="little") << np.uint8(4)
 
 
 def _q4_0(b: Bytes) -> _Unpacked:
@@ -100,7 +98,7 @@ def _q5_1(b: Bytes) -> _Unpacked:
 def _q8_0(b: Bytes) -> _Unpacked:
     d = _half(b, 0)
     # A signed byte plus 128 is the same byte with its top bit flipped.
-    return b[:, 2:34] ^ 128, d, -128 * d, 8
+    return b[:, 2:34] ^ np.uint8(128), d, -128 * d, 8
 
 
 _LAYOUTS: dict[Type, tuple[int, Callable[[Bytes], _Unpacked]]] = {

@@ -56,7 +56,7 @@ def quantize_projections(model: nn.Module, *, bits: int, group_size: int = 64) -
                 remedy="leave model.quantize out for this model",
             )
         packed = QuantizedLinear.from_linear(layer, group_size=group_size, bits=bits)
-        mx.eval(packed.parameters())
+        mx.eval(packed.weight, packed.scales, packed.biases)
         replace_layers(model, [(path, packed)])
 
 

@@ -40,7 +40,7 @@ class LoRALinear(nn.Module):
         scale: float,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         out_dims, in_dims = base.shape if isinstance(base, QuantizedLinear) else base.weight.shape
         base.freeze()
         self.linear = base

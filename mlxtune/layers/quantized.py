@@ -11,8 +11,6 @@ MLX-quantized checkpoint loads.
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -87,12 +85,12 @@ def frozen_quantized_matmul(
     def project(rows: mx.array) -> mx.array:
         return multiply(rows, True)
 
-    # mypy: MLX declares custom_function's decorators without types.
-    @project.vjp  # type: ignore[attr-defined, untyped-decorator]
+    @project.vjp
     def project_vjp(_rows: mx.array, cotangent: mx.array, _output: mx.array) -> mx.array:
         return multiply(cotangent, False)
 
-    return project(x)
+    product: mx.array = project(x)  # type: ignore[assignment]  # MLX types it as object
+    return product
 
 
 class QuantizedLinear(nn.Module):
@@ -116,7 +114,7 @@ class QuantizedLinear(nn.Module):
         bits: int,
         bias: mx.array | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.group_size = group_size
         self.bits = bits
         # mlx-lm asks packed layers for their mode when it counts their parameters.
@@ -139,7 +137,7 @@ class QuantizedLinear(nn.Module):
         )
 
     @classmethod
-    def from_mlx(cls, layer: nn.QuantizedLinear) -> QuantizedLinear:
+    def from_mlx(cls, layer: nn.QuantizedLinear | nn.QuantizedEmbedding) -> QuantizedLinear:
         """Take over the arrays of MLX's own layer, uncopied.
 
         Raises:
@@ -147,6 +145,7 @@ class QuantizedLinear(nn.Module):
         """
         if getattr(layer, "mode", "affine") != "affine":
             raise ValueError(f"a layer packed as {layer.mode} is not affine")
+        assert layer.biases is not None  # affine layers have them
         return cls(
             layer.weight,
             layer.scales,
@@ -165,10 +164,15 @@ class QuantizedLinear(nn.Module):
         out_dims, in_dims = self.shape
         return f"{in_dims} -> {out_dims}, bits={self.bits}, group_size={self.group_size}"
 
-    def unfreeze(self, *args: Any, **kwargs: Any) -> None:
-        """Packed weights have no gradient: layers inside may thaw, this one does not."""
-        super().unfreeze(*args, **kwargs)
-        self.freeze(recurse=False)
+    def unfreeze(
+        self,
+        *,
+        recurse: bool = True,
+        keys: str | list[str] | None = None,
+        strict: bool = False,
+    ) -> nn.Module:
+        """Do nothing: packed weights have no gradient."""
+        return self
 
     def dequantized(self) -> mx.array:
         """The (out, in) weight, in the type of the scales."""

@@ -15,6 +15,7 @@ import mlx.nn as nn
 import mlx_lm.utils
 from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
 
+from mlxtune.arrays import flat
 from mlxtune.errors import ModelError
 from mlxtune.gguf.model import open_model
 from mlxtune.gguf.tokenizer import read_tokenizer
@@ -131,7 +132,7 @@ def _stored_dtype(model: nn.Module) -> str:
     """The float type of the largest float parameter; norms alone may be kept wider."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     sizes: dict[str, int] = {}
-    for _, array in nn.utils.tree_flatten(model.parameters()):
+    for array in flat(model.parameters()).values():
         if array.dtype in names:
             name = names[array.dtype]
             sizes[name] = sizes.get(name, 0) + array.size

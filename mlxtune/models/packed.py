@@ -20,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxtune.arrays import scalar
 from mlxtune.errors import ModelError
 
 
@@ -102,13 +103,14 @@ class PackedRope(nn.Module):
     """
 
     def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.inner = inner
 
     def __call__(self, x: mx.array, offset: Any = 0) -> mx.array:
         """Rotate (1, heads, rows * width, dim); a packed grid comes back as its rows."""
         if not isinstance(offset, PackCache):
-            return self.inner(x, offset=offset)
+            plain: mx.array = self.inner(x, offset=offset)
+            return plain
         # `mx.fast.rope` takes one offset for each entry of the batch axis: with time on
         # it, every token has its own position.
         turned = self.inner(x.transpose(2, 1, 0, 3), offset=offset.positions.reshape(-1))
@@ -158,4 +160,4 @@ def _difference(model: nn.Module) -> str | None:
     error = mx.abs(got[4:7] - want).max() / mx.abs(want).max()
     # Sixteen-bit types round at 1e-2; a wrong position or mask is off by far more.
     bound = 1e-4 if want.dtype == mx.float32 else 5e-2
-    return None if error.item() < bound else f"logits differ by {error.item():.1e}"
+    return None if scalar(error) < bound else f"logits differ by {scalar(error):.1e}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
+from itertools import pairwise
 
 import mlx.nn as nn
 
@@ -60,7 +61,7 @@ def find_targets(
 def _block_of(path: str) -> int | None:
     """Number of the block a path lies in: 3 for `model.layers.3.mlp.up_proj`."""
     parts = path.split(".")
-    for before, part in zip(parts, parts[1:], strict=False):
+    for before, part in pairwise(parts):
         if before == "layers" and part.isdigit():
             return int(part)
     return None

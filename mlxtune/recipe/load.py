@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tomllib
-import types
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -205,8 +204,7 @@ def _section_at(path: list[str | int]) -> type[BaseModel]:
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        return [annotation] if issubclass(annotation, BaseModel) else []
-    if get_origin(annotation) is None:
-        return []
-    return [model for inner in get_args(annotation) for model in _models_in(inner)]
+    if get_origin(annotation) is not None:
+        return [model for inner in get_args(annotation) for model in _models_in(inner)]
+    is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return [annotation] if is_model else []

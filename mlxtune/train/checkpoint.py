@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mlxtune.adapters.store import (
     adapter_arrays,
@@ -19,6 +18,7 @@ from mlxtune.adapters.store import (
     save_arrays,
     set_adapter_arrays,
 )
+from mlxtune.arrays import flat, random_state
 from mlxtune.errors import RunError
 from mlxtune.files import atomic_folder, write_json
 
@@ -60,10 +60,8 @@ def save_checkpoint(
     path = folder / f"step-{progress.step}"
     with atomic_folder(path, overwrite=True) as temporary:
         save_arrays(temporary / ADAPTER, adapter_arrays(model))
-        state = dict(tree_flatten(optimizer.state))
-        # The optimizer's name for its rate holds a schedule's value, which is derived.
-        arrays = {f"optimizer.{k}": v for k, v in state.items() if isinstance(v, mx.array)}
-        arrays |= {f"random.{i}": key for i, key in enumerate(mx.random.state)}
+        arrays = {f"optimizer.{name}": a for name, a in flat(optimizer.state).items()}
+        arrays |= {f"random.{i}": key for i, key in enumerate(random_state())}
         save_arrays(temporary / OPTIMIZER, arrays)
         write_json(temporary / STATE, asdict(progress))
     for old in checkpoints(folder)[:-keep]:
@@ -71,9 +69,7 @@ def save_checkpoint(
     return path
 
 
-def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: mlx.optimizers.Optimizer
-) -> Progress:
+def load_checkpoint(path: Path, model: nn.Module, optimizer: mlx.optimizers.Optimizer) -> Progress:
     """Put everything back as it was when the checkpoint was written.
 
     Raises:
@@ -92,8 +88,8 @@ def load_checkpoint(
         if name.startswith("optimizer.")
     }
     optimizer.state = tree_unflatten(list(state.items()))
-    for index in range(len(mx.random.state)):
-        mx.random.state[index] = arrays[f"random.{index}"]
+    for index in range(len(random_state())):
+        random_state()[index] = arrays[f"random.{index}"]
     return progress
 
 

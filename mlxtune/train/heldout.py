@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import mlx.nn as nn
 
+from mlxtune.arrays import scalar
 from mlxtune.data.batches import batched
 from mlxtune.data.render import Sample
 from mlxtune.train.step import LossFunction, batch_arrays
@@ -22,7 +23,7 @@ def held_out_loss(
     # Samples of similar length together waste the least; a sum has no order.
     ordered = sorted(samples, key=lambda s: len(s.tokens))
     for batch in batched(ordered, batch_size, packing=packing):
-        total += loss_of(batch_arrays(batch), batch.prefix, batch.packed).item()
+        total += scalar(loss_of(batch_arrays(batch), batch.prefix, batch.packed))
         weight += batch.weight
     model.train(was_training)
     return total / weight

@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxtune.adapters.store import save_adapter
+from mlxtune.arrays import scalar
 from mlxtune.data.batches import Plan
 from mlxtune.data.pack import Batch
 from mlxtune.data.render import Sample
@@ -107,7 +108,7 @@ class Trainer:
                 rate = self._rate(self._progress.step)
                 result = step_on(batches, rate)
                 mx.eval(self._model.state, self._optimizer.state, result.loss, result.grad_norm)
-                loss, norm = result.loss.item(), result.grad_norm.item()
+                loss, norm = scalar(result.loss), scalar(result.grad_norm)
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     raise self._diverged(batches, loss)
                 self._advance(batches, time.perf_counter() - begun)
@@ -204,8 +205,7 @@ class Trainer:
         good = checkpoints(self._run.checkpoints)
         what = f"the loss became {loss}" if not math.isfinite(loss) else "the gradient overflowed"
         return TrainingDiverged(
-            f"{what} at step {self._progress.step + 1}, on records "
-            f"{', '.join(map(str, records))}",
+            f"{what} at step {self._progress.step + 1}, on records {', '.join(map(str, records))}",
             where=str(self._run.path),
             remedy="lower train.learning_rate, raise train.warmup_ratio, or look at those "
             f"records; last good checkpoint: {good[-1] if good else 'none yet'}",

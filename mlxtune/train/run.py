@@ -1,11 +1,11 @@
 """A run's folder: everything needed to continue, judge or ship it.
 
-    recipe.toml     the recipe as it was resolved
-    run.json        status, versions, device, hashes, seed
-    metrics.jsonl   one object a report
-    checkpoints/    step-N/, the latest few
-    adapter/        the final adapter
-    adapter-best/   the adapter with the lowest held-out loss
+recipe.toml     the recipe as it was resolved
+run.json        status, versions, device, hashes, seed
+metrics.jsonl   one object a report
+checkpoints/    step-N/, the latest few
+adapter/        the final adapter
+adapter-best/   the adapter with the lowest held-out loss
 """
 
 from __future__ import annotations

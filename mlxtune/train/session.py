@@ -5,6 +5,7 @@ The one place that knows the whole recipe; each room below is given its own part
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 import mlxtune
 from mlxtune.adapters.store import load_adapter
+from mlxtune.arrays import flat
 from mlxtune.data.batches import Plan
 from mlxtune.data.records import Conversation
 from mlxtune.data.render import Renderer, Sample, render_all
@@ -24,6 +25,7 @@ from mlxtune.data.sources import read_conversations
 from mlxtune.device import device_name
 from mlxtune.errors import DataError, ModelError, RecipeError, RunError
 from mlxtune.files import sha256
+from mlxtune.layers.dense import dense_tensors
 from mlxtune.layers.inject import (
     add_lora,
     dequantize_layers,
@@ -251,7 +253,15 @@ def _resumable(path: Path, recipe: Recipe) -> Run:
 
 
 def _flat(values: dict[str, Any]) -> dict[str, str]:
-    return {key: repr(value) for key, value in tree_flatten(values)}
+    """Dotted key to value as text."""
+    parts: dict[str, str] = {}
+    for key, value in values.items():
+        inner = dict(enumerate(value)) if isinstance(value, tuple) else value
+        if isinstance(inner, dict):
+            parts |= {f"{key}.{k}": v for k, v in _flat(inner).items()}
+        else:
+            parts[key] = repr(value)
+    return parts
 
 
 def _facts(recipe: Recipe, source: ModelSource) -> dict[str, Any]:
@@ -332,16 +342,5 @@ def _outline(
 def _count(model: nn.Module, *, trainable: bool) -> int:
     """Parameters, packed ones counted as the weights they hold."""
     if trainable:
-        return sum(int(a.size) for _, a in tree_flatten(model.trainable_parameters()))
-    total = 0
-    for _, layer in model.named_modules():
-        if isinstance(layer, nn.Module) and not layer.children():
-            bits = getattr(layer, "bits", None)
-            total += sum(
-                int(a.size) * 32 // bits if bits and name == "weight" else int(a.size)
-                for name, a in layer.parameters().items()
-                if isinstance(a, mx.array) and not (bits and name in ("scales", "biases"))
-            )
-    return total
-
-
+        return sum(a.size for a in flat(model.trainable_parameters()).values())
+    return sum(math.prod(tensor.shape) for tensor in dense_tensors(model))

@@ -9,8 +9,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
+from mlxtune.arrays import flat
 from mlxtune.data.pack import Batch
 from mlxtune.losses.cross_entropy import weighted_cross_entropy
 from mlxtune.models.heads import split_head
@@ -139,7 +140,7 @@ class TrainStep:
         return loss + more_loss, more
 
     def _update(self, gradients: Any) -> mx.array:
-        squares = [g.astype(mx.float32).square().sum() for _, g in tree_flatten(gradients)]
+        squares = [g.astype(mx.float32).square().sum() for g in flat(gradients).values()]
         norm = mx.sqrt(sum(squares[1:], squares[0]))
         if self._max_grad_norm:
             factor = mx.minimum(self._max_grad_norm / (norm + 1e-6), 1.0)

@@ -1,0 +1,24 @@
+"""MLX's trees and scalars with the types that MLX's own stubs leave open."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+
+def scalar(array: mx.array) -> float:
+    """The value of an array of one number."""
+    return float(cast(float, array.item()))
+
+
+def flat(tree: Any) -> dict[str, mx.array]:
+    """Dotted path to array, for all arrays of a tree."""
+    leaves = cast(list[tuple[str, Any]], tree_flatten(tree))
+    return {path: leaf for path, leaf in leaves if isinstance(leaf, mx.array)}
+
+
+def random_state() -> list[mx.array]:
+    """MLX's random state: a list that may be changed in place."""
+    return cast(list[mx.array], mx.random.state)

@@ -1,0 +1,277 @@
+"""The `mlxtune` program: its verbs, and how errors look.
+
+Verbs import what they need when they run, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import click
+
+import mlxtune
+from mlxtune.errors import MlxtuneError, RecipeError
+
+USER_ERROR, INTERRUPTED = 1, 130
+
+_FOLDER = click.Path(path_type=Path)
+_SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key of the recipe, such as train.learning_rate=1e-4.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(mlxtune.__version__, prog_name="mlxtune")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Fine-tune language models on Apple silicon and ship them as GGUF.
+
+    \b
+    mlxtune init                     write a recipe
+    mlxtune lora recipe.toml         train it
+    mlxtune eval runs/NAME           did it learn?
+    mlxtune export runs/NAME         a GGUF for Ollama, llama.cpp and mistral.rs
+    """
+
+
+@cli.command()
+@click.argument("output", type=_FOLDER, default="recipe.toml")
+@click.option("--preset", default="default", help="Which recipe; --list shows them.")
+@click.option("--list", "list_presets", is_flag=True, help="List the presets.")
+@click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
+def init(output: Path, preset: str, list_presets: bool, overwrite: bool) -> None:
+    """Write an annotated recipe."""
+    from mlxtune.recipe.presets import presets, write_preset
+
+    if list_presets:
+        for name, summary in presets().items():
+            click.echo(f"{name:<14}{summary}")
+        return
+    write_preset(output, preset, overwrite=overwrite)
+    click.echo(f"{output}: edit it, then mlxtune lora {output}")
+
+
+@cli.command()
+@click.argument("recipe", type=_FOLDER)
+@_SET
+def validate(recipe: Path, overrides: tuple[str, ...]) -> None:
+    """Check a recipe and its data files, without loading a model."""
+    from mlxtune.data.sources import read_conversations
+    from mlxtune.recipe.load import load_recipe
+
+    checked = load_recipe(recipe, overrides)
+    for source in checked.data:
+        count = len(read_conversations(Path(source.path), format=source.format))
+        click.echo(f"{source.path}: {count} records")
+    if checked.eval.path is not None:
+        count = len(read_conversations(Path(checked.eval.path)))
+        click.echo(f"{checked.eval.path}: {count} held-out records")
+    click.echo(f"{recipe} is valid")
+
+
+@cli.command()
+@click.argument("recipe", type=_FOLDER)
+@_SET
+@click.option("-o", "--output", type=_FOLDER, help="Folder of the run.  [default: runs/<name>]")
+@click.option("--resume", is_flag=True, help="Go on from the run's latest checkpoint.")
+@click.option("--overwrite", is_flag=True, help="Replace a run that is there.")
+def lora(
+    recipe: Path, overrides: tuple[str, ...], output: Path | None, resume: bool, overwrite: bool
+) -> None:
+    """Train an adapter as a recipe says: LoRA, or QLoRA on a packed model."""
+    from mlxtune.recipe.load import load_recipe
+
+    checked = load_recipe(recipe, overrides)
+    if resume and overwrite:
+        raise click.UsageError("--resume and --overwrite exclude each other")
+    _prepare()
+    from mlxtune.cli.display import training_display
+    from mlxtune.train.session import fine_tune
+
+    folder = output or Path("runs") / checked.name
+    with training_display() as display:
+        fine_tune(checked, folder, display, resume=resume, overwrite=overwrite)
+    click.echo(f"adapter: {folder / 'adapter'}")
+    click.echo(f"next: mlxtune eval {folder}   mlxtune export {folder}")
+
+
+@cli.command(name="eval")
+@click.argument("run", type=_FOLDER)
+@click.option("--data", type=_FOLDER, help="Records to use instead of the held-out ones.")
+@click.option("--limit", type=click.IntRange(1), help="Use the first N records.")
+@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--samples", type=click.IntRange(0), default=8, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print figures and answers as JSON.")
+def evaluate(
+    run: Path, data: Path | None, limit: int | None, max_tokens: int, samples: int, as_json: bool
+) -> None:
+    """Held-out loss and exact match of a run, base against tuned."""
+    _prepare()
+    import json
+    from dataclasses import asdict
+
+    from mlxtune.cli.display import show_comparison, status_line
+    from mlxtune.evaluate.compare import compare_run
+
+    with status_line("loading") as progress:
+        result = compare_run(run, data=data, limit=limit, max_tokens=max_tokens, progress=progress)
+    if as_json:
+        click.echo(json.dumps(asdict(result), indent=2))
+    else:
+        show_comparison(result, samples=samples)
+
+
+@cli.command()
+@click.argument("run", type=_FOLDER)
+@click.option("-o", "--output", type=_FOLDER, required=True, help="Folder to write.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Type of the weights.  [default: as the base stores its own]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def fuse(run: Path, output: Path, dtype: str | None, overwrite: bool, as_json: bool) -> None:
+    """Write a run as a Hugging Face folder, adapter fused in, and measure what it cost."""
+    _prepare()
+    import json
+    from dataclasses import asdict
+
+    from mlxtune.fuse import fuse_run
+
+    report = fuse_run(run, output, dtype=dtype, overwrite=overwrite)
+    if as_json:
+        click.echo(json.dumps(asdict(report), indent=2))
+        return
+    click.echo(f"{output}: {report.dtype} safetensors, tokenizer and config")
+    click.echo(
+        f"against the live adapter: max |Δlogit| {report.max_logit_difference:.2g} of "
+        f"{report.max_logit:.3g}, same best token at {report.top1_agreement:.1%} of "
+        f"{report.tokens_compared} tokens"
+    )
+
+
+@cli.command()
+@click.argument("run", type=_FOLDER)
+@click.option("-o", "--output", type=_FOLDER, help="Folder.  [default: RUN/export/<type>]")
+@click.option(
+    "--quantize",
+    type=click.Choice(["f16", "q8_0"]),
+    help="Type of the weights.  [default: as the recipe says]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+def export(
+    run: Path, output: Path | None, quantize: str | None, overwrite: bool, as_json: bool
+) -> None:
+    """Write a run as GGUF with a Modelfile, for Ollama, llama.cpp and mistral.rs."""
+    _prepare()
+    import json
+
+    from mlxtune.export.bundle import export_run
+
+    bundle = export_run(run, output=output, file_type=quantize, overwrite=overwrite)
+    if as_json:
+        facts = {
+            "folder": str(bundle.folder),
+            "file_type": bundle.file_type,
+            "gguf_bytes": bundle.gguf_bytes,
+            "commands": bundle.commands,
+        }
+        click.echo(json.dumps(facts, indent=2))
+        return
+    click.echo(f"{bundle.folder}: model.gguf ({bundle.gguf_bytes / 1e6:.0f} MB), Modelfile, README")
+    for runtime, command in bundle.commands.items():
+        click.echo(f"  {runtime:<11}{command}")
+
+
+@cli.command()
+@click.argument("model")
+@click.option("-p", "--prompt", help="Answer this and stop.")
+@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
+def chat(model: str, prompt: str | None, max_tokens: int) -> None:
+    """Talk to a run, or to any model: a folder, a .gguf file, a hub id."""
+    _prepare()
+    from mlxtune.cli.talk import talk
+
+    talk(model, prompt=prompt, max_tokens=max_tokens)
+
+
+def main() -> None:
+    """Entry point: run a verb; errors become one block on stderr."""
+    debug = "--debug" in sys.argv[1:]
+    # `mlxtune lora … --debug` is as good as `mlxtune --debug lora …`.
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    try:
+        result = cli.main(args=arguments, prog_name="mlxtune", standalone_mode=False)
+    except MlxtuneError as error:
+        if debug:
+            traceback.print_exc()
+        print(_block(error), file=sys.stderr)
+        sys.exit(USER_ERROR)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output has gone, as in `mlxtune … | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(USER_ERROR)
+    except Exception as error:
+        if _say_interrupted(error):
+            sys.exit(INTERRUPTED)
+        if debug:
+            raise
+        print(
+            f"error: {type(error).__name__}: {error}\n"
+            "  this is a bug in mlxtune; --debug shows where it happened",
+            file=sys.stderr,
+        )
+        sys.exit(USER_ERROR)
+    sys.exit(result if isinstance(result, int) else 0)
+
+
+def _block(error: MlxtuneError) -> str:
+    """An error as people read it: what, where, how to mend it."""
+    lines = [f"error: {error}"]
+    if isinstance(error, RecipeError):
+        for problem in error.problems:
+            remedy = f" ({problem.remedy})" if problem.remedy else ""
+            lines.append(f"  {problem.where}: {problem.what}{remedy}")
+    return "\n".join(lines)
+
+
+def _say_interrupted(error: Exception) -> bool:
+    """Tell how to go on after Ctrl-C, if that is what this is."""
+    loop: Any = sys.modules.get("mlxtune.train.loop")
+    if loop is None or not isinstance(error, loop.Interrupted):
+        return False
+    checkpoint = error.checkpoint
+    run = checkpoint.parent.parent
+    print(
+        f"interrupted; saved in {checkpoint}\n"
+        f"  go on: mlxtune lora {run / 'recipe.toml'} -o {run} --resume",
+        file=sys.stderr,
+    )
+    return True
+
+
+def _prepare() -> None:
+    """What every verb that computes needs before MLX is used."""
+    from mlxtune.device import run_with_blas
+
+    run_with_blas([sys.executable, "-m", "mlxtune", *sys.argv[1:]])
+    # transformers is here for its tokenizers; its advice about PyTorch is for others.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

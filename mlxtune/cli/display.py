@@ -1,0 +1,192 @@
+"""How training and evaluation look: live in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from mlxtune.evaluate.compare import Comparison
+from mlxtune.train.metrics import Outline, Report
+
+
+class PlainDisplay:
+    """A line for each report; for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._outline: Outline | None = None
+        self._begun = time.monotonic()
+
+    def started(self, outline: Outline) -> None:
+        """Say what is about to be trained."""
+        self._outline = outline
+        self._begun = time.monotonic()
+        for line in _describe(outline):
+            self._say(line)
+
+    def stepped(self, step: int) -> None:
+        """Nothing: reports are enough."""
+
+    def reported(self, report: Report) -> None:
+        """One line."""
+        assert self._outline is not None
+        left = _time_left(self._outline, report.step, time.monotonic() - self._begun)
+        self._say(
+            f"step {report.step}/{self._outline.total_steps}  loss {report.loss:.4f}  "
+            f"lr {report.learning_rate:.2e}  {report.tokens_per_second:.0f} tok/s  "
+            f"{report.examples_per_second:.2f} ex/s  {_gigabytes(report.peak_memory_bytes)}  "
+            f"{left} left"
+        )
+
+    def measured(self, step: int, held_out_loss: float, best: bool) -> None:
+        """One line."""
+        self._say(f"step {step}  held-out loss {held_out_loss:.4f}{' (best)' * best}")
+
+    def saved(self, path: Path) -> None:
+        """One line."""
+        self._say(f"saved {path}")
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+class LiveDisplay(PlainDisplay):
+    """A bar and the latest figures, redrawn in place; held-out losses stay above it."""
+
+    def __init__(self, console: Console, live: Live) -> None:
+        super().__init__(console)
+        self._live = live
+        self._report: Report | None = None
+
+    def stepped(self, step: int) -> None:
+        """Move the bar."""
+        self._draw(step)
+
+    def reported(self, report: Report) -> None:
+        """Show the figures."""
+        self._report = report
+        self._draw(report.step)
+
+    def saved(self, path: Path) -> None:
+        """Nothing: the bar goes on."""
+
+    def _draw(self, step: int) -> None:
+        assert self._outline is not None
+        total = self._outline.total_steps
+        left = _time_left(self._outline, step, time.monotonic() - self._begun)
+        head = Table.grid(padding=(0, 1))
+        bar = ProgressBar(total=total, completed=step, width=min(40, self._console.width // 3))
+        head.add_row(bar, f"{step}/{total}", f"{left} left")
+        figures = Text()
+        if report := self._report:
+            parts = {
+                "loss": f"{report.loss:.4f}",
+                "lr": f"{report.learning_rate:.2e}",
+                "tok/s": f"{report.tokens_per_second:.0f}",
+                "ex/s": f"{report.examples_per_second:.2f}",
+                "peak": _gigabytes(report.peak_memory_bytes),
+            }
+            for name, value in parts.items():
+                figures.append(f"{name} ", style="dim").append(f"{value}  ")
+        self._live.update(Group(head, figures), refresh=True)
+
+
+@contextmanager
+def training_display() -> Iterator[PlainDisplay]:
+    """The display that fits where the output goes."""
+    console = Console()
+    if not console.is_terminal:
+        yield PlainDisplay(console)
+        return
+    # Redrawn with each figure: nothing moves in between.
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        yield LiveDisplay(console, live)
+
+
+@contextmanager
+def status_line(first: str) -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what is being done; a function that changes it."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda stage: console.print(stage, highlight=False, soft_wrap=True)
+        return
+    with console.status(first) as status:
+        yield status.update
+
+
+def show_comparison(result: Comparison, *, samples: int) -> None:
+    """Scores side by side, by category, and some answers."""
+    console = Console()
+    scores = Table(title=f"{result.records} held-out records")
+    for column in ("", "base", "tuned"):
+        scores.add_column(column, justify="right" if column else "left")
+    base, tuned = result.base, result.tuned
+    scores.add_row("held-out loss", f"{base.held_out_loss:.4f}", f"{tuned.held_out_loss:.4f}")
+    scores.add_row("exact match", f"{base.exact_match:.1%}", f"{tuned.exact_match:.1%}")
+    console.print(scores)
+    categories = result.by_category()
+    if len(categories) > 1:
+        table = Table(title="exact match by category")
+        for column in ("category", "records", "base", "tuned"):
+            table.add_column(column, justify="left" if column == "category" else "right")
+        for name, (count, before, after) in categories.items():
+            table.add_row(name, str(count), f"{before:.0%}", f"{after:.0%}")
+        console.print(table)
+    if samples:
+        # Spread over the records, so that not all are of one category.
+        every = max(1, len(result.answers) // samples)
+        table = Table(title="samples", show_lines=True)
+        for column in ("prompt", "expected", "base", "tuned"):
+            table.add_column(column, overflow="fold")
+        for answer in result.answers[::every][:samples]:
+            style = "green" if answer.tuned == answer.expected else ""
+            table.add_row(
+                Text(answer.prompt),
+                Text(answer.expected),
+                Text(_short(answer.base)),
+                Text(_short(answer.tuned), style=style),
+            )
+        console.print(table)
+
+
+def _describe(outline: Outline) -> list[str]:
+    share = outline.trainable / outline.parameters
+    held_out = f", {outline.held_out} held out" if outline.held_out else ""
+    lines = [
+        f"model    {outline.model}",
+        f"device   {outline.device}, {outline.dtype}",
+        f"adapter  {outline.trainable / 1e6:.2f} M of {outline.parameters / 1e6:.0f} M "
+        f"parameters train ({share:.1%})",
+        f"data     {outline.samples} records{held_out}, "
+        f"{'packed' if outline.packed else 'padded'} batches",
+        f"run      {outline.run}",
+    ]
+    lines += [f"note     {note}" for note in outline.notes]
+    if outline.first_step:
+        lines.append(f"resumed  at step {outline.first_step}")
+    return lines
+
+
+def _time_left(outline: Outline, step: int, elapsed: float) -> str:
+    done = step - outline.first_step
+    if done <= 0:
+        return "?"
+    seconds = round(elapsed / done * (outline.total_steps - step))
+    hours, minutes = divmod(seconds // 60, 60)
+    return f"{hours}:{minutes:02d}:{seconds % 60:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
+
+
+def _short(text: str, limit: int = 160) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
