@@ -96,9 +96,7 @@ def set_adapter_arrays(model: nn.Module, arrays: dict[str, mx.array], *, where: 
     """
     have = adapter_arrays(model)
     wrong = sorted(have.keys() ^ arrays.keys())
-    wrong += [
-        name for name in have.keys() & arrays.keys() if have[name].shape != arrays[name].shape
-    ]
+    wrong = wrong or sorted(name for name in have if have[name].shape != arrays[name].shape)
     if wrong:
         raise RunError(
             f"the saved adapter does not fit this model, for one at {wrong[0]}", where=where

