@@ -107,11 +107,20 @@ def lora(
 @click.argument("run", type=_FOLDER)
 @click.option("--data", type=_FOLDER, help="Records to use instead of the held-out ones.")
 @click.option("--limit", type=click.IntRange(1), help="Use the first N records.")
-@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    help="Cut answers off there.  [default: beyond the longest expected one]",
+)
 @click.option("--samples", type=click.IntRange(0), default=8, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print figures and answers as JSON.")
 def evaluate(
-    run: Path, data: Path | None, limit: int | None, max_tokens: int, samples: int, as_json: bool
+    run: Path,
+    data: Path | None,
+    limit: int | None,
+    max_tokens: int | None,
+    samples: int,
+    as_json: bool,
 ) -> None:
     """Held-out loss and exact match of a run, base against tuned."""
     _prepare()

@@ -75,7 +75,7 @@ def compare_run(
     *,
     data: Path | None = None,
     limit: int | None = None,
-    max_tokens: int = 64,
+    max_tokens: int | None = None,
     progress: Callable[[str], None] = lambda _stage: None,
 ) -> Comparison:
     """Evaluate a run's base model and its adapter on held-out records.
@@ -84,7 +84,8 @@ def compare_run(
         path: the run.
         data: records to use instead of the recipe's held-out ones.
         limit: use the first so many.
-        max_tokens: answers are cut off there.
+        max_tokens: answers are cut off there; by default a little beyond the longest
+            expected one, since a longer answer is wrong however it ends.
         progress: is told what is being done.
 
     Raises:
@@ -104,6 +105,8 @@ def compare_run(
     renderer = Renderer(model.tokenizer)
     samples = render_all(renderer, held_out)
     prompts = [renderer.prompt(conversation) for conversation in held_out]
+    if max_tokens is None:
+        max_tokens = 8 + max(len(renderer.encode(c.answer())) for c in held_out)
     packing = False
     with suppress(ModelError):
         enable_packs(model.model)

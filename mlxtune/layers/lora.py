@@ -21,9 +21,9 @@ class LoRALinear(nn.Module):
     """A frozen projection plus a trained low-rank update.
 
     Parameters are stored as mlx-lm stores them: `lora_a` (in, rank), `lora_b`
-    (rank, out). Both are float32 whatever the base is: updates of 1e-4 vanish in
-    bfloat16. The output has the base's type, so that one adapter does not drag the
-    rest of the network into float32.
+    (rank, out). Both are kept in float32 whatever the base is, since steps of 1e-4
+    vanish in bfloat16, and multiply in the type of their input. The output has the
+    base's type, so that one adapter does not drag the rest of the network into float32.
 
     Args:
         base: the projection to adapt; it is frozen.
@@ -62,9 +62,10 @@ class LoRALinear(nn.Module):
         return f"{in_dims} -> {self.lora_b.shape[1]}, rank={rank}, scale={self.scale:g}"
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self.linear(x)
-        update = (self.dropout(x).astype(self.lora_a.dtype) @ self.lora_a) @ self.lora_b
-        return y + (self.scale * update).astype(y.dtype)
+        y: mx.array = self.linear(x)
+        narrow = self.dropout(x) @ self.lora_a.astype(x.dtype)
+        # One product that adds into y: no pass over an update of y's size.
+        return mx.addmm(y, narrow.astype(y.dtype), self.lora_b.astype(y.dtype), alpha=self.scale)
 
     def fused_weight(self) -> mx.array:
         """W + scale * (A B)^T, (out, in) in float32."""

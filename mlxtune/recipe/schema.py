@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 # Strict: a quoted number is a mistake to be told about, not to be guessed at.
 _CONFIG = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -23,15 +23,23 @@ class ModelSection(Section):
     """`[model]`: what is trained.
 
     `path` is a hub id, a folder, a `.gguf` file or `pkg:PACKAGE/FILE`. `quantize` packs
-    the projections to that many bits while loading (QLoRA). `chat_template` names a
-    Jinja file that replaces the model's own template.
+    the projections to that many bits while loading (QLoRA); `dequantize` does the
+    opposite to a packed model: faster steps, more memory. `chat_template` names a Jinja
+    file that replaces the model's own template.
     """
 
     path: str = Field(min_length=1)
     revision: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     quantize: Literal[2, 3, 4, 5, 6, 8] | None = None
+    dequantize: bool = False
     chat_template: str | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> ModelSection:
+        if self.dequantize and self.quantize is not None:
+            raise ValueError("quantize and dequantize exclude each other")
+        return self
 
 
 class LoraSection(Section):

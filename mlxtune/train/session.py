@@ -164,7 +164,7 @@ def load_base(section: ModelSection, *, for_inference: bool = False) -> LoadedMo
     own_quantized_layers(base.model)
     if section.quantize is not None:
         quantize_projections(base.model, bits=section.quantize)
-    if for_inference and mx.default_device() == mx.cpu:
+    if section.dequantize or (for_inference and mx.default_device() == mx.cpu):
         dequantize_layers(base.model, DTYPES[base.dtype])
     mx.eval(base.model.parameters())
     return base

@@ -75,11 +75,6 @@ def batch_arrays(batch: Batch, weight: float = 1.0) -> Arrays:
     return arrays
 
 
-def _as_it_is(function: Callable[..., Any], **_state: Any) -> Callable[..., Any]:
-    """Stands for `mx.compile` where compiling does not pay."""
-    return function
-
-
 class TrainStep:
     """Forward, backward, clip, update; compiled over model, optimizer and RNG state.
 
@@ -90,23 +85,34 @@ class TrainStep:
         model: with its adapters in place and all else frozen.
         optimizer: its learning rate is set before each step.
         max_grad_norm: clip the gradient of a step to this norm; 0 for no clipping.
+        compiled: compile the step; by default wherever that pays.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: mlx.optimizers.Optimizer, *, max_grad_norm: float
+        self,
+        model: nn.Module,
+        optimizer: mlx.optimizers.Optimizer,
+        *,
+        max_grad_norm: float,
+        compiled: bool | None = None,
     ) -> None:
         self._model = model
         self._optimizer = optimizer
         self._max_grad_norm = max_grad_norm
         self._gradient = nn.value_and_grad(model, LossFunction(model))
-        state = [model.state, optimizer.state, mx.random.state]
-        # On a CPU compiling is a loss: MLX builds its fused kernels with a C++ compiler (up
-        # to 40 s at the first step) and they run no faster, being bound by exp (measured
-        # on 2 cores: 3.27 examples/s either way).
-        compiled = _as_it_is if mx.default_device() == mx.cpu else mx.compile
-        self._whole: Callable[..., Any] = compiled(self._whole_step, inputs=state, outputs=state)
-        self._add: Callable[..., Any] = compiled(self._add_batch, inputs=state, outputs=state)
-        self._finish: Callable[..., Any] = compiled(self._update, inputs=state, outputs=state)
+        self._whole: Callable[..., Any] = self._whole_step
+        self._add: Callable[..., Any] = self._add_batch
+        self._finish: Callable[..., Any] = self._update
+        if compiled is None:
+            # On a CPU compiling is a loss: MLX builds its fused kernels with a C++ compiler
+            # (up to 40 s at the first step) and they run no faster, being bound by exp
+            # (measured on 2 cores: 3.27 examples/s either way).
+            compiled = mx.default_device() != mx.cpu
+        if compiled:
+            state = [model.state, optimizer.state, mx.random.state]
+            self._whole = mx.compile(self._whole_step, inputs=state, outputs=state)
+            self._add = mx.compile(self._add_batch, inputs=state, outputs=state)
+            self._finish = mx.compile(self._update, inputs=state, outputs=state)
 
     def __call__(self, batches: list[Batch], learning_rate: float) -> StepResult:
         """Train on the batches of one step."""

@@ -1,0 +1,58 @@
+"""The program as a process, and a model small enough to run it on in a second."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import mlx.core as mx
+from conftest import tiny_llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from mlxtune.arrays import flat
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def mlxtune(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mlxtune", *arguments],
+        cwd=cwd,
+        env=os.environ | {"MLXTUNE_BLAS": "off", "HF_HUB_OFFLINE": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def save_tiny_model(folder: Path) -> None:
+    """A random model with a tokenizer of bytes, as a Hugging Face folder."""
+    model = tiny_llama(vocabulary=258)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    config = {k: v for k, v in asdict(model.args).items() if v is not None}
+    config |= {"architectures": ["LlamaForCausalLM"], "eos_token_id": 257}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = flat(model.parameters())
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every path, hidden ones too, with its size and time of change."""
+    paths = ((path, path.lstat()) for path in folder.rglob("*"))
+    return {str(p.relative_to(folder)): (stat.st_size, stat.st_mtime_ns) for p, stat in paths}

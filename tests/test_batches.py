@@ -1,0 +1,64 @@
+"""The order of the data: every sample once an epoch, and the same order when resumed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import random_samples
+
+from mlxtune.data.batches import Plan
+from mlxtune.data.pack import Batch
+
+
+def plan(**changes) -> Plan:
+    samples = random_samples(np.random.default_rng(1).integers(5, 30, 23))
+    settings = {"batch_size": 4, "accumulation": 2, "seed": 7, "packing": True}
+    return Plan(samples, **(settings | changes))
+
+
+def records(steps: list[list[Batch]]) -> list[list[tuple[int, ...]]]:
+    return [[batch.records for batch in step] for step in steps]
+
+
+def order(steps: list[list[Batch]]) -> list[set[int]]:
+    return [{r for batch in step for r in batch.records} for step in steps]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 2), (1, 1), (5, 3), (64, 1)])
+def test_an_epoch_sees_every_sample_once(batch_size, accumulation, packing):
+    schedule = plan(batch_size=batch_size, accumulation=accumulation, packing=packing)
+    length = schedule.steps_per_epoch
+    for epoch in range(3):
+        steps = list(schedule.steps(epoch * length, (epoch + 1) * length))
+        seen = [r for step in steps for batch in step for r in batch.records]
+        assert sorted(seen) == list(range(1, 24))
+        assert all(len(step) <= accumulation for step in steps)
+        assert all(len(batch.records) <= batch_size for step in steps for batch in step)
+        assert all(batch.packed == packing for step in steps for batch in step)
+
+
+def test_steps_taken_up_anywhere_are_the_same_steps():
+    whole = list(plan().steps(0, 9))
+    for start in range(10):
+        again = list(plan().steps(start, 9))
+        assert records(again) == records(whole[start:])
+        for step, other in zip(again, whole[start:], strict=True):
+            for batch, same in zip(step, other, strict=True):
+                assert np.array_equal(batch.tokens, same.tokens)
+                assert np.array_equal(batch.weights, same.weights)
+
+
+def test_seed_and_epoch_change_the_order_and_packing_does_not():
+    length = plan().steps_per_epoch
+    first, second = list(plan().steps(0, length)), list(plan().steps(length, 2 * length))
+    assert order(first) != order(second)
+    assert order(first) != order(list(plan(seed=8).steps(0, length)))
+    assert order(first) == order(list(plan(packing=False).steps(0, length)))
+
+
+def test_total_steps_come_from_epochs_unless_they_are_given():
+    assert plan().steps_per_epoch == 3
+    assert plan().total_steps(epochs=2.0, max_steps=None) == 6
+    assert plan().total_steps(epochs=2.0, max_steps=5) == 5
+    assert plan().total_steps(epochs=0.01, max_steps=None) == 1

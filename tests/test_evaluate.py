@@ -1,0 +1,112 @@
+"""Fusing and judging a real run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import mlx_lm
+import pytest
+from conftest import SHELL_HELDOUT
+
+from mlxtune.errors import OutputExists
+from mlxtune.evaluate.answers import answers
+from mlxtune.evaluate.compare import compare_run
+from mlxtune.fuse import fuse_run
+
+
+@pytest.fixture(scope="module")
+def comparison(shell_run):
+    return compare_run(shell_run, limit=28)
+
+
+def test_the_tuned_model_is_better_than_its_base(comparison):
+    assert comparison.records == 28
+    assert comparison.tuned.held_out_loss < 0.5 * comparison.base.held_out_loss
+    assert comparison.tuned.exact_match >= comparison.base.exact_match
+    assert comparison.base.held_out_loss > 2
+
+
+def test_scores_are_those_of_the_answers(comparison):
+    for scores, name in ((comparison.base, "base"), (comparison.tuned, "tuned")):
+        right = [getattr(a, name) == a.expected for a in comparison.answers]
+        assert scores.exact_match == sum(right) / len(right)
+    total = sum(count for count, _, _ in comparison.by_category().values())
+    assert total == comparison.records
+
+
+def test_batched_answers_are_those_of_mlx_lm_one_by_one(smollm2):
+    from mlxtune.data.render import Renderer
+    from mlxtune.data.sources import read_conversations
+
+    renderer = Renderer(smollm2.tokenizer)
+    prompts = [renderer.prompt(c) for c in read_conversations(SHELL_HELDOUT)[:3]]
+    together = answers(smollm2.model, smollm2.tokenizer, prompts, max_tokens=8)
+    alone = [
+        mlx_lm.generate(smollm2.model, smollm2.tokenizer, p, max_tokens=8).strip() for p in prompts
+    ]
+    assert together == alone
+
+
+def test_fusing_in_float32_loses_nothing(shell_run, tmp_path):
+    report = fuse_run(shell_run, tmp_path / "fused", dtype="float32")
+    assert report.max_logit_difference < 1e-3
+    assert report.top1_agreement == 1
+    assert json.loads((tmp_path / "fused/fuse.json").read_text())["tokens_compared"] > 100
+
+
+def test_a_fused_folder_loads_in_mlx_lm_and_transformers(shell_run, tmp_path):
+    fuse_run(shell_run, tmp_path / "fused")
+    from transformers import AutoTokenizer
+
+    model, tokenizer = mlx_lm.load(str(tmp_path / "fused"))
+    hf = AutoTokenizer.from_pretrained(str(tmp_path / "fused"))
+    messages = [{"role": "user", "content": "list all files"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    assert prompt == hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert mlx_lm.generate(model, tokenizer, prompt, max_tokens=4)
+
+
+def test_an_existing_folder_is_not_touched(shell_run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/file").write_text("precious")
+    with pytest.raises(OutputExists):
+        fuse_run(shell_run, tmp_path / "mine")
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+    assert (tmp_path / "mine/file").read_text() == "precious"
+
+
+def run_cli(*arguments, **kw):
+    command = [sys.executable, "-m", "mlxtune", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **kw)
+
+
+def test_eval_prints_json(shell_run):
+    result = run_cli("eval", shell_run, "--limit", 2, "--json")
+    value = json.loads(result.stdout)
+    assert value["records"] == 2 and len(value["answers"]) == 2
+    assert set(value["base"]) == {"held_out_loss", "exact_match"}
+
+
+def test_chat_answers_a_run_and_a_file(shell_run):
+    question = ["-p", "Show the current date", "--max-tokens", "8"]
+    tuned = run_cli("chat", shell_run, *question)
+    assert tuned.returncode == 0 and tuned.stdout.strip()
+    several = run_cli(
+        "chat", shell_run, "--max-tokens", 8, input="Show the date\nand the time\n\nlist files\n"
+    )
+    assert len(several.stdout.strip().splitlines()) >= 3
+
+
+def test_export_names_the_commands(shell_run, tmp_path):
+    result = run_cli("export", shell_run, "-o", tmp_path / "out", "--quantize", "q8_0")
+    assert result.returncode == 0
+    for word in ("ollama create shell", "llama-cli -m", "mistralrs run -f"):
+        assert word in result.stdout
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "model.gguf", "Modelfile", "README.md",
+    }  # fmt: skip
+    modelfile = (tmp_path / "out/Modelfile").read_text()
+    assert modelfile.startswith("FROM ./model.gguf\n")
+    assert 'PARAMETER stop "<|im_end|>"' in modelfile

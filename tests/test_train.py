@@ -1,0 +1,333 @@
+"""Training for real: it learns, it stops, it goes on exactly, it says when it can't."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import mlx.core as mx
+import pytest
+from conftest import SHELL_HELDOUT, SHELL_TRAIN, SMOLLM2, write_jsonl
+
+from mlxtune.adapters.store import load_arrays
+from mlxtune.errors import OutputExists, RecipeError, RunError, TrainingDiverged
+from mlxtune.recipe.load import parse_recipe
+from mlxtune.train.loop import Interrupted
+from mlxtune.train.metrics import Silent
+from mlxtune.train.run import Run
+from mlxtune.train.session import fine_tune
+
+REPORT_KEYS = {
+    "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens",
+    "examples", "tokens_per_second", "examples_per_second", "peak_memory_bytes", "seconds",
+}  # fmt: skip
+
+
+def recipe(data, **sections):
+    values = {
+        "name": "t",
+        "model": {"path": SMOLLM2},
+        # Few and narrow adapters on the last blocks: a step takes half a second.
+        "lora": {"rank": 4, "layers": 2, "target_modules": ["q_proj", "down_proj"]},
+        "data": [{"path": str(data)}],
+        "train": {"batch_size": 4, "max_steps": 6, "learning_rate": 1e-3},
+        "log": {"steps": 1},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
+    return parse_recipe(values, where="test")
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    lines = SHELL_TRAIN.read_text().splitlines()[::21]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "few.jsonl", map(json.loads, lines))
+
+
+def losses(run):
+    return [entry["loss"] for entry in run.metrics() if "loss" in entry]
+
+
+def adapter(run):
+    return load_arrays(run.adapter / "adapters.safetensors")
+
+
+def same_arrays(a, b):
+    return a.keys() == b.keys() and all(mx.array_equal(a[k], b[k]).item() for k in a)
+
+
+def test_a_run_learns_and_leaves_what_the_design_says(shell_run):
+    run = Run.open(shell_run)
+    held_out = [e["held_out_loss"] for e in run.metrics() if "held_out_loss" in e]
+    assert held_out[-1] < 0.5 * held_out[0]
+    reports = [e for e in run.metrics() if "loss" in e]
+    assert [e["step"] for e in reports] == [8, 16, 24]
+    assert all(e.keys() == REPORT_KEYS for e in reports)
+    assert reports[-1]["examples"] == 24 * 16
+    status = run.status()
+    assert status["status"] == "finished"
+    assert set(status) >= {"versions", "device", "hashes", "seed"}
+    names = {p.name for p in shell_run.iterdir()}
+    assert names >= {"recipe.toml", "run.json", "metrics.jsonl", "checkpoints", "adapter"}
+    assert run.recipe().train.max_steps == 24
+
+
+def test_packed_and_padded_batches_train_alike(few, tmp_path):
+    packed = fine_tune(recipe(few), tmp_path / "packed", Silent())
+    padded = fine_tune(recipe(few, train={"packing": False}), tmp_path / "padded", Silent())
+    assert losses(packed) == pytest.approx(losses(padded), rel=1e-4)
+
+
+def test_accumulation_is_the_same_mathematics(few, tmp_path):
+    whole = fine_tune(recipe(few, train={"max_steps": 3}), tmp_path / "whole", Silent())
+    parts = {"max_steps": 3, "batch_size": 1, "gradient_accumulation_steps": 4}
+    parted = fine_tune(recipe(few, train=parts), tmp_path / "parted", Silent())
+    assert losses(whole) == pytest.approx(losses(parted), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lora": {"dropout": 0.5}},
+        {"lora": {"rslora": True}},
+        {"lora": {"layers": 1}},
+        {"train": {"lr_scheduler": "constant"}},
+        {"train": {"lr_scheduler": "linear"}},
+        {"train": {"warmup_ratio": 0.5}},
+        {"train": {"weight_decay": 0.5}},
+        {"train": {"max_grad_norm": 0.01}},
+        {"seed": 1},
+    ],
+    ids=str,
+)
+def test_each_option_has_an_effect(change, few, tmp_path, plain_adapter):
+    other = fine_tune(recipe(few, **change), tmp_path / "other", Silent())
+    assert not same_arrays(adapter(other), plain_adapter)
+
+
+@pytest.fixture(scope="module")
+def plain_adapter(few, tmp_path_factory):
+    run = fine_tune(recipe(few), tmp_path_factory.mktemp("plain") / "run", Silent())
+    return adapter(run)
+
+
+def test_the_same_recipe_gives_the_same_bits(few, tmp_path, plain_adapter):
+    again = fine_tune(recipe(few), tmp_path / "again", Silent())
+    assert same_arrays(adapter(again), plain_adapter)
+
+
+def test_gradient_checkpointing_changes_nothing(few, tmp_path, plain_adapter):
+    run = fine_tune(recipe(few, train={"gradient_checkpointing": True}), tmp_path / "run", Silent())
+    got = adapter(run)
+    for name, want in plain_adapter.items():
+        assert mx.allclose(got[name], want, rtol=1e-3, atol=1e-5).item(), name
+
+
+class StopAt(Silent):
+    """Presses Ctrl-C when a step is done."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def stepped(self, step):
+        if step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_interrupted_and_resumed_is_the_uninterrupted_run(few, tmp_path):
+    settings = recipe(
+        few, lora={"dropout": 0.1}, checkpoint={"steps": 2}, eval={"path": str(few), "steps": 3}
+    )
+    straight = fine_tune(settings, tmp_path / "straight", Silent())
+    with pytest.raises(Interrupted):
+        fine_tune(settings, tmp_path / "stopped", StopAt(3))
+    stopped = Run.open(tmp_path / "stopped")
+    assert stopped.status()["status"] == "interrupted"
+    with pytest.raises(RunError, match="no adapter yet"):
+        stopped.finished_adapter()
+    fine_tune(settings, tmp_path / "stopped", Silent(), resume=True)
+    assert losses(stopped) == losses(straight)
+    assert same_arrays(adapter(stopped), adapter(straight))
+    assert [p.name for p in sorted(stopped.checkpoints.iterdir())] == ["step-4", "step-6"]
+
+
+def test_killed_and_resumed_is_the_uninterrupted_run(few, tmp_path):
+    path = tmp_path / "killed"
+    settings = recipe(few, checkpoint={"steps": 1}, lora={"dropout": 0.1})
+    from mlxtune.recipe.load import dump_recipe
+
+    file = tmp_path / "t.toml"
+    file.write_text(dump_recipe(settings))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlxtune", "lora", str(file), "-o", str(path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (path / "checkpoints/step-2").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    run = fine_tune(settings, path, Silent(), resume=True)
+    straight = fine_tune(settings, tmp_path / "straight", Silent())
+    assert losses(run) == losses(straight)
+    assert same_arrays(adapter(run), adapter(straight))
+
+
+def test_resuming_with_another_recipe_or_other_data_is_refused(few, tmp_path):
+    data = write_jsonl(tmp_path / "d.jsonl", [json.loads(x) for x in few.read_text().splitlines()])
+    with pytest.raises(Interrupted):
+        fine_tune(recipe(data), tmp_path / "run", StopAt(1))
+    with pytest.raises(RecipeError, match=r"lora\.rank was 4 and is 8"):
+        fine_tune(recipe(data, lora={"rank": 8}), tmp_path / "run", Silent(), resume=True)
+    write_jsonl(data, [{"prompt": "a", "completion": "b"}])
+    with pytest.raises(RunError, match=r"d\.jsonl has changed"):
+        fine_tune(recipe(data), tmp_path / "run", Silent(), resume=True)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(few, tmp_path):
+    with pytest.raises(TrainingDiverged, match=r"at step \d+, on records \d+, ") as caught:
+        fine_tune(
+            recipe(
+                few,
+                train={"learning_rate": 1e30, "max_grad_norm": 0.0, "max_steps": 20},
+                checkpoint={"steps": 1},
+            ),
+            tmp_path / "run",
+            Silent(),
+        )
+    assert "last good checkpoint" in caught.value.remedy
+    assert Run.open(tmp_path / "run").status()["status"] == "failed"
+
+
+def test_an_existing_run_is_kept_unless_told_otherwise(few, tmp_path):
+    settings = recipe(few, train={"max_steps": 1})
+    fine_tune(settings, tmp_path / "run", Silent())
+    with pytest.raises(OutputExists):
+        fine_tune(settings, tmp_path / "run", Silent())
+    with pytest.raises(RunError, match="finished"):
+        fine_tune(settings, tmp_path / "run", Silent(), resume=True)
+    fine_tune(settings, tmp_path / "run", Silent(), overwrite=True)
+
+
+def test_val_size_holds_records_out(few, tmp_path):
+    run = fine_tune(
+        recipe(few, train={"max_steps": 2}, eval={"val_size": 0.25}), tmp_path / "run", Silent()
+    )
+    assert sum("held_out_loss" in e for e in run.metrics()) == 2
+    assert run.best_adapter.is_dir()
+
+
+def test_quantize_packs_while_loading(few, tmp_path):
+    # The file's own packing is expanded into a folder first, so that there is something
+    # to pack.
+    from mlxtune.fuse import save_model
+    from mlxtune.layers.quantized import QuantizedLinear
+    from mlxtune.recipe.schema import ModelSection
+    from mlxtune.train.session import load_base
+
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    save_model(folder, load_base(ModelSection(path=SMOLLM2)), "float16")
+    packed = load_base(ModelSection(path=str(folder), quantize=4))
+    layer = packed.model.model.layers[0].mlp.up_proj
+    assert isinstance(layer, QuantizedLinear) and layer.bits == 4
+    run = fine_tune(
+        recipe(few, model={"path": str(folder), "quantize": 4}), tmp_path / "run", Silent()
+    )
+    assert losses(run)[-1] < losses(run)[0] * 1.5
+
+
+def test_real_pairs_lower_the_held_out_loss(nl2bash, tmp_path):
+    lines = nl2bash.read_text().splitlines()[:200]
+    data = write_jsonl(tmp_path / "pairs.jsonl", map(json.loads, lines))
+    run = fine_tune(
+        recipe(data, train={"max_steps": 8}, eval={"val_size": 24}), tmp_path / "run", Silent()
+    )
+    held_out = [e["held_out_loss"] for e in run.metrics() if "held_out_loss" in e]
+    assert held_out[-1] < held_out[0]
+
+
+def test_the_cli_stops_on_ctrl_c_with_130_and_says_how_to_go_on(few, tmp_path):
+    file = tmp_path / "t.toml"
+    from mlxtune.recipe.load import dump_recipe
+
+    file.write_text(dump_recipe(recipe(few, train={"max_steps": 500})))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlxtune", "lora", str(file), "-o", str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in errors and "Traceback" not in errors
+
+
+def test_held_out_file_is_read_with_the_recipe(few, tmp_path):
+    run = fine_tune(
+        recipe(few, train={"max_steps": 1}, eval={"path": str(SHELL_HELDOUT)}),
+        tmp_path / "run",
+        Silent(),
+    )
+    assert str(SHELL_HELDOUT) in run.status()["hashes"]
+
+
+def test_dequantize_expands_a_packed_model_and_trains_alike(few, tmp_path, plain_adapter):
+    import mlx.nn as nn
+
+    from mlxtune.recipe.schema import ModelSection
+    from mlxtune.train.session import load_base
+
+    expanded = load_base(ModelSection(path=SMOLLM2, dequantize=True))
+    assert type(expanded.model.model.layers[0].mlp.up_proj) is nn.Linear
+    run = fine_tune(recipe(few, model={"dequantize": True}), tmp_path / "run", Silent())
+    got = adapter(run)
+    for name, want in plain_adapter.items():
+        assert mx.allclose(got[name], want, rtol=1e-3, atol=1e-5).item(), name
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_compiled_step_is_the_plain_step(accumulation):
+    import mlx.optimizers
+    import numpy as np
+    from conftest import tiny_llama
+
+    from mlxtune.data.batches import Plan
+    from mlxtune.data.render import Sample
+    from mlxtune.layers.inject import add_lora, projections
+    from mlxtune.models.packed import enable_packs
+    from mlxtune.train.step import TrainStep
+
+    generator = np.random.default_rng(0)
+    samples = [
+        Sample(
+            np.concatenate([np.arange(1, 11), generator.integers(1, 100, n)]).astype(np.int32),
+            np.array([0] * 12 + [1] * (n - 2), np.float32),
+            n,
+        )
+        for n in (5, 9, 14, 7)
+    ]
+    results = []
+    for compiled in (False, True):
+        model = tiny_llama()
+        mx.random.seed(1)
+        add_lora(model, projections(model), rank=2, scale=2.0, dropout=0.1)
+        enable_packs(model)
+        optimizer = mlx.optimizers.SGD(0.1)
+        optimizer.init(model.trainable_parameters())
+        step = TrainStep(model, optimizer, max_grad_norm=1.0, compiled=compiled)
+        model.train()
+        plan = Plan(samples, 4 // accumulation, accumulation, 0, packing=True)
+        losses = [step(batches, 0.1).loss.item() for batches in plan.steps(0, 4)]
+        results.append(losses)
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
