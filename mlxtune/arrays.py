@@ -19,6 +19,13 @@ def flat(tree: Any) -> dict[str, mx.array]:
     return {path: leaf for path, leaf in leaves if isinstance(leaf, mx.array)}
 
 
-def random_state() -> list[mx.array]:
-    """MLX's random state: a list that may be changed in place."""
-    return cast(list[mx.array], mx.random.state)
+def random_key() -> mx.array:
+    """MLX's random state: uint32 (2,)."""
+    return cast(list[mx.array], mx.random.state)[0]
+
+
+def set_random_key(key: mx.array) -> None:
+    """Put MLX's random state back to a value of `random_key`."""
+    # The state itself cannot be assigned; a seed's two halves are its key.
+    high, low = cast(list[int], key.tolist())
+    mx.random.seed((high << 32) | low)

@@ -18,14 +18,16 @@ from typing import Any, BinaryIO
 
 from mlxtune.errors import OutputExists, StorageError
 
-_STORAGE_ERRNOS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
+# The disk has no room for a write, or the path cannot be written to at all.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = _FULL | {
     errno.EROFS,
     errno.EACCES,
     errno.EPERM,
     errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
 }
 
 
@@ -36,9 +38,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         StorageError: the disk is full or refuses the write.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with _storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _beside(path, "partial")
+    with storage_errors(path), _parents_of(path):
         try:
             with temporary.open("wb") as handle:
                 yield handle
@@ -54,39 +55,100 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    path: Path, *, overwrite: bool = False, marker: str | None = None
+) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block succeeds.
 
-    With `overwrite` an existing folder is replaced, and only after the new one is whole.
+    An empty folder at `path` counts as nothing.
+
+    Args:
+        path: the folder to be.
+        overwrite: replace what is at `path`, once the new folder is whole.
+        marker: with `overwrite`, a file that what is replaced must hold; so that a
+            slip of the hand does not replace a home folder by a model.
 
     Raises:
-        OutputExists: `path` exists and `overwrite` is false.
+        OutputExists: `path` exists and may not be replaced.
         StorageError: the disk is full or refuses the write.
     """
-    if path.exists() and not overwrite:
+    _require_free(path, overwrite, marker)
+    temporary, replaced = _beside(path, "partial"), _beside(path, "replaced")
+    try:
+        with storage_errors(path), _parents_of(path):
+            _remove(temporary)
+            temporary.mkdir()
+            try:
+                yield temporary
+                for file in temporary.rglob("*"):
+                    if file.is_file():
+                        _sync(file)
+                # Something may have appeared there while the block ran.
+                _require_free(path, overwrite, marker)
+                if path.exists() or path.is_symlink():
+                    path.rename(replaced)
+                try:
+                    temporary.rename(path)
+                except BaseException:
+                    if replaced.exists() or replaced.is_symlink():
+                        replaced.rename(path)
+                    raise
+                _remove(replaced)
+            finally:
+                _remove(temporary)
+            _sync_folder(path.parent)
+    except StorageError as error:
+        # A file inside knows the temporary name only.
+        raise StorageError(error.what, where=str(path), remedy=error.remedy) from error
+
+
+def _beside(path: Path, kind: str) -> Path:
+    """A name in the same folder that nobody else uses; `.` has a name too."""
+    path = path.absolute()
+    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+
+
+def _require_free(path: Path, overwrite: bool, marker: str | None) -> None:
+    if not (path.exists() or path.is_symlink()):
+        return
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if not overwrite:
         raise OutputExists(
-            "this folder exists already; nothing was written",
+            "this exists already; nothing was written",
             where=str(path),
             remedy="choose another place with --output, or pass --overwrite to replace it",
         )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced")
-    with _storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            temporary.mkdir()
-            yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    _sync(file)
-            if path.exists():
-                path.rename(replaced)
-            temporary.rename(path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(replaced, ignore_errors=True)
-        _sync_folder(path.parent)
+    if marker is not None and not (path / marker).is_file():
+        raise OutputExists(
+            f"this exists and is nothing that this command wrote (it has no {marker}), so it is "
+            "not replaced",
+            where=str(path),
+            remedy="choose another place with --output, or remove it yourself",
+        )
+
+
+@contextmanager
+def _parents_of(path: Path) -> Iterator[None]:
+    """Make the folders above `path`; those that were missing go again on failure."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, link or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -107,11 +169,19 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to write `path` into a `StorageError`.
+
+    Errors about other files, such as one that is read in the block, pass through.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in _STORAGE_ERRNOS:
+        ours = error.filename is None
+        if not ours:
+            named, place = Path(os.fsdecode(error.filename)).absolute(), path.absolute()
+            ours = place.parent in named.parents or named in place.parents
+        if error.errno not in (_REFUSED if ours else _FULL):
             raise
         raise StorageError(
             f"could not write: {error.strerror or error}",

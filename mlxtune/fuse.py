@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 from mlxtune.arrays import scalar
 from mlxtune.data.render import Renderer
+from mlxtune.errors import OutputExists
 from mlxtune.files import atomic_folder, write_json
 from mlxtune.layers.dense import dense_tensors
 from mlxtune.models.load import DTYPES, LoadedModel, load_model
@@ -64,7 +65,8 @@ def fuse_run(
         RunError: there is no finished run.
         OutputExists, StorageError: nothing was written.
     """
-    with atomic_folder(output, overwrite=overwrite) as folder:
+    require_outside(output, path)
+    with atomic_folder(output, overwrite=overwrite, marker=REPORT) as folder:
         run, live = open_run(path, for_inference=False)
         corpus = read_corpus(run.recipe())
         renderer = Renderer(live.tokenizer)
@@ -92,6 +94,20 @@ def fuse_run(
     return report
 
 
+def require_outside(output: Path, run: Path) -> None:
+    """Refuse an output folder that is the run itself or holds it.
+
+    Raises:
+        OutputExists: it is.
+    """
+    if output.resolve() in (run.resolve(), *run.resolve().parents):
+        raise OutputExists(
+            "the run itself is in there, so it cannot be written to",
+            where=str(output),
+            remedy="choose another place with --output",
+        )
+
+
 def save_model(folder: Path, model: LoadedModel, dtype: str) -> None:
     """Write a model, adapter fused in, as config, safetensors and tokenizer files.
 
@@ -100,6 +116,9 @@ def save_model(folder: Path, model: LoadedModel, dtype: str) -> None:
         model: with or without adapter.
         dtype: `float32`, `float16` or `bfloat16`.
     """
+    # Small files first: if the disk fills up, it is at a file that we write ourselves.
+    model.tokenizer.save_pretrained(str(folder))
+    write_json(folder / "config.json", _config(model.config, dtype))
     shards: list[dict[str, mx.array]] = [{}]
     sizes = [0]
     index: dict[str, int] = {}
@@ -124,8 +143,6 @@ def save_model(folder: Path, model: LoadedModel, dtype: str) -> None:
         index[tensor.name] = len(shards) - 1
     flush()
     _name_shards(folder, temporary, index, sizes)
-    write_json(folder / "config.json", _config(model.config, dtype))
-    model.tokenizer.save_pretrained(str(folder))
 
 
 def _name_shards(folder: Path, temporary: str, index: dict[str, int], sizes: list[int]) -> None:

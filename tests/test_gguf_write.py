@@ -228,6 +228,19 @@ def test_the_gguf_package_reads_what_is_written(tmp_path, file_type):
         assert tensor.tensor_type == (Type.F32 if len(shape) == 1 else kind)
 
 
+def test_rows_of_q_and_k_are_stored_as_llama_cpp_permutes_them(tmp_path):
+    parameters = export(tmp_path / "tiny.gguf", tiny_llama(), "f16")
+    heads = {"q_proj": 4, "k_proj": 2}
+    for tensor in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors:
+        name = to_hf_name(tensor.name)
+        want = np.array(parameters[name]).astype(tensor.data.dtype)
+        if count := heads.get(name.split(".")[-2]):
+            # llama.cpp, convert_hf_to_gguf.py: LlamaModel.permute
+            halves = want.reshape(count, 2, want.shape[0] // count // 2, *want.shape[1:])
+            want = halves.swapaxes(1, 2).reshape(want.shape)
+        assert np.array_equal(tensor.data, want), name
+
+
 def test_rows_that_do_not_divide_into_blocks_are_written_as_float16(tmp_path):
     export(tmp_path / "tiny.gguf", tiny_llama(dims=48), "q8_0")
     for tensor in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors:

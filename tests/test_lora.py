@@ -224,6 +224,11 @@ def test_layers_takes_the_last_blocks():
         targets("v_proj", layers=3)
 
 
+def test_names_and_layers_that_leave_nothing_to_adapt_are_refused():
+    with pytest.raises(TargetError):
+        targets("0.self_attn.v_proj", layers=1)
+
+
 @pytest.mark.parametrize("name", ["q_prj", "attn.q_proj", "proj", "lm_head"])
 def test_a_name_that_matches_nothing_is_refused_with_the_names_there_are(name):
     with pytest.raises(TargetError) as caught:

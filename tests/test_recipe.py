@@ -198,6 +198,8 @@ def test_the_default_preset_says_what_the_defaults_are(tmp_path):
     written = load_recipe(tmp_path / "recipe.toml").model_dump()
     chosen = {"name": written["name"], "data": written["data"]}
     chosen["model"] = DEFAULTS["model"] | {"path": written["model"]["path"]}
+    # The one deviation, which the file's first line announces.
+    chosen["eval"] = DEFAULTS["eval"] | {"val_size": 0.05}
     assert written == DEFAULTS | chosen
     assert [source["format"] for source in written["data"]] == ["auto"]
 

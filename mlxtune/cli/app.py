@@ -89,9 +89,9 @@ def lora(
     """Train an adapter as a recipe says: LoRA, or QLoRA on a packed model."""
     from mlxtune.recipe.load import load_recipe
 
-    checked = load_recipe(recipe, overrides)
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
+    checked = load_recipe(recipe, overrides)
     _prepare()
     from mlxtune.cli.display import training_display
     from mlxtune.train.session import fine_tune

@@ -92,7 +92,9 @@ def _parse_messages(record: Record, where: str) -> Conversation:
     messages = record.get("messages")
     if not isinstance(messages, list) or not messages:
         raise DataError(
-            f"'messages' must be a list of messages; this is {_kind(messages)}", where=where
+            "'messages' must be a list with messages in it; this is "
+            + ("empty" if messages == [] else _kind(messages)),
+            where=where,
         )
     turns = []
     for number, message in enumerate(messages, start=1):
@@ -143,6 +145,12 @@ def _text(record: Record, key: str, where: str, *, may_be_empty: bool = False) -
         raise DataError(f"{what}; it must be a string", where=where)
     if not value.strip() and not may_be_empty:
         raise DataError(f"{key!r} is empty", where=where)
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise DataError(
+            f"{key!r} holds half a character (a lone surrogate such as \\ud83c)",
+            where=where,
+            remedy="write the file as UTF-8 from whole strings",
+        )
     return value
 
 

@@ -8,6 +8,7 @@ does not extend its own prefixes is refused, never masked by guess.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,11 @@ class Renderer:
                 "the model's tokenizer is not a fast one: it gives no character offsets",
                 remedy="use a copy of the model that has tokenizer.json",
             )
+        if core.truncation or core.padding:
+            # Settings saved with a tokenizer that would cut records or fill them up.
+            core = copy.deepcopy(core)
+            core.no_truncation()
+            core.no_padding()
         self._tokenizer = tokenizer
         self._core = core
         self._max_seq_length = max_seq_length
@@ -110,6 +116,13 @@ class Renderer:
         weights = np.zeros(len(tokens), np.float32)
         for start, end in spans:
             weights[self._tokens_of(tokens, offsets, start, end, where)] = 1
+        if not weights[1:].any():
+            raise DataError(
+                "the chat template leaves out what was to be trained: no token of this record "
+                "carries weight",
+                where=where,
+                remedy="set model.chat_template to a template that writes assistant turns",
+            )
         if self._max_seq_length is not None and len(tokens) > self._max_seq_length:
             raise DataError(
                 f"this record has {len(tokens)} tokens, more than train.max_seq_length = "
@@ -124,9 +137,23 @@ class Renderer:
         for number, turn in enumerate(conversation.turns):
             if not turn.train:
                 continue
+            if number == 0:
+                raise DataError(
+                    "the conversation begins with its answer: nothing was asked",
+                    where=conversation.where,
+                    remedy="put a message of role 'user' or 'system' first",
+                )
             before = self.text(conversation.turns[:number], ask=True)
             upto = self.text(conversation.turns[: number + 1])
-            if not (full.startswith(upto) and upto.startswith(before)):
+            if not upto.startswith(before):
+                raise DataError(
+                    "the chat template asks for an answer in other words than it writes one "
+                    f"(turn {number + 1}), so where the answer begins cannot be told",
+                    where=conversation.where,
+                    remedy="set model.chat_template to a template whose generation prompt is the "
+                    "beginning of an assistant turn",
+                )
+            if not full.startswith(upto):
                 raise DataError(
                     f"the chat template rewrites earlier turns, so where turn {number + 1} "
                     "begins and ends in the text cannot be told",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jsonlines
@@ -22,10 +24,10 @@ def read_conversations(path: Path, *, format: str = "auto") -> list[Conversation
             record; names the line.
     """
     try:
-        with path.open(encoding="utf-8-sig") as lines:
+        with path.open("rb") as lines:
             conversations = [
                 parse_record(_decode(line, where), format=format, where=where)
-                for number, line in enumerate(lines, start=1)
+                for number, line in enumerate(_without_mark(lines), start=1)
                 if line.strip() and (where := f"{path}:{number}")
             ]
     except FileNotFoundError:
@@ -36,17 +38,27 @@ def read_conversations(path: Path, *, format: str = "auto") -> list[Conversation
         ) from None
     except IsADirectoryError:
         raise DataError("this is a folder; a JSONL file was expected", where=str(path)) from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"the file is not UTF-8 text: {error.reason}", where=str(path)) from None
+    except OSError as error:
+        raise DataError(f"the file cannot be read: {error.strerror}", where=str(path)) from None
     if not conversations:
         raise DataError("the file has no records", where=str(path))
     return conversations
 
 
-def _decode(line: str, where: str) -> object:
+def _without_mark(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines without the byte-order mark that files from Windows begin with."""
+    for number, line in enumerate(lines):
+        yield line if number else line.removeprefix(codecs.BOM_UTF8)
+
+
+def _decode(line: bytes, where: str) -> object:
     try:
-        with jsonlines.Reader([line]) as reader:
-            return reader.read()
+        with jsonlines.Reader([line.decode()]) as reader:
+            return reader.read(allow_none=True)
+    except UnicodeDecodeError as error:
+        raise DataError(f"this line is not UTF-8 text: {error.reason}", where=where) from None
+    except RecursionError:
+        raise DataError("this line is not JSON: it is nested too deeply", where=where) from None
     except jsonlines.InvalidLineError as error:
         reason = str(error.__cause__ or error)
         raise DataError(

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from mlxtune.data.render import Renderer
 from mlxtune.export.modelfile import modelfile
 from mlxtune.files import atomic_folder, write_text
+from mlxtune.fuse import require_outside
 from mlxtune.gguf.architectures import for_config
 from mlxtune.gguf.tokenizer import tokenizer_metadata
 from mlxtune.gguf.writer import SourceTensor, write_gguf
@@ -60,10 +61,12 @@ def export_run(
     recipe = run.recipe()
     file_type = file_type or recipe.export.quantize
     folder = output or path / "export" / file_type
+    require_outside(folder, path)
     for_config(model.config)
     tokenizer = tokenizer_metadata(model.tokenizer._tokenizer, int(model.config["vocab_size"]))
     commands = run_commands(folder, recipe.name)
-    with atomic_folder(folder, overwrite=overwrite) as temporary:
+    card = model_card(run, recipe, model, file_type, commands)
+    with atomic_folder(folder, overwrite=overwrite, marker=GGUF) as temporary:
         write_gguf(
             temporary / GGUF,
             config=model.config,
@@ -74,7 +77,7 @@ def export_run(
         )
         renderer = Renderer(model.tokenizer)
         write_text(temporary / MODELFILE, modelfile(renderer, model.tokenizer))
-        write_text(temporary / CARD, model_card(run, recipe, model, file_type, commands))
+        write_text(temporary / CARD, card)
     return Bundle(folder, file_type, (folder / GGUF).stat().st_size, commands)
 
 
@@ -123,7 +126,8 @@ def model_card(
         lines.append(f"| held-out loss | {held_out[0]:.4f} before, {held_out[-1]:.4f} after |")
     lines += ["", "## How to run it", ""]
     lines += [f"- {runtime}: `{command}`" for runtime, command in commands.items()]
-    lines += ["", f"Made with mlxtune {run.status()['versions']['mlxtune']}."]
+    made_with = run.status().get("versions", {}).get("mlxtune", "of an unknown version")
+    lines += ["", f"Made with mlxtune {made_with}."]
     return "\n".join(lines) + "\n"
 
 

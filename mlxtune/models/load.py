@@ -111,9 +111,14 @@ def _from_folder(source: ModelSource) -> tuple[nn.Module, TokenizerWrapper, dict
     try:
         model, config = mlx_lm.utils.load_model(path, lazy=True)
         tokenizer = mlx_lm.utils.load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
-    except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
-        # What mlx-lm and transformers raise for a folder they cannot make sense of.
-        raise ModelError(f"the model cannot be loaded: {error}", where=str(path)) from error
+    except Exception as error:
+        # mlx-lm and transformers raise all sorts for a folder they cannot make sense of.
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"the model cannot be loaded: {type(error).__name__}: {reason[:300]}",
+            where=str(path),
+            remedy="download it again; --debug shows where it failed",
+        ) from error
     return model, tokenizer, config
 
 

@@ -47,9 +47,15 @@ def resolve_model(name: str, *, revision: str | None = None) -> ModelSource:
     Raises:
         ModelError: nothing is found there.
     """
+    path = Path(name).expanduser()
+    if revision is not None and (name.startswith("pkg:") or path.exists()):
+        raise ModelError(
+            "only models of the hub have revisions; this one is on this machine",
+            where="model.revision",
+            remedy="leave it out",
+        )
     if name.startswith("pkg:"):
         return ModelSource(name, _in_package(name))
-    path = Path(name).expanduser()
     if path.is_dir():
         _require_config(path)
         return ModelSource(name, path)

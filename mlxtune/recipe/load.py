@@ -80,7 +80,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: with all that is wrong in `problems`.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise RecipeError(
             "there is no such recipe",
@@ -108,7 +108,7 @@ def parse_recipe(values: dict[str, Any], *, where: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        problems = tuple(_problem(detail) for detail in error.errors(include_url=False))
+        problems = tuple(map(_problem, _causes(error.errors(include_url=False))))
     count = "one thing is" if len(problems) == 1 else f"{len(problems)} things are"
     raise RecipeError(f"{count} wrong in this recipe", where=where, problems=problems)
 
@@ -127,8 +127,10 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _assignment(key: str, value: Any) -> str:
-    # A JSON string, number, boolean or list of strings is the same in TOML.
-    return f"{key} = {json.dumps(list(value) if isinstance(value, tuple) else value)}"
+    # A JSON string, number, boolean or list of strings is the same in TOML, but that TOML
+    # has no surrogate pairs and wants DEL escaped.
+    plain = list(value) if isinstance(value, tuple) else value
+    return f"{key} = {json.dumps(plain, ensure_ascii=False)}".replace("\x7f", "\\u007f")
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -141,9 +143,11 @@ def _override(values: dict[str, Any], override: str) -> None:
             remedy="for example --set train.learning_rate=1e-4",
         )
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        value = text.strip()
+        parsed = {"value": text.strip()}
+    if parsed.keys() != {"value"}:
+        raise RecipeError(f"{override!r} sets more than one key", where="--set")
     table: Any = values
     for part in parts[:-1]:
         table = table.setdefault(part, {})
@@ -153,7 +157,29 @@ def _override(values: dict[str, Any], override: str) -> None:
             raise RecipeError(
                 f"{part!r} is no single table, so {key!r} cannot be set", where="--set"
             )
-    table[parts[-1]] = value
+    table[parts[-1]] = parsed["value"]
+
+
+def _causes(details: list[Any]) -> list[Any]:
+    """Errors without those that only follow: a wrong item makes its list too short."""
+    places = [detail["loc"] for detail in details]
+    return [
+        detail
+        for detail in details
+        if not any(
+            place != detail["loc"] and place[: len(detail["loc"])] == detail["loc"]
+            for place in places
+        )
+    ]
+
+
+# What pydantic says in Python's words.
+_IN_TOML_WORDS = {
+    "model_type": "should be a table",
+    "dict_type": "should be a table",
+    "tuple_type": "should be a list",
+    "too_short": "should not be empty",
+}
 
 
 def _problem(detail: Any) -> MlxtuneError:
@@ -166,7 +192,7 @@ def _problem(detail: Any) -> MlxtuneError:
         return MlxtuneError("unknown key", where=where, remedy=_suggest(location))
     if detail["type"] == "missing":
         return MlxtuneError("is missing", where=where)
-    message = str(detail["msg"]).removeprefix("Value error, ")
+    message = _IN_TOML_WORDS.get(detail["type"], str(detail["msg"]).removeprefix("Value error, "))
     return MlxtuneError(
         f"{message[0].lower()}{message[1:]} (it is {detail['input']!r})", where=where
     )

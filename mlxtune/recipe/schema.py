@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 # Strict: a quoted number is a mistake to be told about, not to be guessed at.
-_CONFIG = ConfigDict(frozen=True, extra="forbid", strict=True)
+_CONFIG = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
@@ -100,6 +100,12 @@ class EvalSection(Section):
         if value >= 1 and value != int(value):
             raise ValueError("is a share below 1 or a whole number of records")
         return value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> EvalSection:
+        if self.path is not None and self.val_size:
+            raise ValueError("path and val_size exclude each other")
+        return self
 
 
 class CheckpointSection(Section):

@@ -18,7 +18,7 @@ from mlxtune.adapters.store import (
     save_arrays,
     set_adapter_arrays,
 )
-from mlxtune.arrays import flat, random_state
+from mlxtune.arrays import flat, random_key, set_random_key
 from mlxtune.errors import RunError
 from mlxtune.files import atomic_folder, write_json
 
@@ -61,7 +61,7 @@ def save_checkpoint(
     with atomic_folder(path, overwrite=True) as temporary:
         save_arrays(temporary / ADAPTER, adapter_arrays(model))
         arrays = {f"optimizer.{name}": a for name, a in flat(optimizer.state).items()}
-        arrays |= {f"random.{i}": key for i, key in enumerate(random_state())}
+        arrays["random"] = random_key()
         save_arrays(temporary / OPTIMIZER, arrays)
         write_json(temporary / STATE, asdict(progress))
     for old in checkpoints(folder)[:-keep]:
@@ -88,8 +88,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: mlx.optimizers.Opti
         if name.startswith("optimizer.")
     }
     optimizer.state = tree_unflatten(list(state.items()))
-    for index in range(len(random_state())):
-        random_state()[index] = arrays[f"random.{index}"]
+    set_random_key(arrays["random"])
     return progress
 
 

@@ -11,14 +11,13 @@ adapter-best/   the adapter with the lowest held-out loss
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlxtune.errors import OutputExists, RecipeError, RunError
-from mlxtune.files import write_json, write_text
+from mlxtune.files import atomic_folder, storage_errors, write_json, write_text
 from mlxtune.recipe.load import dump_recipe, load_recipe
 from mlxtune.recipe.schema import Recipe
 
@@ -44,28 +43,33 @@ class Run:
         Raises:
             OutputExists: the folder exists and `overwrite` is false, or it exists and is
                 no run, which is never overwritten.
+            StorageError: the disk refuses the write; a run that was there still is.
         """
-        run = cls(path)
-        if path.exists():
-            is_run = (path / STATUS).is_file()
-            if not is_run and any(path.iterdir() if path.is_dir() else [path]):
-                raise OutputExists(
-                    "this exists already and is not a run; nothing was written",
-                    where=str(path),
-                    remedy="choose another place with --output",
-                )
-            if is_run and not overwrite:
-                raise OutputExists(
-                    "this run exists already; nothing was written",
-                    where=str(path),
-                    remedy="go on with it by --resume, replace it by --overwrite, or give the "
-                    "recipe another name",
-                )
-            shutil.rmtree(path)
-        path.mkdir(parents=True)
-        write_text(path / RECIPE, dump_recipe(recipe))
-        run.write_status(status="running", **facts)
-        return run
+        with atomic_folder(path, overwrite=overwrite, marker=STATUS) as folder:
+            write_text(folder / RECIPE, dump_recipe(recipe))
+            cls(folder).write_status(status="running", **facts)
+        return cls(path)
+
+    @staticmethod
+    def require_free(path: Path, *, overwrite: bool) -> None:
+        """Say early that `create` would refuse.
+
+        Raises:
+            OutputExists: as `create`.
+        """
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return
+        is_run = (path / STATUS).is_file()
+        if is_run and overwrite:
+            return
+        raise OutputExists(
+            f"this {'run' if is_run else 'place'} exists already; nothing was written",
+            where=str(path),
+            remedy="go on with it by --resume, replace it by --overwrite, or give the recipe "
+            "another name"
+            if is_run
+            else "it is no run, so it is never replaced: choose another place with --output",
+        )
 
     @classmethod
     def open(cls, path: Path) -> Run:
@@ -107,7 +111,7 @@ class Run:
             raise RunError(
                 f"this run has no adapter yet; its status is {self.status()['status']!r}",
                 where=str(self.path),
-                remedy=f"finish it: mlxtune lora {self.path / RECIPE} --resume",
+                remedy=f"finish it: mlxtune lora {self.path / RECIPE} -o {self.path} --resume",
             )
         return self.adapter
 
@@ -136,6 +140,8 @@ class Run:
             raise RunError(
                 f"the run's status cannot be read: {error}", where=str(self.path / STATUS)
             ) from None
+        if not isinstance(value, dict) or "status" not in value:
+            raise RunError("the run's status is damaged", where=str(self.path / STATUS))
         return value
 
     def write_status(self, **changes: Any) -> None:
@@ -145,7 +151,8 @@ class Run:
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl."""
-        with (self.path / METRICS).open("a", encoding="utf-8") as handle:
+        path = self.path / METRICS
+        with storage_errors(path), path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(entry) + "\n")
 
     def metrics(self) -> Iterator[dict[str, Any]]:

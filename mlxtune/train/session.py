@@ -76,8 +76,8 @@ def fine_tune(
     """
     recipe = _with_absolute_paths(recipe)
     run = _resumable(path, recipe) if resume else None
-    if run is None and path.exists() and not overwrite:
-        Run.create(path, recipe, {}, overwrite=False)  # says why not
+    if run is None:
+        Run.require_free(path, overwrite=overwrite)
     corpus = read_corpus(recipe)
     base = load_base(recipe.model)
     renderer = Renderer(base.tokenizer, max_seq_length=recipe.train.max_seq_length)
@@ -199,6 +199,12 @@ def read_corpus(recipe: Recipe) -> Corpus:
         return Corpus(train, read_conversations(Path(recipe.eval.path)))
     size = recipe.eval.val_size
     count = round(size * len(train)) if size < 1 else int(size)
+    if size and not count:
+        raise DataError(
+            f"a share of {size:g} of {len(train)} records is none",
+            where="eval.val_size",
+            remedy="raise it, or leave it out",
+        )
     if count >= len(train):
         raise DataError(
             f"{count} records were to be held out, and there are {len(train)}",
