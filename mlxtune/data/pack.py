@@ -105,9 +105,7 @@ def common_prefix(samples: Sequence[Sample]) -> int:
     """
     if len(samples) < 2:
         return 0
-    limit = min(
-        min(len(s.tokens) - 1, int(np.argmax(s.weights > 0)) or len(s.tokens) - 1) for s in samples
-    )
+    limit = min(int(min([len(s.tokens) - 1, *np.flatnonzero(s.weights)[:1]])) for s in samples)
     first = samples[0].tokens[:limit]
     same = np.ones(limit, bool)
     for sample in samples[1:]:

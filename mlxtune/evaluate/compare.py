@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.nn as nn
-
+from mlxtune.adapters.store import load_adapter
 from mlxtune.data.records import Conversation
 from mlxtune.data.render import Renderer, render_all
 from mlxtune.data.sources import read_conversations
 from mlxtune.errors import DataError, ModelError
 from mlxtune.evaluate.answers import answers
-from mlxtune.layers.inject import lora_layers
+from mlxtune.layers.inject import fuse_lora
 from mlxtune.models.packed import enable_packs
 from mlxtune.train.heldout import held_out_loss
-from mlxtune.train.session import open_run, read_corpus
+from mlxtune.train.run import Run
+from mlxtune.train.session import load_base, read_corpus
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ def compare_run(
         RunError: there is no finished run.
         DataError: there are no held-out records.
     """
-    run, model = open_run(path)
+    run = Run.open(path)
+    adapter = run.finished_adapter()
     recipe = run.recipe()
     held_out = read_conversations(data) if data is not None else read_corpus(recipe).held_out
     if not held_out:
@@ -102,6 +103,7 @@ def compare_run(
             remedy="name a file of records with --data",
         )
     held_out = held_out[:limit]
+    model = load_base(recipe.model, for_inference=True)
     renderer = Renderer(model.tokenizer)
     samples = render_all(renderer, held_out)
     prompts = [renderer.prompt(conversation) for conversation in held_out]
@@ -121,8 +123,12 @@ def compare_run(
         right = _share([a == b for a, b in zip(said, expected, strict=True)])
         return Scores(loss, right), said
 
-    with adapter_off(model.model):
-        base, base_said = score("base")
+    base, base_said = score("base")
+    load_adapter(adapter, model.model)
+    model.model.eval()
+    if model.dtype == "float32":
+        # Nothing is lost, and an answer is a third faster without the adapters' products.
+        fuse_lora(model.model)
     tuned, tuned_said = score("tuned")
     return Comparison(
         run=str(path),
@@ -131,19 +137,6 @@ def compare_run(
         tuned=tuned,
         answers=tuple(map(_answered, held_out, base_said, tuned_said)),
     )
-
-
-@contextmanager
-def adapter_off(model: nn.Module) -> Iterator[None]:
-    """The base model, for a while."""
-    scales = {path: layer.scale for path, layer in lora_layers(model)}
-    for _, layer in lora_layers(model):
-        layer.scale = 0.0
-    try:
-        yield
-    finally:
-        for path, layer in lora_layers(model):
-            layer.scale = scales[path]
 
 
 def _answered(conversation: Conversation, base: str, tuned: str) -> Answered:

@@ -137,12 +137,13 @@ def metadata(entry: Architecture, config: Config) -> dict[str, int | float]:
         ExportError: the config lacks a size, or scales its rotation in a way not
             written yet.
     """
-    if scaling := config.get("rope_scaling"):
+    for key in ("rope_scaling", "rope_parameters"):  # its older and its newer name
+        scaling = config.get(key) or {}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind != "default":
             raise ExportError(
                 f"rope scaling of type {kind!r} cannot be written as GGUF yet",
-                where="config.json: rope_scaling",
+                where=f"config.json: {key}",
             )
     try:
         heads = config["num_attention_heads"]
@@ -188,19 +189,31 @@ def config_from_metadata(entry: Architecture, meta: dict[str, Any], *, tied: boo
             raise ModelError(f"the GGUF's metadata has no {entry.name}.{key}")
         return value
 
-    heads, hidden = get("attention.head_count"), get("embedding_length")
+    def count(key: str, default: Any = None) -> int:
+        value = get(key, default)
+        if not isinstance(value, int) or value < 1:
+            raise ModelError(f"the GGUF's metadata says that {entry.name}.{key} is {value!r}")
+        return value
+
+    scaling = meta.get(f"{entry.name}.rope.scaling.type", "none")
+    if scaling != "none":
+        raise ModelError(
+            f"GGUF files with rope scaling of type {scaling!r} cannot be read yet",
+            remedy="use the model's safetensors folder or hub id",
+        )
+    heads, hidden = count("attention.head_count"), count("embedding_length")
     tokens = meta.get("tokenizer.ggml.tokens", ())
     return {
         "model_type": entry.model_types[0],
         "architectures": [entry.hf_class],
         "hidden_size": hidden,
-        "num_hidden_layers": get("block_count"),
-        "intermediate_size": get("feed_forward_length"),
+        "num_hidden_layers": count("block_count"),
+        "intermediate_size": count("feed_forward_length"),
         "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
-        "head_dim": get("attention.key_length", hidden // heads),
+        "num_key_value_heads": count("attention.head_count_kv", heads),
+        "head_dim": count("attention.key_length", hidden // heads),
         "rms_norm_eps": _shortest(get("attention.layer_norm_rms_epsilon")),
-        "vocab_size": get("vocab_size", len(tokens)),
+        "vocab_size": count("vocab_size", len(tokens)),
         "max_position_embeddings": get("context_length"),
         "rope_theta": _shortest(get("rope.freq_base", 10000.0)),
         "tie_word_embeddings": tied,

@@ -62,7 +62,16 @@ def read_model(file: GGUFFile) -> GGUFModel:
         if hf_name is None:
             raise ModelError(f"the tensor {name} is not part of a plain {entry.name} model")
         path = hf_name.removesuffix(".weight")
-        for suffix, array, bits in _arrays(file, name, hf_name, entry, config):
+        try:
+            arrays = list(_arrays(file, name, hf_name, entry, config))
+        except (ValueError, NotImplementedError) as error:
+            info = file.tensors[name]
+            raise ModelError(
+                f"tensor {name} of type {info.type.name} and shape {info.shape} cannot be read: "
+                f"{error}",
+                where=str(file.path),
+            ) from None
+        for suffix, array, bits in arrays:
             weights[f"{path}{suffix}" if suffix else hf_name] = array
             if bits:
                 packing[path] = {"group_size": GROUP_SIZE, "bits": bits}

@@ -73,8 +73,10 @@ class GGUFFile:
         try:
             with path.open("rb") as handle:
                 self._data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError:
-            raise ModelError("there is no such file", where=str(path)) from None
+        except OSError as error:
+            raise ModelError(
+                f"the file cannot be read: {error.strerror}", where=str(path)
+            ) from None
         except ValueError:  # an empty file cannot be mapped
             raise self._damaged("the file is empty") from None
         self._at = 0
@@ -125,6 +127,8 @@ class GGUFFile:
         if not 1 <= dimensions <= MAX_DIMENSIONS:
             raise self._damaged(f"tensor {name} has {dimensions} dimensions")
         shape = tuple(self._number("<Q") for _ in range(dimensions))[::-1]
+        if 0 in shape:
+            raise self._damaged(f"tensor {name} has the empty shape {shape}")
         number, offset = self._number("<I"), self._number("<Q")
         try:
             type_ = GGMLQuantizationType(number)

@@ -73,12 +73,18 @@ def read_tokenizer(metadata: dict[str, Any], *, where: str) -> PreTrainedTokeniz
         merges = [tuple(pair.split(" ", 1)) for pair in metadata["tokenizer.ggml.merges"]]
         types: list[int] = metadata["tokenizer.ggml.token_type"]
         core = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+        core.pre_tokenizer = known[pre]
+        core.decoder = decoders.ByteLevel()
+        return _with_special_tokens(core, tokens, types, metadata)
     except KeyError as error:
         raise ModelError(f"the GGUF has no {error}", where=where) from None
     except Exception as error:  # tokenizers raises plain Exceptions
         raise ModelError(f"its vocabulary is damaged: {error}", where=where) from None
-    core.pre_tokenizer = known[pre]
-    core.decoder = decoders.ByteLevel()
+
+
+def _with_special_tokens(
+    core: Tokenizer, tokens: list[str], types: list[int], metadata: dict[str, Any]
+) -> PreTrainedTokenizerFast:
     for token, type_ in zip(tokens, types, strict=True):
         if type_ == TokenType.CONTROL:
             core.add_special_tokens([AddedToken(token, special=True, normalized=False)])

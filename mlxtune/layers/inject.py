@@ -93,9 +93,12 @@ def add_lora(
     )
 
 
-def remove_lora(model: nn.Module) -> None:
-    """Put the bases back: the model as it was before `add_lora`."""
-    replace_layers(model, [(path, layer.linear) for path, layer in lora_layers(model)])
+def fuse_lora(model: nn.Module) -> None:
+    """Replace each adapter by the plain float32 projection that it amounts to."""
+    for path, layer in list(lora_layers(model)):
+        fused = layer.fuse()
+        mx.eval(fused.weight)
+        replace_layers(model, [(path, fused)])
 
 
 def projections(model: nn.Module) -> dict[str, Projection]:

@@ -17,6 +17,34 @@ import mlx.nn as nn
 from mlxtune.layers.quantized import QuantizedLinear
 
 
+class Dropout(nn.Module):
+    """Zero each element with probability `p` in training, and scale the rest to match.
+
+    Unlike MLX's own it can be given the key to draw with, so that a block whose
+    activations are recomputed drops the same elements again.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.p = p
+        self._key: mx.array | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether a call draws random numbers."""
+        return self.p > 0 and self.training
+
+    def draw_with(self, key: mx.array | None) -> None:
+        """Use `key` (uint32 (2,)) from now on; None for MLX's random state."""
+        self._key = key
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if not self.active:
+            return x
+        kept = mx.random.bernoulli(1 - self.p, x.shape, key=self._key)
+        return mx.where(kept, x / (1 - self.p), mx.zeros_like(x))
+
+
 class LoRALinear(nn.Module):
     """A frozen projection plus a trained low-rank update.
 
@@ -45,7 +73,7 @@ class LoRALinear(nn.Module):
         base.freeze()
         self.linear = base
         self.scale = scale
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         bound = 1 / math.sqrt(in_dims)
         self.lora_a = mx.random.uniform(low=-bound, high=bound, shape=(in_dims, rank))
         self.lora_b = mx.zeros((rank, out_dims))

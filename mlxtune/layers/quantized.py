@@ -93,6 +93,16 @@ def frozen_quantized_matmul(
     return product
 
 
+class _ForGood(set[str]):
+    """Names of frozen parameters that `unfreeze`, even of a whole model, leaves frozen."""
+
+    def clear(self) -> None:
+        pass
+
+    def difference_update(self, *_others: object) -> None:
+        pass
+
+
 class QuantizedLinear(nn.Module):
     """A frozen affine-quantized projection, `y = x @ dequantize(W).T + bias`.
 
@@ -125,6 +135,7 @@ class QuantizedLinear(nn.Module):
         if bias is not None:
             self.bias = bias
         self.freeze()
+        self._no_grad = _ForGood(self._no_grad)
 
     @classmethod
     def from_linear(
@@ -163,16 +174,6 @@ class QuantizedLinear(nn.Module):
     def _extra_repr(self) -> str:
         out_dims, in_dims = self.shape
         return f"{in_dims} -> {out_dims}, bits={self.bits}, group_size={self.group_size}"
-
-    def unfreeze(
-        self,
-        *,
-        recurse: bool = True,
-        keys: str | list[str] | None = None,
-        strict: bool = False,
-    ) -> nn.Module:
-        """Do nothing: packed weights have no gradient."""
-        return self
 
     def dequantized(self) -> mx.array:
         """The (out, in) weight, in the type of the scales."""

@@ -6,7 +6,8 @@ the two.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -39,11 +40,24 @@ def split_head(model: nn.Module) -> tuple[Body, Head] | None:
         return finish(project(hidden))
 
     probe = mx.array([[1, 2]])
-    try:
-        same = mx.allclose(head(body(probe)), model(probe), rtol=1e-3, atol=1e-3).item()
-    except Exception:  # an architecture of another form
-        return None
+    with evaluating(model):  # dropout would tell two equal passes apart
+        try:
+            same = mx.allclose(head(body(probe)), model(probe), rtol=1e-3, atol=1e-3).item()
+        except Exception:  # an architecture of another form
+            return None
     return (body, head) if same else None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) for a while; each module's own mode comes back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module._set_training_mode(True)  # `train` would reach the modules below too
 
 
 def _final_form(model: nn.Module) -> Head:

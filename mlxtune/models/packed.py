@@ -124,11 +124,10 @@ def enable_packs(model: nn.Module) -> None:
         ModelError: a block has no attention of the known form, or a packed pair of
             samples does not give the logits of each alone. The model is as before.
     """
+    if any(isinstance(module, PackedRope) for module in model.modules()):
+        return  # done before
     owners = [
-        module
-        for module in model.modules()
-        if isinstance(getattr(module, "rope", None), nn.Module)
-        and not isinstance(module.rope, PackedRope)
+        module for module in model.modules() if isinstance(getattr(module, "rope", None), nn.Module)
     ]
     if len(owners) != len(model.layers):
         raise ModelError("this architecture's attention has no rotary embedding in every block")

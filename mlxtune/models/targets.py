@@ -55,6 +55,12 @@ def find_targets(
                 remedy=f"{hint}the model has: {', '.join(have)}; or {ALL_LINEAR} for all",
             )
         found.update(path for path in matching if in_blocks[path] >= first)
+    if not found:
+        raise TargetError(
+            f"{', '.join(names)} lie in none of the last {layers} layers",
+            where="lora.target_modules",
+            remedy="raise lora.layers, or leave it out for all layers",
+        )
     return [path for path in in_blocks if path in found]
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxtune.layers.lora import Dropout
+
 
 def checkpoint_blocks(model: nn.Module) -> None:
     """Make every block of this model keep only its input for the backward pass.
@@ -26,12 +28,22 @@ def checkpoint_blocks(model: nn.Module) -> None:
 
 def _recomputing(call: Callable[..., Any]) -> Callable[..., Any]:
     def run(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        dropouts = [m for m in self.modules() if isinstance(m, Dropout) and m.active]
+        # Drawn here once, so that the second pass drops what the first has dropped.
+        keys = [mx.random.randint(0, 2**31 - 1, (2,), dtype=mx.uint32) for _ in dropouts]
+
         # Masks and caches carry no gradient, so they may be captured; parameters and
         # the input have to be arguments for their gradients to be found.
-        def block(parameters: Any, hidden: mx.array) -> Any:
+        def block(parameters: Any, hidden: mx.array, keys: list[mx.array]) -> Any:
             self.update(parameters)
-            return call(self, hidden, *args, **kwargs)
+            for dropout, key in zip(dropouts, keys, strict=True):
+                dropout.draw_with(mx.stop_gradient(key))
+            try:
+                return call(self, hidden, *args, **kwargs)
+            finally:
+                for dropout in dropouts:
+                    dropout.draw_with(None)
 
-        return mx.checkpoint(block)(self.trainable_parameters(), x)
+        return mx.checkpoint(block)(self.trainable_parameters(), x, keys)
 
     return run

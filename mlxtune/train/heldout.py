@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlxtune.arrays import scalar
 from mlxtune.data.batches import batched
 from mlxtune.data.render import Sample
+from mlxtune.models.heads import evaluating
 from mlxtune.train.step import LossFunction, batch_arrays
 
 
@@ -17,13 +18,11 @@ def held_out_loss(
 ) -> float:
     """Mean loss over all supervised tokens of the samples, nats; dropout is off."""
     loss_of = LossFunction(model)
-    was_training = model.training
-    model.eval()
     total = weight = 0.0
     # Samples of similar length together waste the least; a sum has no order.
     ordered = sorted(samples, key=lambda s: len(s.tokens))
-    for batch in batched(ordered, batch_size, packing=packing):
-        total += scalar(loss_of(batch_arrays(batch), batch.prefix, batch.packed))
-        weight += batch.weight
-    model.train(was_training)
+    with evaluating(model):
+        for batch in batched(ordered, batch_size, packing=packing):
+            total += scalar(loss_of(batch_arrays(batch), batch.prefix, batch.packed))
+            weight += batch.weight
     return total / weight
