@@ -66,6 +66,17 @@ def nl2bash() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A random two-block llama with a tokenizer of bytes, as a folder."""
+    from cli_tools import save_tiny_model
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    folder.mkdir()
+    save_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def shell_run(tmp_path_factory) -> Path:
     """A finished real run: SmolLM2 on the shell data, 24 steps of 16."""
     from mlxtune.recipe.load import load_recipe
