@@ -62,3 +62,15 @@ def test_posix_commands_use_no_bash_syntax_that_dash_parses_as_something_else():
         if record["posix_compliant"]:
             command = record["expected_command"]
             assert not any(mark in command for mark in ("[[", "<(", "{1..", "&>", "$'"))
+
+
+def test_the_quickstart_has_the_same_intents_on_both_sides():
+    train = Counter(r["category"] for r in TRAIN[:504])
+    assert set(train.values()) == {36} and len(train) == 14
+    assert Counter(r["category"] for r in HELDOUT[:84]) == dict.fromkeys(train, 6)
+    # Intents come in the same order in both files, so their fixed commands do too.
+    for number, record in enumerate(HELDOUT):
+        wordings = TRAIN[6 * number : 6 * number + 6]
+        assert {r["category"] for r in wordings} == {record["category"]}
+        commands = {r["expected_command"] for r in wordings}
+        assert len(commands) > 1 or commands == {record["expected_command"]}

@@ -277,6 +277,17 @@ def test_the_cli_stops_on_ctrl_c_with_130_and_says_how_to_go_on(recipe, few, tmp
     assert "--resume" in errors and "Traceback" not in errors
 
 
+def test_max_samples_takes_the_first_so_many(recipe, few, tmp_path):
+    from mlxtune.train.session import read_corpus
+
+    settings = recipe(
+        few, data=[{"path": str(few), "max_samples": 7}], eval={"path": str(few), "max_samples": 3}
+    )
+    corpus = read_corpus(settings)
+    assert [c.where for c in corpus.train] == [f"{few}:{n}" for n in range(1, 8)]
+    assert len(corpus.held_out) == 3
+
+
 def test_held_out_file_is_read_with_the_recipe(recipe, few, tmp_path):
     run = fine_tune(
         recipe(few, train={"max_steps": 1}, eval={"path": str(SHELL_HELDOUT)}),

@@ -48,6 +48,8 @@ class PlainDisplay:
 
     def measured(self, step: int, held_out_loss: float, best: bool) -> None:
         """One line."""
+        if self._outline is not None and step == self._outline.first_step:
+            self._begun = time.monotonic()  # what comes before the first step is no step
         self._say(f"step {step}  held-out loss {held_out_loss:.4f}{' (best)' * best}")
 
     def saved(self, path: Path) -> None:

@@ -15,7 +15,7 @@ def answers(
     prompts: Sequence[list[int]],
     *,
     max_tokens: int = 64,
-    batch_size: int = 64,
+    batch_size: int = 128,
 ) -> list[str]:
     """The greedy answer to each prompt, white space around it removed.
 

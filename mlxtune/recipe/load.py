@@ -38,6 +38,7 @@ FOREIGN_NAMES = {
     "scale": "lora.alpha (scale is alpha / rank)",
     "dataset": "[[data]] path",
     "datasets": "[[data]] path",
+    "max_train_samples": "[[data]] max_samples",
     "per_device_train_batch_size": "train.batch_size",
     "micro_batch_size": "train.batch_size",
     "gradient_accumulation": "train.gradient_accumulation_steps",

@@ -59,10 +59,11 @@ class LoraSection(Section):
 
 
 class DataSource(Section):
-    """`[[data]]`: a file of records."""
+    """`[[data]]`: a file of records; with `max_samples` the first so many of them."""
 
     path: str = Field(min_length=1)
     format: Literal["auto", "shell", "prompt-completion", "messages"] = "auto"
+    max_samples: PositiveInt | None = None
 
 
 class TrainSection(Section):
@@ -87,10 +88,11 @@ class EvalSection(Section):
     """`[eval]`: held-out records: a file, or a share (below 1) or number taken from the data.
 
     The loss on them is measured every `steps` steps, and at the end of each epoch when
-    `steps` is left out.
+    `steps` is left out. `max_samples` takes the first so many of the file.
     """
 
     path: str | None = None
+    max_samples: PositiveInt | None = None
     val_size: float = Field(default=0.0, ge=0)
     steps: PositiveInt | None = None
 
@@ -105,6 +107,8 @@ class EvalSection(Section):
     def _one_source(self) -> EvalSection:
         if self.path is not None and self.val_size:
             raise ValueError("path and val_size exclude each other")
+        if self.max_samples is not None and self.path is None:
+            raise ValueError("max_samples goes with path")
         return self
 
 

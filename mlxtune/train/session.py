@@ -193,10 +193,13 @@ def read_corpus(recipe: Recipe) -> Corpus:
     train = [
         conversation
         for source in recipe.data
-        for conversation in read_conversations(Path(source.path), format=source.format)
+        for conversation in read_conversations(Path(source.path), format=source.format)[
+            : source.max_samples
+        ]
     ]
     if recipe.eval.path is not None:
-        return Corpus(train, read_conversations(Path(recipe.eval.path)))
+        held_out = read_conversations(Path(recipe.eval.path))
+        return Corpus(train, held_out[: recipe.eval.max_samples])
     size = recipe.eval.val_size
     count = round(size * len(train)) if size < 1 else int(size)
     if size and not count:
