@@ -78,7 +78,7 @@ def tiny_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def shell_run(tmp_path_factory) -> Path:
-    """A finished real run: SmolLM2 on the shell data, 24 steps of 16."""
+    """A finished real run: SmolLM2 on the shell data, 16 steps of 12."""
     from mlxtune.recipe.load import load_recipe
     from mlxtune.train.metrics import Silent
     from mlxtune.train.session import fine_tune
@@ -90,9 +90,10 @@ def shell_run(tmp_path_factory) -> Path:
             f"model.path={SMOLLM2}",
             f"data.path={SHELL_TRAIN}",
             f"eval.path={SHELL_HELDOUT}",
-            "train.max_steps=24",
-            "train.batch_size=16",
-            "log.steps=8",
+            "train.max_steps=16",
+            "train.batch_size=12",
+            "log.steps=4",
+            "eval.max_samples=28",
         ],
     )
     path = tmp_path_factory.mktemp("runs") / "shell"
