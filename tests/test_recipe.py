@@ -41,7 +41,7 @@ DEFAULTS = {
         "layers": None,
         "rslora": False,
     },
-    "data": ({"path": "train.jsonl", "format": "auto"},),
+    "data": ({"path": "train.jsonl", "format": "auto", "max_samples": None},),
     "train": {
         "epochs": 3.0,
         "max_steps": None,
@@ -57,7 +57,7 @@ DEFAULTS = {
         "packing": True,
         "gradient_checkpointing": False,
     },
-    "eval": {"path": None, "val_size": 0.0, "steps": None},
+    "eval": {"path": None, "max_samples": None, "val_size": 0.0, "steps": None},
     "checkpoint": {"steps": 100, "keep": 2},
     "log": {"steps": 5},
     "export": {"quantize": "q8_0"},
