@@ -71,15 +71,15 @@ def test_a_run_learns_and_leaves_what_the_design_says(recipe, shell_run):
     held_out = [e["held_out_loss"] for e in run.metrics() if "held_out_loss" in e]
     assert held_out[-1] < 0.5 * held_out[0]
     reports = [e for e in run.metrics() if "loss" in e]
-    assert [e["step"] for e in reports] == [4, 8, 12, 16]
+    assert [e["step"] for e in reports] == [20, 40, 60, 80, 100, 110]
     assert all(e.keys() == REPORT_KEYS for e in reports)
-    assert reports[-1]["examples"] == 16 * 12
+    assert reports[-1]["examples"] == 110 * 6
     status = run.status()
     assert status["status"] == "finished"
     assert set(status) >= {"versions", "device", "hashes", "seed"}
     names = {p.name for p in shell_run.iterdir()}
     assert names >= {"recipe.toml", "run.json", "metrics.jsonl", "checkpoints", "adapter"}
-    assert run.recipe().train.max_steps == 16
+    assert run.recipe().train.max_steps == 110
 
 
 def test_packed_and_padded_batches_train_alike(recipe, few, tmp_path):
@@ -280,9 +280,9 @@ def test_the_cli_stops_on_ctrl_c_with_130_and_says_how_to_go_on(recipe, few, tmp
 def test_max_samples_takes_the_first_so_many(recipe, few, tmp_path):
     from mlxtune.train.session import read_corpus
 
-    settings = recipe(
-        few, data=[{"path": str(few), "max_samples": 7}], eval={"path": str(few), "max_samples": 3}
-    )
+    settings = recipe(few, eval={"path": str(few), "max_samples": 3})
+    values = settings.model_dump() | {"data": [{"path": str(few), "max_samples": 7}]}
+    settings = parse_recipe(values, where="test")
     corpus = read_corpus(settings)
     assert [c.where for c in corpus.train] == [f"{few}:{n}" for n in range(1, 8)]
     assert len(corpus.held_out) == 3
