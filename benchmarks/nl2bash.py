@@ -3,7 +3,7 @@
     python benchmarks/nl2bash.py PATH/nl2bash.jsonl      (or: make bench NL2BASH=…)
 
 The file holds one {"prompt", "expected_command"} a line; the figures in the README come
-from the NL2Bash pairs (Lin et al. 2018, arXiv:1802.08979; MIT). 200 records, chosen by
+from the NL2Bash pairs (Lin et al. 2018, arXiv:1802.08979; MIT). 100 records, chosen by
 the seed, are held out. Prints a line of the README's table and keeps the figures in
 benchmarks/results/.
 """
@@ -34,7 +34,7 @@ def main() -> None:
             "lora": {"rank": 8, "alpha": 16},
             "data": [{"path": sys.argv[1]}],
             "train": {"max_steps": STEPS, "batch_size": BATCH, "learning_rate": 5e-4},
-            "eval": {"val_size": 200, "steps": STEPS},
+            "eval": {"val_size": 100, "steps": STEPS},
             "log": {"steps": 10},
         },
         where="benchmarks/nl2bash.py",

@@ -36,9 +36,9 @@ def asked(fused):
     """(question, prompt as text, prompt as tokens, greedy tokens of MLX, their log-probs)."""
     renderer = Renderer(fused.tokenizer)
     # Wordings that were held out of the intents that the run was trained on.
-    conversations = read_conversations(SHELL_HELDOUT)[:84]
+    conversations = read_conversations(SHELL_HELDOUT)[:28]
     rows = []
-    for conversation in conversations[:: len(conversations) // PROMPTS][:PROMPTS]:
+    for conversation in conversations[:PROMPTS]:
         text = renderer.text(conversation.prompt_turns(), ask=True)
         prompt = renderer.prompt(conversation)
         tokens, logprobs = greedy(fused, prompt)
