@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import httpx
 import mlx.core as mx
 import pytest
@@ -16,6 +18,9 @@ from mlxtune.recipe.schema import ModelSection
 from mlxtune.train.session import load_base
 
 PROMPTS = 20
+# Log-probabilities of F16 agree within this, so two tokens that MLX itself finds nearer to
+# each other than this have no order that a runtime could be held to.
+BOUND = 2e-2
 MAX_TOKENS = 24
 
 
@@ -33,7 +38,7 @@ def fused(shell_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def asked(fused):
-    """(question, prompt as text, prompt as tokens, greedy tokens of MLX, their log-probs)."""
+    """(question, prompt as text and as tokens, MLX's greedy tokens, their log-probs, tied)."""
     renderer = Renderer(fused.tokenizer)
     # Wordings that were held out of the intents that the run was trained on.
     conversations = read_conversations(SHELL_HELDOUT)[:28]
@@ -41,21 +46,23 @@ def asked(fused):
     for conversation in conversations[:PROMPTS]:
         text = renderer.text(conversation.prompt_turns(), ask=True)
         prompt = renderer.prompt(conversation)
-        tokens, logprobs = greedy(fused, prompt)
-        rows.append((conversation.turns[0].content, text, prompt, tokens, logprobs))
+        tokens, logprobs, tied = greedy(fused, prompt)
+        rows.append((conversation.turns[0].content, text, prompt, tokens, logprobs, tied))
     return rows
 
 
 def greedy(loaded, prompt):
     """Token by token, each time over the whole text: no cache that could be wrong."""
-    tokens, logprobs = [], []
+    tokens, logprobs, gaps = [], [], []
     ends = loaded.tokenizer.eos_token_ids
     while len(tokens) < MAX_TOKENS and (not tokens or tokens[-1] not in ends):
         logits = loaded.model(mx.array([prompt + tokens]))[0, -1]
         logits = logits - mx.logsumexp(logits)
         tokens.append(logits.argmax().item())
+        second, first = mx.sort(logits)[-2:].tolist()
+        gaps.append(first - second)
         logprobs.append(logits[tokens[-1]].item())
-    return tokens, logprobs
+    return tokens, logprobs, min(gaps) < BOUND
 
 
 @pytest.fixture(scope="module", params=["f16", "q8_0"])
@@ -73,24 +80,26 @@ def llamacpp(request, bundles):
 def test_llamacpp_says_what_mlx_says(llamacpp, asked):
     kind, server = llamacpp
     equal, errors = 0, []
-    for _, text, _, tokens, logprobs in asked:
+    for _, text, _, tokens, logprobs, tied in asked:
         answer = server.handle_completions(
             {"prompt": text, "n_predict": len(tokens), "temperature": 0, "n_probs": 1}
         )
         said = answer["choices"][0]["logprobs"]["content"]
-        equal += [token["id"] for token in said] == tokens
+        same = [token["id"] for token in said] == tokens
+        assert same or tied or kind == "q8_0", text
+        equal += same
         if kind == "f16":
             pairs = zip(said, tokens, logprobs, strict=False)
             errors += [abs(a["logprob"] - p) for a, t, p in pairs if a["id"] == t]
-    assert equal >= (PROMPTS if kind == "f16" else 18)
+    assert equal >= 18
     if kind == "f16":
-        assert max(errors) < 2e-2
+        assert max(errors) < BOUND
 
 
 def test_llamacpp_renders_and_tokenizes_the_chat_as_trained(llamacpp, asked):
     _, server = llamacpp
     url = server.listening_address
-    for question, text, prompt, _, _ in asked:
+    for question, text, prompt, _, _, _ in asked:
         messages = [{"role": "user", "content": question}]
         rendered = httpx.post(f"{url}/apply-template", json={"messages": messages}).json()
         assert rendered["prompt"] == text
@@ -116,6 +125,7 @@ def test_tokens_of_a_whole_conversation_agree(llamacpp, fused):
 @pytest.fixture(scope="module", params=["f16", "q8_0"])
 def mistralrs(request, bundles):
     module = pytest.importorskip("mistralrs")
+    os.environ["MISTRALRS_CPU_KV_F32"] = "1"  # as MLX keeps them here
     which = module.Which.GGUF(
         quantized_model_id=str(bundles[request.param]), quantized_filename="model.gguf"
     )
@@ -126,7 +136,7 @@ def test_mistralrs_says_what_mlx_says(mistralrs, asked, fused):
     kind, module, runner = mistralrs
     equal = 0
     ends = fused.tokenizer.eos_token_ids
-    for question, text, prompt, tokens, _ in asked:
+    for question, text, prompt, tokens, _, tied in asked:
         assert runner.tokenize_text(text, False, None) == prompt
         answer = runner.send_chat_completion_request(
             module.ChatCompletionRequest(
@@ -140,5 +150,7 @@ def test_mistralrs_says_what_mlx_says(mistralrs, asked, fused):
         # It renders the chat by itself; the count shows that it does so as trained.
         assert answer.usage.prompt_tokens == len(prompt)
         said = fused.tokenizer.decode([t for t in tokens if t not in ends])
-        equal += answer.choices[0].message.content == said
-    assert equal >= (PROMPTS if kind == "f16" else 18)
+        same = answer.choices[0].message.content == said
+        assert same or tied or kind == "q8_0", text
+        equal += same
+    assert equal >= 18
