@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 import httpx
 import mlx.core as mx
@@ -18,10 +19,9 @@ from mlxtune.recipe.schema import ModelSection
 from mlxtune.train.session import load_base
 
 PROMPTS = 20
-# Log-probabilities of F16 agree within this, so two tokens that MLX itself finds nearer to
-# each other than this have no order that a runtime could be held to.
-BOUND = 2e-2
+BOUND = 2e-2  # of F16's log-probabilities
 MAX_TOKENS = 24
+LEAST_EQUAL = {"f16": PROMPTS, "q8_0": 18}
 
 
 @pytest.fixture(scope="module")
@@ -36,33 +36,44 @@ def fused(shell_run, tmp_path_factory):
     return load_base(ModelSection(path=str(folder)))
 
 
+class Asked(NamedTuple):
+    question: str
+    text: str
+    prompt: list[int]
+    tokens: list[int]  # MLX's greedy answer
+    logprobs: list[float]  # of those tokens
+    margin: float  # the least distance of a token to the second best
+
+
 @pytest.fixture(scope="module")
 def asked(fused):
-    """(question, prompt as text and as tokens, MLX's greedy tokens, their log-probs, tied)."""
+    """Held-out wordings of trained intents, those first of which the model is surest.
+
+    At a near tie of MLX itself the eight bits of Q8_0 decide, whoever computes: such a
+    prompt can't tell a faithful file from another. So the least sure ones are left out.
+    """
     renderer = Renderer(fused.tokenizer)
-    # Wordings that were held out of the intents that the run was trained on.
-    conversations = read_conversations(SHELL_HELDOUT)[:28]
     rows = []
-    for conversation in conversations[:PROMPTS]:
+    for conversation in read_conversations(SHELL_HELDOUT)[:28]:
         text = renderer.text(conversation.prompt_turns(), ask=True)
         prompt = renderer.prompt(conversation)
-        tokens, logprobs, tied = greedy(fused, prompt)
-        rows.append((conversation.turns[0].content, text, prompt, tokens, logprobs, tied))
-    return rows
+        question = conversation.turns[0].content
+        rows.append(Asked(question, text, prompt, *greedy(fused, prompt)))
+    return sorted(rows, key=lambda row: -row.margin)[:PROMPTS]
 
 
 def greedy(loaded, prompt):
     """Token by token, each time over the whole text: no cache that could be wrong."""
-    tokens, logprobs, gaps = [], [], []
+    tokens, logprobs, margins = [], [], []
     ends = loaded.tokenizer.eos_token_ids
     while len(tokens) < MAX_TOKENS and (not tokens or tokens[-1] not in ends):
         logits = loaded.model(mx.array([prompt + tokens]))[0, -1]
         logits = logits - mx.logsumexp(logits)
         tokens.append(logits.argmax().item())
         second, first = mx.sort(logits)[-2:].tolist()
-        gaps.append(first - second)
-        logprobs.append(logits[tokens[-1]].item())
-    return tokens, logprobs, min(gaps) < BOUND
+        margins.append(first - second)
+        logprobs.append(first)
+    return tokens, logprobs, min(margins)
 
 
 @pytest.fixture(scope="module", params=["f16", "q8_0"])
@@ -79,32 +90,28 @@ def llamacpp(request, bundles):
 
 def test_llamacpp_says_what_mlx_says(llamacpp, asked):
     kind, server = llamacpp
-    equal, errors = 0, []
-    for _, text, _, tokens, logprobs, tied in asked:
+    equal = 0
+    for row in asked:
         answer = server.handle_completions(
-            {"prompt": text, "n_predict": len(tokens), "temperature": 0, "n_probs": 1}
+            {"prompt": row.text, "n_predict": len(row.tokens), "temperature": 0, "n_probs": 1}
         )
         said = answer["choices"][0]["logprobs"]["content"]
-        same = [token["id"] for token in said] == tokens
-        assert same or tied or kind == "q8_0", text
-        equal += same
+        equal += [token["id"] for token in said] == row.tokens
         if kind == "f16":
-            pairs = zip(said, tokens, logprobs, strict=False)
-            errors += [abs(a["logprob"] - p) for a, t, p in pairs if a["id"] == t]
-    assert equal >= 18
-    if kind == "f16":
-        assert max(errors) < BOUND
+            logprobs = [token["logprob"] for token in said]
+            assert logprobs == pytest.approx(row.logprobs, rel=0, abs=BOUND), row.text
+    assert equal >= LEAST_EQUAL[kind]
 
 
 def test_llamacpp_renders_and_tokenizes_the_chat_as_trained(llamacpp, asked):
     _, server = llamacpp
     url = server.listening_address
-    for question, text, prompt, _, _, _ in asked:
-        messages = [{"role": "user", "content": question}]
+    for row in asked:
+        messages = [{"role": "user", "content": row.question}]
         rendered = httpx.post(f"{url}/apply-template", json={"messages": messages}).json()
-        assert rendered["prompt"] == text
-        body = {"content": text, "add_special": True, "parse_special": True}
-        assert httpx.post(f"{url}/tokenize", json=body).json()["tokens"] == prompt
+        assert rendered["prompt"] == row.text
+        body = {"content": row.text, "add_special": True, "parse_special": True}
+        assert httpx.post(f"{url}/tokenize", json=body).json()["tokens"] == row.prompt
 
 
 def test_tokens_of_a_whole_conversation_agree(llamacpp, fused):
@@ -136,21 +143,19 @@ def test_mistralrs_says_what_mlx_says(mistralrs, asked, fused):
     kind, module, runner = mistralrs
     equal = 0
     ends = fused.tokenizer.eos_token_ids
-    for question, text, prompt, tokens, _, tied in asked:
-        assert runner.tokenize_text(text, False, None) == prompt
+    for row in asked:
+        assert runner.tokenize_text(row.text, False, None) == row.prompt
         answer = runner.send_chat_completion_request(
             module.ChatCompletionRequest(
-                messages=[{"role": "user", "content": question}],
+                messages=[{"role": "user", "content": row.question}],
                 model="default",
-                max_tokens=len(tokens),
+                max_tokens=len(row.tokens),
                 temperature=0.0,
                 top_k=1,
             )
         )
         # It renders the chat by itself; the count shows that it does so as trained.
-        assert answer.usage.prompt_tokens == len(prompt)
-        said = fused.tokenizer.decode([t for t in tokens if t not in ends])
-        same = answer.choices[0].message.content == said
-        assert same or tied or kind == "q8_0", text
-        equal += same
-    assert equal >= 18
+        assert answer.usage.prompt_tokens == len(row.prompt)
+        said = fused.tokenizer.decode([t for t in row.tokens if t not in ends])
+        equal += answer.choices[0].message.content == said
+    assert equal >= LEAST_EQUAL[kind]
