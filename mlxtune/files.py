@@ -151,6 +151,13 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: `$MLXTUNE_CACHE`, else the user's cache."""
+    if named := os.environ.get("MLXTUNE_CACHE"):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlxtune"
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, whole or not at all."""
     with atomic_file(path) as handle:

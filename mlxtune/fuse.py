@@ -21,7 +21,8 @@ from mlxtune.files import atomic_folder, write_json
 from mlxtune.layers.dense import dense_tensors
 from mlxtune.models.load import DTYPES, LoadedModel, load_model
 from mlxtune.models.resolve import ModelSource
-from mlxtune.train.session import open_run, read_corpus
+from mlxtune.train.corpus import read_corpus
+from mlxtune.train.session import open_run
 
 SHARD_BYTES = 5 * 10**9
 REPORT = "fuse.json"
@@ -68,10 +69,9 @@ def fuse_run(
     require_outside(output, path)
     with atomic_folder(output, overwrite=overwrite, marker=REPORT) as folder:
         run, live = open_run(path, for_inference=False)
-        corpus = read_corpus(run.recipe())
-        renderer = Renderer(live.tokenizer)
-        chosen = (corpus.held_out or corpus.train)[:PROOF_CONVERSATIONS]
-        prompts = [renderer.sample(c).tokens.tolist() for c in chosen]
+        corpus = read_corpus(run.recipe(), Renderer(live.tokenizer))
+        chosen = (corpus.held_out or corpus.parts[0].samples)[:PROOF_CONVERSATIONS]
+        prompts = [sample.tokens.tolist() for sample in chosen]
         before = _logits(live.model, prompts)
         dtype = dtype or live.stored_dtype
         save_model(folder, live, dtype)

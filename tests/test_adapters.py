@@ -17,7 +17,7 @@ from helpers import distance, random_samples, trainable, with_adapters
 from mlx.utils import tree_flatten
 
 from mlxtune.adapters.store import adapter_arrays, load_adapter, save_adapter
-from mlxtune.data.batches import Plan
+from mlxtune.data.batches import Part, Plan
 from mlxtune.errors import RunError
 from mlxtune.layers.inject import add_lora, own_quantized_layers, projections
 from mlxtune.models.packed import enable_packs
@@ -133,7 +133,7 @@ def test_truncated_adapter_weights_are_refused(tmp_path, kept):
 # ------------------------------------------------------------------------ checkpoints
 
 PLAN = Plan(
-    random_samples((40, 12, 31, 19, 50, 22, 14, 61), prefix=9, untrained=10),
+    [Part(random_samples((40, 12, 31, 19, 50, 22, 14, 61), prefix=9, untrained=10))],
     batch_size=2,
     accumulation=2,
     seed=3,

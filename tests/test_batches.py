@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from helpers import random_samples
 
-from mlxtune.data.batches import Plan
+from mlxtune.data.batches import Part, Plan
 from mlxtune.data.pack import Batch
 
 
 def plan(**changes) -> Plan:
     samples = random_samples(np.random.default_rng(1).integers(5, 30, 23))
     settings = {"batch_size": 4, "accumulation": 2, "seed": 7, "packing": True}
-    return Plan(samples, **(settings | changes))
+    return Plan([Part(samples)], **(settings | changes))
 
 
 def records(steps: list[list[Batch]]) -> list[list[tuple[int, ...]]]:
@@ -62,3 +62,45 @@ def test_total_steps_come_from_epochs_unless_they_are_given():
     assert plan().total_steps(epochs=2.0, max_steps=None) == 6
     assert plan().total_steps(epochs=2.0, max_steps=5) == 5
     assert plan().total_steps(epochs=0.01, max_steps=None) == 1
+
+
+def mixed(*epochs: float) -> Plan:
+    """Three parts of 4, 10 and 6 samples, records numbered on."""
+    samples = random_samples([8] * 20)
+    parts = [samples[:4], samples[4:14], samples[14:]]
+    made = [Part(part, often) for part, often in zip(parts, epochs, strict=True)]
+    return Plan(made, 4, 1, 7, packing=False)
+
+
+def seen(schedule: Plan, epoch: int) -> list[int]:
+    length = schedule.steps_per_epoch
+    steps = schedule.steps(epoch * length, (epoch + 1) * length)
+    return sorted(record for step in steps for batch in step for record in batch.records)
+
+
+def test_a_part_is_seen_as_often_as_it_says():
+    schedule = mixed(2.0, 1.0, 0.5)
+    assert schedule.steps_per_epoch == 6  # 8 + 10 + 3 samples by 4
+    for epoch in range(2):
+        records = seen(schedule, epoch)
+        assert records[:8] == [1, 1, 2, 2, 3, 3, 4, 4]
+        assert records[8:18] == list(range(5, 15))
+        assert len(records) == 21
+    # What one epoch left out, the next one takes.
+    assert sorted(seen(schedule, 0)[18:] + seen(schedule, 1)[18:]) == list(range(15, 21))
+
+
+def test_no_sample_is_seen_two_times_more_often_than_another():
+    schedule = mixed(1.3, 0.37, 2.6)
+    counts = np.zeros(21, int)
+    for epoch in range(7):
+        for record in seen(schedule, epoch):
+            counts[record] += 1
+    for part in (counts[1:5], counts[5:15], counts[15:]):
+        assert part.max() - part.min() <= 1
+
+
+def test_mixed_parts_are_the_same_steps_when_taken_up_anywhere():
+    whole = list(mixed(2.0, 1.0, 0.5).steps(0, 15))
+    for start in (1, 5, 6, 11):
+        assert records(list(mixed(2.0, 1.0, 0.5).steps(start, 15))) == records(whole[start:])

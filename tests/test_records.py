@@ -7,7 +7,9 @@ import json
 import pytest
 from conftest import write_jsonl
 
-from mlxtune.data.records import FORMATS, Turn, parse_record
+from mlxtune.data.formats import parse_record
+from mlxtune.data.records import Turn
+from mlxtune.data.render import Masking, NothingTrained
 from mlxtune.data.sources import read_conversations
 from mlxtune.errors import DataError
 
@@ -19,7 +21,7 @@ MESSAGES = {
         {"role": "assistant", "content": "ls"},
     ]
 }
-TURNS = (Turn("user", "list files"), Turn("assistant", "ls", train=True))
+TURNS = (Turn("user", "list files"), Turn("assistant", "ls"))
 
 
 def message(role: object, content: object) -> dict[str, object]:
@@ -43,29 +45,25 @@ def error(tmp_path):
 
 @pytest.mark.parametrize(
     ("format", "record"),
-    [("shell", SHELL), ("prompt-completion", PAIR), ("messages", MESSAGES)],
+    [("shell", SHELL), ("prompt_completion", PAIR), ("messages", MESSAGES)],
 )
 def test_each_shape_becomes_the_same_conversation_named_or_detected(format, record):
     assert parse_record(record, format=format).turns == TURNS
     assert parse_record(record).turns == TURNS
 
 
-def test_these_are_all_shapes():
-    assert FORMATS.keys() == {"shell", "prompt-completion", "messages"}
-
-
 def test_a_named_format_overrules_detection():
     record = SHELL | {"completion": "dir"}
-    assert parse_record(record, format="prompt-completion").answer() == "dir"
+    assert parse_record(record, format="prompt_completion").answer() == "dir"
 
 
-def test_every_assistant_turn_is_trained_and_no_other():
+def test_turns_keep_their_order_and_leave_training_to_their_roles():
     roles = ["system", "user", "assistant", "user", "assistant", "assistant"]
     record = {"messages": [{"role": r, "content": f"{i}"} for i, r in enumerate(roles)]}
     turns = parse_record(record).turns
     assert [turn.role for turn in turns] == roles
     assert [turn.content for turn in turns] == ["0", "1", "2", "3", "4", "5"]
-    assert [turn.train for turn in turns] == [role == "assistant" for role in roles]
+    assert [turn.train for turn in turns] == [None] * 6
 
 
 def test_prompt_and_answer_part_at_the_last_assistant_turn():
@@ -148,7 +146,6 @@ def test_a_line_that_is_no_object_is_told(error, value, kind):
     [
         (3, "a number"),
         (None, "null"),
-        (["ls"], "a list"),
         ({"a": 1}, "an object"),
         (False, "a boolean"),
     ],
@@ -177,27 +174,31 @@ def test_a_key_missing_from_a_named_format_is_told(error):
 def test_an_empty_prompt_or_answer_is_told(error, record, empty):
     for key in record:
         where, what = error(json.dumps(record | {key: empty}))
-        assert (where, what) == ("data.jsonl:1", f"{key!r} is empty")
+        asked = "nothing is asked: the prompt is empty"
+        assert where == "data.jsonl:1"
+        assert what == (asked if key == "prompt" else "turn 2, the assistant's, is empty")
 
 
 def test_an_empty_assistant_turn_is_told_with_its_number(error):
     where, what = error(json.dumps(message("assistant", " ")))
-    assert (where, what) == ("data.jsonl:1 message 2", "'content' is empty")
+    assert (where, what) == ("data.jsonl:1", "turn 2, the assistant's, is empty")
 
 
-def test_a_conversation_without_an_assistant_turn_is_told(error):
-    where, what = error(json.dumps(message("user", "hello?")))
-    assert where == "data.jsonl:1"
-    assert what.startswith("no assistant turn")
+def test_a_conversation_without_an_assistant_turn_trains_nothing():
+    conversation = parse_record(message("user", "hello?"), where="data.jsonl:1")
+    with pytest.raises(NothingTrained, match="no assistant turn") as raised:
+        Masking().require_target(conversation)
+    assert raised.value.where == "data.jsonl:1"
+    Masking(("user",)).require_target(conversation)
 
 
-@pytest.mark.parametrize("role", ["bot", "", None, 3, ["user"], {"role": "user"}])
+@pytest.mark.parametrize("role", ["boss", "", None, 3, ["user"], {"role": "user"}])
 def test_an_unknown_role_is_told_with_its_message(error, role):
     where, what = error(json.dumps(message(role, "x")))
     assert (where, what) == ("data.jsonl:1 message 2", f"unknown role {role!r}")
 
 
-@pytest.mark.parametrize("content", [None, 3, [{"type": "text", "text": "x"}]])
+@pytest.mark.parametrize("content", [None, 3])
 def test_message_content_of_the_wrong_type_is_told(error, content):
     where, what = error(json.dumps(message("assistant", content)))
     assert where == "data.jsonl:1 message 2"
@@ -228,7 +229,7 @@ def test_half_a_surrogate_pair_is_no_text(error):
 
 @pytest.mark.parametrize("data", [b"", b"\n \n\n", b"\xef\xbb\xbf"])
 def test_a_file_without_records_is_told(error, data):
-    assert error(data) == ("data.jsonl", "the file has no records")
+    assert error(data) == ("data.jsonl", "it has no records")
 
 
 def test_bytes_that_are_not_utf8_are_told_with_their_line(error):

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from mlxtune.data.records import Conversation, Turn
-from mlxtune.data.render import Renderer, Sample, render_all
+from mlxtune.data.render import Masking, Renderer, Sample
 from mlxtune.data.sources import read_conversations
 from mlxtune.errors import DataError, ModelError
 
@@ -20,8 +20,7 @@ END = "<|im_end|>"
 
 
 def conversation(*turns: tuple[str, str], where: str = "data.jsonl:7") -> Conversation:
-    made = tuple(Turn(role, content, train=role == "assistant") for role, content in turns)
-    return Conversation(made, where)
+    return Conversation(tuple(Turn(role, content) for role, content in turns), where)
 
 
 PAIR = conversation(("user", "list all files"), ("assistant", "ls -la /tmp"))
@@ -66,7 +65,12 @@ def trained_texts(tokenizer, sample: Sample) -> list[str]:
 
 
 def answers(conversation: Conversation) -> list[str]:
-    return [turn.content + END for turn in conversation.turns if turn.train]
+    return [turn.content + END for turn in conversation.turns if turn.role == "assistant"]
+
+
+def only_sample(renderer: Renderer, conversation: Conversation, record: int = 0) -> Sample:
+    [sample] = renderer.samples(conversation, record)
+    return sample
 
 
 def by_transformers(tokenizer, turns: tuple[Turn, ...], **options) -> list[int]:
@@ -94,13 +98,13 @@ def conversations(draw) -> Conversation:
 
 @pytest.mark.parametrize("asked", [PAIR, TWO_ROUNDS], ids=["one round", "two rounds"])
 def test_the_trained_text_is_each_answer_and_its_end(renderer, tokenizer, asked):
-    assert trained_texts(tokenizer, renderer.sample(asked)) == answers(asked)
+    assert trained_texts(tokenizer, only_sample(renderer, asked)) == answers(asked)
 
 
 @settings(max_examples=60, deadline=None)
 @given(conversations())
 def test_the_trained_text_is_each_answer_and_its_end_whatever_is_said(renderer, tokenizer, asked):
-    sample = renderer.sample(asked, record=3)
+    sample = only_sample(renderer, asked, record=3)
     assert trained_texts(tokenizer, sample) == answers(asked)
     assert set(sample.weights.tolist()) == {0.0, 1.0}
     assert sample.supervised == np.count_nonzero(sample.weights)
@@ -111,7 +115,7 @@ def test_the_trained_text_is_each_answer_and_its_end_whatever_is_said(renderer, 
 @settings(max_examples=60, deadline=None)
 @given(conversations())
 def test_tokens_are_those_of_transformers_and_begin_with_the_prompt(renderer, tokenizer, asked):
-    tokens = renderer.sample(asked).tokens.tolist()
+    tokens = only_sample(renderer, asked).tokens.tolist()
     prompt = renderer.prompt(asked)
     assert tokens == by_transformers(tokenizer, asked.turns)
     assert prompt == by_transformers(tokenizer, asked.prompt_turns(), add_generation_prompt=True)
@@ -127,7 +131,7 @@ def test_white_space_before_an_answer_is_trained_exactly_or_refused(
 ):
     asked = conversation(("user", "x"), ("assistant", space + said))
     try:
-        sample = renderer.sample(asked)
+        sample = only_sample(renderer, asked)
     except DataError as error:
         assert error.where == "data.jsonl:7"
         assert "white space" in error.remedy
@@ -138,34 +142,26 @@ def test_white_space_before_an_answer_is_trained_exactly_or_refused(
 def test_turns_that_are_not_trained_carry_no_weight(renderer, tokenizer):
     first, *rest = TWO_ROUNDS.turns
     untrained = tuple(Turn(t.role, t.content, train=t.content == "ls") for t in rest)
-    sample = renderer.sample(Conversation((first, *untrained)))
+    sample = only_sample(renderer, Conversation((first, *untrained)))
     assert trained_texts(tokenizer, sample) == [f"ls{END}"]
 
 
 def test_assistant_turns_in_a_row_are_trained_each(renderer, tokenizer):
     asked = conversation(("user", "x"), ("assistant", "one"), ("assistant", "two"))
-    assert trained_texts(tokenizer, renderer.sample(asked)) == answers(asked)
+    assert trained_texts(tokenizer, only_sample(renderer, asked)) == answers(asked)
 
 
 def test_what_follows_the_last_answer_carries_no_weight(renderer, tokenizer):
     asked = conversation(("user", "x"), ("assistant", "one"), ("user", "and then?"))
-    assert trained_texts(tokenizer, renderer.sample(asked)) == answers(asked)
+    assert trained_texts(tokenizer, only_sample(renderer, asked)) == answers(asked)
 
 
 def test_real_records_are_numbered_from_one_and_trained_on_their_commands(renderer, tokenizer):
     records = read_conversations(SHELL_TRAIN)[:40]
-    samples = render_all(renderer, records)
+    samples = [only_sample(renderer, c, n) for n, c in enumerate(records, start=1)]
     assert [sample.record for sample in samples] == list(range(1, 41))
     assert [sample.where for sample in samples] == [f"{SHELL_TRAIN}:{n}" for n in range(1, 41)]
     assert [trained_texts(tokenizer, s) for s in samples] == [answers(c) for c in records]
-
-
-def test_a_record_may_be_as_long_as_allowed_and_no_longer(renderer, tokenizer):
-    length = len(renderer.sample(PAIR).tokens)
-    assert len(Renderer(tokenizer, max_seq_length=length).sample(PAIR).tokens) == length
-    with pytest.raises(DataError, match=rf"{length} tokens.*{length - 1}") as raised:
-        Renderer(tokenizer, max_seq_length=length - 1).sample(PAIR)
-    assert raised.value.where == "data.jsonl:7"
 
 
 @pytest.mark.parametrize(
@@ -178,7 +174,7 @@ def test_a_record_may_be_as_long_as_allowed_and_no_longer(renderer, tokenizer):
 )
 def test_truncation_and_padding_saved_with_a_tokenizer_change_nothing(variant, setting):
     asked = variant(change=setting)
-    sample = Renderer(asked).sample(PAIR)
+    sample = only_sample(Renderer(asked), PAIR)
     assert sample.tokens.tolist() == by_transformers(asked, PAIR.turns)
     assert trained_texts(asked, sample) == answers(PAIR)
 
@@ -190,16 +186,29 @@ REWRITES = (
 )
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_row(variant):
-    with pytest.raises(DataError, match="rewrites earlier turns, so where turn 3") as raised:
-        Renderer(variant(REWRITES)).sample(TWO_ROUNDS)
+def test_a_template_that_rewrites_earlier_turns_gives_a_sample_for_each_answer(variant):
+    tokenizer = variant(REWRITES)
+    first, second = Renderer(tokenizer).samples(TWO_ROUNDS)
+    assert trained_texts(tokenizer, first) == [f"ls{END}"]
+    assert trained_texts(tokenizer, second) == [f"ls -a{END}"]
+    assert first.tokens.tolist() == by_transformers(tokenizer, TWO_ROUNDS.turns[:3])
+    assert second.tokens.tolist() == by_transformers(tokenizer, TWO_ROUNDS.turns)
+
+
+@pytest.mark.parametrize("masking", [Masking(("user", "assistant")), Masking(train_on_inputs=True)])
+def test_a_template_that_rewrites_earlier_turns_trains_answers_alone(variant, masking):
+    # To say which tokens of an earlier answer carry weight, or don't, its place is needed.
+    said = Turn("assistant", "ls", train=False if masking.train_on_inputs else None)
+    turns = (*TWO_ROUNDS.turns[:2], said, *TWO_ROUNDS.turns[3:])
+    with pytest.raises(DataError, match="rewrites earlier turns") as raised:
+        Renderer(variant(REWRITES)).samples(Conversation(turns, "data.jsonl:7"), masking=masking)
     assert raised.value.where == "data.jsonl:7"
     assert "chat_template" in raised.value.remedy
 
 
 def test_a_template_that_rewrites_earlier_turns_will_do_for_one_round(variant):
     tokenizer = variant(REWRITES)
-    assert trained_texts(tokenizer, Renderer(tokenizer).sample(PAIR)) == answers(PAIR)
+    assert trained_texts(tokenizer, only_sample(Renderer(tokenizer), PAIR)) == answers(PAIR)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +218,7 @@ def test_a_template_that_rewrites_earlier_turns_will_do_for_one_round(variant):
 )
 def test_a_template_that_fails_is_told_with_the_row(variant, template):
     with pytest.raises(DataError, match="template refuses this conversation") as raised:
-        Renderer(variant(template)).sample(PAIR)
+        only_sample(Renderer(variant(template)), PAIR)
     assert raised.value.where == "data.jsonl:7"
 
 
@@ -220,20 +229,20 @@ def test_a_template_that_fails_is_told_with_the_row(variant, template):
 )
 def test_a_template_that_leaves_out_the_answer_is_refused_with_the_row(variant, template):
     with pytest.raises(DataError) as raised:
-        Renderer(variant(template)).sample(PAIR)
+        only_sample(Renderer(variant(template)), PAIR)
     assert raised.value.where == "data.jsonl:7"
 
 
 def test_a_conversation_that_begins_with_the_assistant_is_told_with_the_row(renderer):
     with pytest.raises(DataError) as raised:
-        renderer.sample(conversation(("assistant", "Hello!"), ("user", "x")))
+        only_sample(renderer, conversation(("assistant", "Hello!"), ("user", "x")))
     assert raised.value.where == "data.jsonl:7"
 
 
 @pytest.mark.parametrize("template", [None, ""])
 def test_a_model_without_a_chat_template_is_told(variant, template):
     with pytest.raises(ModelError, match="no chat template") as raised:
-        Renderer(variant(template))
+        Renderer(variant(template)).samples(PAIR)
     assert raised.value.where == "model.chat_template"
 
 

@@ -278,13 +278,15 @@ def test_the_cli_stops_on_ctrl_c_with_130_and_says_how_to_go_on(recipe, few, tmp
 
 
 def test_max_samples_takes_the_first_so_many(recipe, few, tmp_path):
-    from mlxtune.train.session import read_corpus
+    from mlxtune.data.render import Renderer
+    from mlxtune.train.corpus import read_corpus
+    from mlxtune.train.session import tokenizer_of
 
     settings = recipe(few, eval={"path": str(few), "max_samples": 3})
     values = settings.model_dump() | {"data": [{"path": str(few), "max_samples": 7}]}
     settings = parse_recipe(values, where="test")
-    corpus = read_corpus(settings)
-    assert [c.where for c in corpus.train] == [f"{few}:{n}" for n in range(1, 8)]
+    corpus = read_corpus(settings, Renderer(tokenizer_of(settings.model)))
+    assert [sample.record for sample in corpus.parts[0].samples] == list(range(1, 8))
     assert len(corpus.held_out) == 3
 
 
@@ -316,7 +318,7 @@ def test_a_compiled_step_is_the_plain_step(accumulation):
     import numpy as np
     from conftest import tiny_llama
 
-    from mlxtune.data.batches import Plan
+    from mlxtune.data.batches import Part, Plan
     from mlxtune.data.render import Sample
     from mlxtune.layers.inject import add_lora, projections
     from mlxtune.models.packed import enable_packs
@@ -341,7 +343,7 @@ def test_a_compiled_step_is_the_plain_step(accumulation):
         optimizer.init(model.trainable_parameters())
         step = TrainStep(model, optimizer, max_grad_norm=1.0, compiled=compiled)
         model.train()
-        plan = Plan(samples, 4 // accumulation, accumulation, 0, packing=True)
+        plan = Plan([Part(samples)], 4 // accumulation, accumulation, 0, packing=True)
         losses = [step(batches, 0.1).loss.item() for batches in plan.steps(0, 4)]
         results.append(losses)
     assert results[0] == pytest.approx(results[1], rel=1e-5)

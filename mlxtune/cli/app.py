@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 import mlxtune
+from mlxtune.cli.data import data
 from mlxtune.errors import MlxtuneError, RecipeError
 
 USER_ERROR, INTERRUPTED = 1, 130
@@ -64,16 +65,13 @@ def init(output: Path, preset: str, list_presets: bool, overwrite: bool) -> None
 @_SET
 def validate(recipe: Path, overrides: tuple[str, ...]) -> None:
     """Check a recipe and its data files, without loading a model."""
-    from mlxtune.data.sources import read_conversations
     from mlxtune.recipe.load import load_recipe
+    from mlxtune.train.corpus import check_sources
 
     checked = load_recipe(recipe, overrides)
-    for source in checked.data:
-        count = len(read_conversations(Path(source.path), format=source.format))
-        click.echo(f"{source.path}: {count} records")
-    if checked.eval.path is not None:
-        count = len(read_conversations(Path(checked.eval.path)))
-        click.echo(f"{checked.eval.path}: {count} held-out records")
+    for path, count in check_sources(checked).items():
+        held_out = "held-out " if path == checked.eval.path else ""
+        click.echo(f"{path}: {count} {held_out}records")
     click.echo(f"{recipe} is valid")
 
 
@@ -214,6 +212,9 @@ def chat(model: str, prompt: str | None, max_tokens: int) -> None:
     talk(model, prompt=prompt, max_tokens=max_tokens)
 
 
+cli.add_command(data)
+
+
 def main() -> None:
     """Entry point: run a verb; errors become one block on stderr."""
     debug = "--debug" in sys.argv[1:]
@@ -280,7 +281,11 @@ def _prepare() -> None:
     from mlxtune.device import run_with_blas
 
     run_with_blas([sys.executable, "-m", "mlxtune", *sys.argv[1:]])
-    # transformers is here for its tokenizers; its advice about PyTorch is for others.
+    quieten_libraries()
+
+
+def quieten_libraries() -> None:
+    """transformers is here for its tokenizers; its advice about PyTorch is for others."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -132,7 +132,8 @@ def show_comparison(result: Comparison, *, samples: int) -> None:
         scores.add_column(column, justify="right" if column else "left")
     base, tuned = result.base, result.tuned
     scores.add_row("held-out loss", f"{base.held_out_loss:.4f}", f"{tuned.held_out_loss:.4f}")
-    scores.add_row("exact match", f"{base.exact_match:.1%}", f"{tuned.exact_match:.1%}")
+    if base.exact_match is not None and tuned.exact_match is not None:
+        scores.add_row("exact match", f"{base.exact_match:.1%}", f"{tuned.exact_match:.1%}")
     console.print(scores)
     categories = result.by_category()
     if len(categories) > 1:
@@ -142,7 +143,7 @@ def show_comparison(result: Comparison, *, samples: int) -> None:
         for name, (count, before, after) in categories.items():
             table.add_row(name, str(count), f"{before:.0%}", f"{after:.0%}")
         console.print(table)
-    if samples:
+    if samples and result.answers:
         # Spread over the records, so that not all are of one category.
         every = max(1, len(result.answers) // samples)
         table = Table(title="samples", show_lines=True)

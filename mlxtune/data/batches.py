@@ -6,9 +6,25 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from mlxtune.data.pack import Batch, pack, pad
 from mlxtune.data.render import Sample
+
+Order = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples of one source, and how often each is seen in an epoch of the run."""
+
+    samples: Sequence[Sample]
+    epochs: float = 1.0
+
+    @property
+    def per_epoch(self) -> int:
+        """Samples that an epoch takes from it."""
+        return max(1, round(self.epochs * len(self.samples)))
 
 
 @dataclass(frozen=True)
@@ -19,14 +35,14 @@ class Plan:
     same records whether or not the run was interrupted before it.
 
     Attributes:
-        samples: everything that is trained on.
+        parts: everything that is trained on.
         batch_size: samples to a forward pass.
         accumulation: forward passes to a step.
         seed: of the shuffle.
         packing: pack the samples of a batch instead of padding them.
     """
 
-    samples: Sequence[Sample]
+    parts: Sequence[Part]
     batch_size: int
     accumulation: int
     seed: int
@@ -34,8 +50,9 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps that see every sample once; the last may be smaller."""
-        return -(-len(self.samples) // (self.batch_size * self.accumulation))
+        """Steps to an epoch; the last may be smaller."""
+        total = sum(part.per_epoch for part in self.parts)
+        return -(-total // (self.batch_size * self.accumulation))
 
     def total_steps(self, *, epochs: float, max_steps: int | None) -> int:
         """Steps of a run: `max_steps` if given, else of that many epochs."""
@@ -45,19 +62,42 @@ class Plan:
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """The batches of each step from `start` to `stop`, counted from 0."""
-        order: Sequence[int] = ()
+        order: Order = np.empty((0, 2), np.int32)
         current = -1
         for step in range(start, stop):
             epoch, within = divmod(step, self.steps_per_epoch)
             if epoch != current:
                 order, current = self._order(epoch), epoch
             group = self.batch_size * self.accumulation
-            chosen = [self.samples[i] for i in order[within * group : (within + 1) * group]]
+            chosen = [
+                self.parts[part].samples[int(at)]
+                for part, at in order[within * group : (within + 1) * group]
+            ]
             yield list(batched(chosen, self.batch_size, packing=self.packing))
 
-    def _order(self, epoch: int) -> Sequence[int]:
-        generator = np.random.default_rng([self.seed, epoch])
-        return [int(i) for i in generator.permutation(len(self.samples))]
+    def _order(self, epoch: int) -> Order:
+        """(part, index in it) of each sample of an epoch."""
+        picks = [
+            np.stack([np.full(part.per_epoch, number, np.int32), self._picks(part, number, epoch)])
+            for number, part in enumerate(self.parts)
+        ]
+        together = np.concatenate(picks, axis=1).T
+        return together[np.random.default_rng([self.seed, epoch]).permutation(len(together))]
+
+    def _picks(self, part: Part, number: int, epoch: int) -> npt.NDArray[np.int32]:
+        """What an epoch takes from one part: the next stretch of its shuffled rounds.
+
+        So no sample is ever seen two times more often than another.
+        """
+        size, count = len(part.samples), part.per_epoch
+        if count == size:
+            return np.arange(size, dtype=np.int32)
+        start, stop = epoch * count, (epoch + 1) * count
+        rounds = [
+            np.random.default_rng([self.seed, number, turn]).permutation(size).astype(np.int32)
+            for turn in range(start // size, -(-stop // size))
+        ]
+        return np.concatenate(rounds)[start % size :][:count]
 
 
 def batched(samples: Sequence[Sample], batch_size: int, *, packing: bool) -> Iterator[Batch]:

@@ -1,68 +1,124 @@
-"""Read records from files."""
+"""Conversations from where they are kept: files, folders, patterns, hub datasets."""
 
 from __future__ import annotations
 
-import codecs
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-import jsonlines
-
-from mlxtune.data.records import Conversation, parse_record
+from mlxtune.data.files import Row, find_files, read_rows, without_nulls
+from mlxtune.data.formats import parse_record
+from mlxtune.data.records import Conversation
 from mlxtune.errors import DataError
 
+HUB = "hub:"
 
-def read_conversations(path: Path, *, format: str = "auto") -> list[Conversation]:
-    """Every record of a JSONL file.
 
-    Args:
-        path: the file, UTF-8, one JSON object a line; blank lines are passed over.
-        format: shape of the records, see `records.parse_record`.
+@dataclass(frozen=True)
+class Source:
+    """Where records come from and how they are read.
+
+    Attributes:
+        path: a file, a folder, a glob pattern, or `hub:OWNER/NAME`.
+        format: shape of the records, see `formats.parse_record`.
+        columns: what fields of the format are called in the records.
+        split: of a hub dataset.
+        subset: configuration of a hub dataset.
+        max_samples: take the first so many records.
+        allow_empty: let records without a word pass.
+    """
+
+    path: str
+    format: str = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    split: str | None = None
+    subset: str | None = None
+    max_samples: int | None = None
+    allow_empty: bool = False
+
+    def files(self) -> list[Path]:
+        """The local files; none of a hub dataset.
+
+        Raises:
+            DataError: there are none.
+        """
+        return [] if self.path.startswith(HUB) else find_files(self.path)
+
+    def fingerprint(self) -> str:
+        """What tells a hub dataset from others and from its other versions."""
+        name = self.path.removeprefix(HUB)
+        return str(_hub_dataset(name, self.subset, self.split or "train")._fingerprint)
+
+    def rows(self) -> Iterator[Row]:
+        """The raw rows, streamed."""
+        if self.path.startswith(HUB):
+            rows = _hub_rows(self.path.removeprefix(HUB), self.subset, self.split or "train")
+        else:
+            rows = (row for file in find_files(self.path) for row in read_rows(file))
+        return islice(rows, self.max_samples)
+
+    def parse(self, row: Row) -> Conversation:
+        """A row as a conversation.
+
+        Raises:
+            DataError: see `formats.parse_record`.
+        """
+        return parse_record(
+            row.value,
+            format=self.format,
+            columns=self.columns,
+            allow_empty=self.allow_empty,
+            where=row.where,
+        )
+
+    def __iter__(self) -> Iterator[Conversation]:
+        """All records as conversations, streamed.
+
+        Raises:
+            DataError: a file is missing, damaged or empty, or a record of no known shape.
+        """
+        empty = True
+        for row in self.rows():
+            empty = False
+            yield self.parse(row)
+        if empty:
+            raise DataError("it has no records", where=self.path)
+
+
+def read_conversations(path: Path | str, **how: Any) -> list[Conversation]:
+    """Every record of a source; `how` is as in `Source`.
 
     Raises:
-        DataError: the file is missing, empty or not text, or a line is no JSON or no
-            record; names the line.
+        DataError: as iterating over a `Source`.
     """
+    return list(Source(str(path), **how))
+
+
+def _hub_rows(name: str, subset: str | None, split: str) -> Iterator[Row]:
+    for number, value in enumerate(_hub_dataset(name, subset, split), start=1):
+        yield Row(f"{HUB}{name} {split} row {number}", without_nulls(value))
+
+
+def _hub_dataset(name: str, subset: str | None, split: str) -> Any:
+    """A dataset of the hub, from its cache where it has been downloaded."""
     try:
-        with path.open("rb") as lines:
-            conversations = [
-                parse_record(_decode(line, where), format=format, where=where)
-                for number, line in enumerate(_without_mark(lines), start=1)
-                if line.strip() and (where := f"{path}:{number}")
-            ]
-    except FileNotFoundError:
+        import datasets
+    except ImportError:
         raise DataError(
-            "there is no such file",
-            where=str(path),
-            remedy=f"paths are taken from the folder you are in: {Path.cwd()}",
+            "hub datasets need another package",
+            where=HUB + name,
+            remedy='pip install "mlxtune[hub]"',
         ) from None
-    except IsADirectoryError:
-        raise DataError("this is a folder; a JSONL file was expected", where=str(path)) from None
-    except OSError as error:
-        raise DataError(f"the file cannot be read: {error.strerror}", where=str(path)) from None
-    if not conversations:
-        raise DataError("the file has no records", where=str(path))
-    return conversations
-
-
-def _without_mark(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines without the byte-order mark that files from Windows begin with."""
-    for number, line in enumerate(lines):
-        yield line if number else line.removeprefix(codecs.BOM_UTF8)
-
-
-def _decode(line: bytes, where: str) -> object:
+    datasets.disable_progress_bars()
     try:
-        with jsonlines.Reader([line.decode()]) as reader:
-            return reader.read(allow_none=True)
-    except UnicodeDecodeError as error:
-        raise DataError(f"this line is not UTF-8 text: {error.reason}", where=where) from None
-    except RecursionError:
-        raise DataError("this line is not JSON: it is nested too deeply", where=where) from None
-    except jsonlines.InvalidLineError as error:
-        reason = str(error.__cause__ or error)
+        return datasets.load_dataset(name, subset, split=split)
+    except Exception as error:
+        # The library raises its own, huggingface-hub's and pyarrow's errors.
+        reason = " ".join(str(error).split())[:300]
         raise DataError(
-            f"this line is not JSON: {reason}",
-            where=where,
-            remedy="each line holds one JSON object",
-        ) from None
+            f"the dataset cannot be loaded: {reason}",
+            where=f"{HUB}{name}",
+            remedy="check its name, subset and split, and that the hub can be reached",
+        ) from error

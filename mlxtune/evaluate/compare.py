@@ -9,15 +9,16 @@ from pathlib import Path
 
 from mlxtune.adapters.store import load_adapter
 from mlxtune.data.records import Conversation
-from mlxtune.data.render import Renderer, render_all
+from mlxtune.data.render import Renderer
 from mlxtune.data.sources import read_conversations
 from mlxtune.errors import DataError, ModelError
 from mlxtune.evaluate.answers import answers
 from mlxtune.layers.inject import fuse_lora
 from mlxtune.models.packed import enable_packs
+from mlxtune.train.corpus import held_out_conversations, masking_of
 from mlxtune.train.heldout import held_out_loss
 from mlxtune.train.run import Run
-from mlxtune.train.session import load_base, read_corpus
+from mlxtune.train.session import load_base
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,11 @@ class Scores:
     Attributes:
         held_out_loss: nats a supervised token.
         exact_match: share of answers equal to the expected one, white space around
-            both removed.
+            both removed; None where nothing was asked.
     """
 
     held_out_loss: float
-    exact_match: float
+    exact_match: float | None
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def compare_run(
     run = Run.open(path)
     adapter = run.finished_adapter()
     recipe = run.recipe()
-    held_out = read_conversations(data) if data is not None else read_corpus(recipe).held_out
+    held_out = read_conversations(data) if data is not None else held_out_conversations(recipe)
     if not held_out:
         raise DataError(
             "the recipe holds no records out",
@@ -105,10 +106,13 @@ def compare_run(
     held_out = held_out[:limit]
     model = load_base(recipe.model, for_inference=True)
     renderer = Renderer(model.tokenizer)
-    samples = render_all(renderer, held_out)
-    prompts = [renderer.prompt(conversation) for conversation in held_out]
+    masking = masking_of(recipe.data[0])
+    samples = [s for c in held_out for s in renderer.samples(c, masking=masking)]
+    # Plain text has no answer: its loss is all there is to measure.
+    chats = [c for c in held_out if c.turns]
+    prompts = [renderer.prompt(conversation) for conversation in chats]
     if max_tokens is None:
-        max_tokens = 8 + max(len(renderer.encode(c.answer())) for c in held_out)
+        max_tokens = 8 + max((len(renderer.encode(c.answer())) for c in chats), default=0)
     packing = False
     with suppress(ModelError):
         enable_packs(model.model)
@@ -118,8 +122,10 @@ def compare_run(
         progress(f"{name}: held-out loss")
         loss = held_out_loss(model.model, samples, batch_size=16, packing=packing)
         progress(f"{name}: {len(prompts)} answers")
+        if not chats:
+            return Scores(loss, None), []
         said = answers(model.model, model.tokenizer, prompts, max_tokens=max_tokens)
-        expected = [c.answer().strip() for c in held_out]
+        expected = [c.answer().strip() for c in chats]
         right = _share([a == b for a, b in zip(said, expected, strict=True)])
         return Scores(loss, right), said
 
@@ -135,7 +141,7 @@ def compare_run(
         records=len(held_out),
         base=base,
         tuned=tuned,
-        answers=tuple(map(_answered, held_out, base_said, tuned_said)),
+        answers=tuple(map(_answered, chats, base_said, tuned_said)),
     )
 
 

@@ -41,6 +41,8 @@ def modelfile(renderer: Renderer, tokenizer: Any, *, gguf: str = "./model.gguf")
 
 def chatml_system(renderer: Renderer) -> str | None:
     """The system prompt that a plain ChatML template adds by itself; None if it is not one."""
+    if not renderer.has_template:
+        return None
     question = Turn("user", "a b")
     asked = renderer.text([question], ask=True)
     tail = _chatml([question]) + "<|im_start|>assistant\n"

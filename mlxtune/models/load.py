@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
 from mlxtune.arrays import flat
 from mlxtune.errors import ModelError
 from mlxtune.gguf.model import open_model
+from mlxtune.gguf.reader import GGUFFile
 from mlxtune.gguf.tokenizer import read_tokenizer
 from mlxtune.models.resolve import ModelSource
 
@@ -68,16 +70,44 @@ def load_model(
     if dtype == "auto":
         dtype = "float32" if mx.default_device() == mx.cpu else stored
     model.set_dtype(DTYPES[dtype])
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-        tokenizer.has_chat_template = True
+    _with_template(tokenizer, chat_template)
     model.eval()
     return LoadedModel(source, model, tokenizer, config, stored, dtype)
 
 
+def load_tokenizer(source: ModelSource, *, chat_template: str | None = None) -> TokenizerWrapper:
+    """The tokenizer of a model alone; its weights are not touched.
+
+    Args:
+        source: from `resolve_model`.
+        chat_template: Jinja text that replaces the model's own template.
+
+    Raises:
+        ModelError: the files are missing, damaged or of an unknown kind.
+    """
+    if source.is_gguf:
+        tokenizer = _gguf_tokenizer(GGUFFile(source.path), source)
+    else:
+        with _told(source):
+            tokenizer = mlx_lm.utils.load_tokenizer(source.path)
+    return _with_template(tokenizer, chat_template)
+
+
+def _gguf_tokenizer(file: GGUFFile, source: ModelSource) -> TokenizerWrapper:
+    hf_tokenizer = read_tokenizer(file.metadata, where=str(source.path))
+    return TokenizerWrapper(hf_tokenizer, BPEStreamingDetokenizer)
+
+
+def _with_template(tokenizer: TokenizerWrapper, chat_template: str | None) -> TokenizerWrapper:
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+        tokenizer.has_chat_template = True
+    return tokenizer
+
+
 def _from_gguf(source: ModelSource) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     file, read = open_model(source.path)
-    hf_tokenizer = read_tokenizer(file.metadata, where=str(source.path))
+    tokenizer = _gguf_tokenizer(file, source)
     model_class, args_class = _model_classes(read.config)
     model = model_class(args_class.from_dict(read.config))
     nn.quantize(
@@ -90,7 +120,6 @@ def _from_gguf(source: ModelSource) -> tuple[nn.Module, TokenizerWrapper, dict[s
         raise ModelError(
             f"its tensors are not those of its architecture: {error}", where=str(source.path)
         ) from None
-    tokenizer = TokenizerWrapper(hf_tokenizer, BPEStreamingDetokenizer)
     return model, tokenizer, read.config
 
 
@@ -108,18 +137,24 @@ def _from_folder(source: ModelSource) -> tuple[nn.Module, TokenizerWrapper, dict
         )
     for file in files:
         check_safetensors(file)
-    try:
+    with _told(source):
         model, config = mlx_lm.utils.load_model(path, lazy=True)
         tokenizer = mlx_lm.utils.load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+    return model, tokenizer, config
+
+
+@contextmanager
+def _told(source: ModelSource) -> Iterator[None]:
+    """mlx-lm and transformers raise all sorts for a folder they cannot make sense of."""
+    try:
+        yield
     except Exception as error:
-        # mlx-lm and transformers raise all sorts for a folder they cannot make sense of.
         reason = " ".join(str(error).split())
         raise ModelError(
             f"the model cannot be loaded: {type(error).__name__}: {reason[:300]}",
-            where=str(path),
+            where=str(source.path),
             remedy="download it again; --debug shows where it failed",
         ) from error
-    return model, tokenizer, config
 
 
 def _model_classes(config: dict[str, Any]) -> tuple[Callable[..., nn.Module], Any]:

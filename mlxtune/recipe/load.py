@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from mlxtune.errors import MlxtuneError, RecipeError
-from mlxtune.recipe.schema import Recipe
+from mlxtune.recipe.schema import PrepSection, Recipe
 
 # What other trainers call these keys: Hugging Face Trainer and PEFT, Axolotl,
 # LLaMA-Factory, Unsloth, torchtune, mlx-lm.
@@ -100,6 +100,30 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     return parse_recipe(values, where=str(path))
 
 
+def load_prep(
+    path: Path | None, overrides: Iterable[str], values: dict[str, Any]
+) -> tuple[PrepSection, int]:
+    """The `[prep]` table and the seed of a recipe, or of none.
+
+    Args:
+        path: a recipe.
+        overrides: `key=value` in that table.
+        values: what overrides both.
+
+    Raises:
+        RecipeError: with all that is wrong in `problems`.
+    """
+    recipe = load_recipe(path) if path is not None else None
+    table = {"prep": recipe.prep.model_dump(exclude_none=True) if recipe is not None else {}}
+    for override in overrides:
+        _override(table, f"prep.{override.removeprefix('prep.')}")
+    table["prep"] |= values
+    # A recipe around it, so that its errors are told as those of any recipe.
+    around = {"name": "prep", "model": {"path": "-"}, "data": [{"path": "-"}]}
+    where = str(path) if path is not None else "--set"
+    return parse_recipe(around | table, where=where).prep, recipe.seed if recipe else 0
+
+
 def parse_recipe(values: dict[str, Any], *, where: str) -> Recipe:
     """Check decoded values against the schema.
 
@@ -128,10 +152,16 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _assignment(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        pairs = ", ".join(f"{_plain(k)} = {_plain(v)}" for k, v in value.items())
+        return f"{key} = {{{pairs}}}"
+    return f"{key} = {_plain(list(value) if isinstance(value, tuple) else value)}"
+
+
+def _plain(value: Any) -> str:
     # A JSON string, number, boolean or list of strings is the same in TOML, but that TOML
     # has no surrogate pairs and wants DEL escaped.
-    plain = list(value) if isinstance(value, tuple) else value
-    return f"{key} = {json.dumps(plain, ensure_ascii=False)}".replace("\x7f", "\\u007f")
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _override(values: dict[str, Any], override: str) -> None:

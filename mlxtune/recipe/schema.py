@@ -13,6 +13,12 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 
 
+def _whole_above_one(value: float) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError("is a share below 1 or a whole number of records")
+    return value
+
+
 class Section(BaseModel):
     """Base of all tables of a recipe."""
 
@@ -58,12 +64,81 @@ class LoraSection(Section):
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
+FormatName = Literal[
+    "auto",
+    "shell",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "preference",
+    "prompt_completion",
+    "input_output",
+    "text",
+]
+Columns = Annotated[dict[str, str], Field(strict=False)]
+
+
 class DataSource(Section):
-    """`[[data]]`: a file of records; with `max_samples` the first so many of them."""
+    """`[[data]]`: a source of records, and what of them is trained.
+
+    `path` is a file, a folder, a pattern or `hub:OWNER/NAME`; `split` and `subset` are a
+    hub dataset's. `columns` says what the fields of the format are called in it.
+    `max_samples` takes the first so many records. In each epoch of the run every record
+    is seen `epochs` times; with `weight` instead, on all sources, a source fills that
+    part of the epoch. `truncate` says what becomes of a record over
+    `train.max_seq_length`, `on_empty` of one that trains no token.
+    """
 
     path: str = Field(min_length=1)
-    format: Literal["auto", "shell", "prompt-completion", "messages"] = "auto"
+    format: FormatName = "auto"
+    columns: Columns = {}
+    split: str | None = None
+    subset: str | None = None
     max_samples: PositiveInt | None = None
+    epochs: float | None = Field(default=None, gt=0)
+    weight: float | None = Field(default=None, gt=0)
+    roles_to_train: Annotated[
+        tuple[Literal["system", "user", "assistant", "tool"], ...],
+        Field(strict=False, min_length=1),
+    ] = ("assistant",)
+    train_on_inputs: bool = False
+    truncate: Literal["error", "left", "right", "drop"] = "error"
+    on_empty: Literal["error", "skip"] = "error"
+
+    @model_validator(mode="after")
+    def _one_share(self) -> DataSource:
+        if self.epochs is not None and self.weight is not None:
+            raise ValueError("epochs and weight exclude each other")
+        return self
+
+
+class PrepSection(Section):
+    """`[prep]`: what `mlxtune data prep` does to records before they are trained on."""
+
+    fix_encoding: bool = True
+    drop_refusals: bool = True
+    drop_empty: bool = True
+    drop_echo: bool = True
+    languages: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    min_chars: PositiveInt | None = None
+    max_chars: PositiveInt | None = None
+    scrub: Annotated[
+        tuple[Literal["email", "ip", "phone", "card", "secret", "presidio"], ...],
+        Field(strict=False),
+    ] = ()
+    phone_region: str = Field(default="US", pattern="^[A-Z]{2}$")
+    dedup: Literal["off", "exact", "near"] = "near"
+    dedup_threshold: float = Field(default=0.85, gt=0, le=1)
+    dedup_permutations: int = Field(default=128, ge=16, le=1024)
+    dedup_shingle: PositiveInt = 5
+    val_size: float = Field(default=0.0, ge=0)
+    group_by: str | None = None
+    balance_by: str = "category"
+
+    @field_validator("val_size")
+    @classmethod
+    def _share_or_count(cls, value: float) -> float:
+        return _whole_above_one(value)
 
 
 class TrainSection(Section):
@@ -88,27 +163,31 @@ class EvalSection(Section):
     """`[eval]`: held-out records: a file, or a share (below 1) or number taken from the data.
 
     The loss on them is measured every `steps` steps, and at the end of each epoch when
-    `steps` is left out. `max_samples` takes the first so many of the file.
+    `steps` is left out. `format`, `columns`, `split` and `max_samples` of the file are as
+    in `[[data]]`; what is trained of a record is what the first source says.
     """
 
     path: str | None = None
+    format: FormatName = "auto"
+    columns: Columns = {}
+    split: str | None = None
     max_samples: PositiveInt | None = None
     val_size: float = Field(default=0.0, ge=0)
     steps: PositiveInt | None = None
 
     @field_validator("val_size")
     @classmethod
-    def _whole_above_one(cls, value: float) -> float:
-        if value >= 1 and value != int(value):
-            raise ValueError("is a share below 1 or a whole number of records")
-        return value
+    def _share_or_count(cls, value: float) -> float:
+        return _whole_above_one(value)
 
     @model_validator(mode="after")
     def _one_source(self) -> EvalSection:
         if self.path is not None and self.val_size:
             raise ValueError("path and val_size exclude each other")
-        if self.max_samples is not None and self.path is None:
-            raise ValueError("max_samples goes with path")
+        default = EvalSection.model_fields
+        for key in ("format", "columns", "split", "max_samples"):
+            if self.path is None and getattr(self, key) != default[key].default:
+                raise ValueError(f"{key} goes with path")
         return self
 
 
@@ -144,3 +223,11 @@ class Recipe(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
     export: ExportSection = ExportSection()
+    prep: PrepSection = PrepSection()
+
+    @model_validator(mode="after")
+    def _weights_on_all(self) -> Recipe:
+        weighted = [source.weight is not None for source in self.data]
+        if any(weighted) and not all(weighted):
+            raise ValueError("with weight on one [[data]] source, all need one")
+        return self

@@ -6,24 +6,20 @@ The one place that knows the whole recipe; each room below is given its own part
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 import mlxtune
 from mlxtune.adapters.store import load_adapter
 from mlxtune.arrays import flat
 from mlxtune.data.batches import Plan
-from mlxtune.data.records import Conversation
-from mlxtune.data.render import Renderer, Sample, render_all
-from mlxtune.data.sources import read_conversations
+from mlxtune.data.render import Renderer
+from mlxtune.data.sources import HUB
 from mlxtune.device import device_name
-from mlxtune.errors import DataError, ModelError, RecipeError, RunError
+from mlxtune.errors import ModelError, RecipeError, RunError
 from mlxtune.files import sha256
 from mlxtune.layers.dense import dense_tensors
 from mlxtune.layers.inject import (
@@ -33,23 +29,16 @@ from mlxtune.layers.inject import (
     projections,
     quantize_projections,
 )
-from mlxtune.models.load import DTYPES, LoadedModel, load_model
+from mlxtune.models.load import DTYPES, LoadedModel, load_model, load_tokenizer
 from mlxtune.models.packed import enable_packs
 from mlxtune.models.resolve import ModelSource, resolve_model
 from mlxtune.models.targets import find_targets
 from mlxtune.recipe.schema import ModelSection, Recipe
 from mlxtune.train.blocks import checkpoint_blocks
+from mlxtune.train.corpus import Corpus, check_sources, held_out_source, read_corpus, source_of
 from mlxtune.train.loop import Interrupted, Trainer
 from mlxtune.train.metrics import Outline, Reporter
 from mlxtune.train.run import Run
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Conversations of a recipe: trained on, and held out."""
-
-    train: Sequence[Conversation]
-    held_out: Sequence[Conversation]
 
 
 def fine_tune(
@@ -78,12 +67,11 @@ def fine_tune(
     run = _resumable(path, recipe) if resume else None
     if run is None:
         Run.require_free(path, overwrite=overwrite)
-    corpus = read_corpus(recipe)
+    # What is wrong with the data is told before a large model is fetched and loaded.
+    check_sources(recipe, rows=100)
+    corpus = read_corpus(recipe, Renderer(tokenizer_of(recipe.model)))
     base = load_base(recipe.model)
-    renderer = Renderer(base.tokenizer, max_seq_length=recipe.train.max_seq_length)
-    samples = render_all(renderer, corpus.train)
-    held_out = render_all(renderer, corpus.held_out)
-    notes = []
+    notes = list(corpus.notes())
     packing = recipe.train.packing
     if packing:
         try:
@@ -111,13 +99,13 @@ def fine_tune(
         base.model,
         run,
         Plan(
-            samples,
+            corpus.parts,
             recipe.train.batch_size,
             recipe.train.gradient_accumulation_steps,
             recipe.seed,
             packing,
         ),
-        held_out,
+        corpus.held_out,
         train=recipe.train,
         evaluation=recipe.eval,
         checkpoint=recipe.checkpoint,
@@ -127,7 +115,7 @@ def fine_tune(
     )
     first = trainer.resume() if resume else 0
     reporter.started(
-        _outline(recipe, run, base, samples, held_out, packing, notes, first, trainer.total_steps)
+        _outline(recipe, run, base, corpus, packing, notes, first, trainer.total_steps)
     )
     run.write_status(status="running")
     try:
@@ -150,15 +138,7 @@ def load_base(section: ModelSection, *, for_inference: bool = False) -> LoadedMo
         for_inference: on a CPU, expand packed weights: a packed product of a single row
             is many times slower there than a plain one. The numbers are the same.
     """
-    template = None
-    if section.chat_template is not None:
-        try:
-            template = Path(section.chat_template).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(
-                f"the chat template {section.chat_template!r} cannot be read: {error}",
-                where="model.chat_template",
-            ) from None
+    template = _template_of(section)
     source = resolve_model(section.path, revision=section.revision)
     base = load_model(source, dtype=section.dtype, chat_template=template)
     own_quantized_layers(base.model)
@@ -168,6 +148,25 @@ def load_base(section: ModelSection, *, for_inference: bool = False) -> LoadedMo
         dequantize_layers(base.model, DTYPES[base.dtype])
     mx.eval(base.model.parameters())
     return base
+
+
+def tokenizer_of(section: ModelSection) -> Any:
+    """The tokenizer of a recipe's model, which alone is loaded."""
+    template = _template_of(section)
+    source = resolve_model(section.path, revision=section.revision)
+    return load_tokenizer(source, chat_template=template)
+
+
+def _template_of(section: ModelSection) -> str | None:
+    if section.chat_template is None:
+        return None
+    try:
+        return Path(section.chat_template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(
+            f"the chat template {section.chat_template!r} cannot be read: {error}",
+            where="model.chat_template",
+        ) from None
 
 
 def open_run(path: Path, *, for_inference: bool = True) -> tuple[Run, LoadedModel]:
@@ -184,48 +183,11 @@ def open_run(path: Path, *, for_inference: bool = True) -> tuple[Run, LoadedMode
     return run, base
 
 
-def read_corpus(recipe: Recipe) -> Corpus:
-    """All conversations of a recipe, split into trained and held out.
-
-    Raises:
-        DataError: a file is missing or wrong, or nothing is left to train on.
-    """
-    train = [
-        conversation
-        for source in recipe.data
-        for conversation in read_conversations(Path(source.path), format=source.format)[
-            : source.max_samples
-        ]
-    ]
-    if recipe.eval.path is not None:
-        held_out = read_conversations(Path(recipe.eval.path))
-        return Corpus(train, held_out[: recipe.eval.max_samples])
-    size = recipe.eval.val_size
-    count = round(size * len(train)) if size < 1 else int(size)
-    if size and not count:
-        raise DataError(
-            f"a share of {size:g} of {len(train)} records is none",
-            where="eval.val_size",
-            remedy="raise it, or leave it out",
-        )
-    if count >= len(train):
-        raise DataError(
-            f"{count} records were to be held out, and there are {len(train)}",
-            where="eval.val_size",
-        )
-    order = np.random.default_rng(recipe.seed).permutation(len(train))
-    chosen = set(order[:count].tolist())
-    return Corpus(
-        [c for i, c in enumerate(train) if i not in chosen],
-        [train[i] for i in sorted(chosen)],
-    )
-
-
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """The recipe as it will be kept with the run, usable from any folder."""
 
     def absolute(path: str) -> str:
-        return str(Path(path).expanduser().absolute())
+        return path if path.startswith(HUB) else str(Path(path).expanduser().absolute())
 
     data = tuple(s.model_copy(update={"path": absolute(s.path)}) for s in recipe.data)
     held_out = recipe.eval.path
@@ -275,9 +237,12 @@ def _flat(values: dict[str, Any]) -> dict[str, str]:
 
 def _facts(recipe: Recipe, source: ModelSource) -> dict[str, Any]:
     """What run.json says of the circumstances."""
-    files = [s.path for s in recipe.data] + ([recipe.eval.path] if recipe.eval.path else [])
+    sources = [source_of(section) for section in recipe.data]
+    if (held_out := held_out_source(recipe.eval)) is not None:
+        sources.append(held_out)
+    files = [file for s in sources for file in s.files()]
     if recipe.model.chat_template is not None:
-        files.append(recipe.model.chat_template)
+        files.append(Path(recipe.model.chat_template))
     return {
         "versions": {
             "mlxtune": mlxtune.__version__,
@@ -288,7 +253,8 @@ def _facts(recipe: Recipe, source: ModelSource) -> dict[str, Any]:
         "seed": recipe.seed,
         "hashes": {
             "model": _fingerprint(source),
-            **{path: sha256(Path(path)) for path in files},
+            **{str(path): sha256(path) for path in files},
+            **{s.path: s.fingerprint() for s in sources if s.path.startswith(HUB)},
         },
     }
 
@@ -325,8 +291,7 @@ def _outline(
     recipe: Recipe,
     run: Run,
     base: LoadedModel,
-    samples: Sequence[Sample],
-    held_out: Sequence[Sample],
+    corpus: Corpus,
     packing: bool,
     notes: list[str],
     first: int,
@@ -341,8 +306,8 @@ def _outline(
         notes=tuple(notes),
         trainable=_count(base.model, trainable=True),
         parameters=_count(base.model, trainable=False),
-        samples=len(samples),
-        held_out=len(held_out),
+        samples=corpus.size,
+        held_out=len(corpus.held_out),
         first_step=first,
         total_steps=total,
     )

@@ -1,0 +1,159 @@
+"""`mlxtune data`: look at records, change their shape, prepare them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+_PATH = click.Path(path_type=Path)
+_SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key of the recipe, such as train.max_seq_length=512.",
+)
+SHAPES = ("alpaca", "sharegpt", "messages", "shell")
+
+
+@click.group()
+def data() -> None:
+    """Look at records, change their shape, prepare them for training."""
+
+
+@data.command()
+@click.argument("recipe", type=_PATH)
+@_SET
+@click.option("--rows", type=click.IntRange(0), default=3, show_default=True, help="Show so many.")
+@click.option("--row", "chosen", type=click.IntRange(1), help="Show this record of the first file.")
+@click.option("--ids", is_flag=True, help="Show token ids too.")
+@click.option("--json", "as_json", is_flag=True, help="Print figures and rows as JSON.")
+def inspect(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    rows: int,
+    chosen: int | None,
+    ids: bool,
+    as_json: bool,
+) -> None:
+    """Show a recipe's records as the model will see them, and what of them is trained."""
+    from mlxtune.cli.app import quieten_libraries
+
+    quieten_libraries()
+    from mlxtune.cli.inspect import inspect_recipe, show
+    from mlxtune.recipe.load import load_recipe
+
+    found = inspect_recipe(load_recipe(recipe, overrides), rows=rows, chosen=chosen)
+    if as_json:
+        click.echo(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+    else:
+        show(found, ids=ids)
+
+
+@data.command()
+@click.argument("source")
+@click.argument("output", type=_PATH)
+@click.option("--to", "shape", type=click.Choice(SHAPES), required=True)
+@click.option("--format", "format_", default="auto", help="Shape of the input.  [default: told]")
+@click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="FIELD=COLUMN",
+    help="What a field of the format is called in the input, such as prompt=question.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
+def convert(
+    source: str,
+    output: Path,
+    shape: str,
+    format_: str,
+    columns: tuple[str, ...],
+    overwrite: bool,
+) -> None:
+    """Write records in another shape, as JSONL."""
+    from mlxtune.data.convert import convert_file
+    from mlxtune.data.formats import FORMATS
+    from mlxtune.data.sources import Source
+
+    if format_ != "auto" and format_ not in FORMATS:
+        raise click.UsageError(f"--format is one of {', '.join(FORMATS)}")
+    mapped = dict(column.partition("=")[::2] for column in columns)
+    if not all(mapped.values()):
+        raise click.UsageError("--column has the form FIELD=COLUMN")
+    count = convert_file(Source(source, format_, mapped), output, shape, overwrite=overwrite)
+    click.echo(f"{output}: {count} {shape} records")
+
+
+@data.command()
+@click.argument("source")
+@click.argument("output", type=_PATH)
+@click.option("--recipe", type=_PATH, help="Take [prep] and the seed of this recipe.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help='Override a key of [prep], such as dedup=exact or languages=["en"].',
+)
+@click.option("--scrub", help="Replace these by placeholders: email,ip,phone,card,secret,presidio.")
+@click.option("--dedup", type=click.Choice(["off", "exact", "near"]))
+@click.option("--val-size", type=float, help="Hold out a share (below 1) or so many rows.")
+@click.option("--group-by", help="Rows with the same value of this field stay on one side.")
+@click.option("--against", help="A held-out file that nothing kept may be a near-duplicate of.")
+@click.option("--seed", type=click.IntRange(0), help="Of the split.  [default: the recipe's, or 0]")
+@click.option("--format", "format_", default="auto", help="Shape of the input.  [default: told]")
+@click.option("--overwrite", is_flag=True, help="Replace what this command wrote before.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def prep(
+    source: str,
+    output: Path,
+    recipe: Path | None,
+    overrides: tuple[str, ...],
+    scrub: str | None,
+    dedup: str | None,
+    val_size: float | None,
+    group_by: str | None,
+    against: str | None,
+    seed: int | None,
+    format_: str,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Filter, scrub, deduplicate and split records into the folder OUTPUT.
+
+    The steps are those of the recipe's [prep] table; `mlxtune init` shows them all. The
+    input is never changed, and OUTPUT/report.txt says what was.
+    """
+    from mlxtune.data.formats import FORMATS
+    from mlxtune.data.sources import Source
+    from mlxtune.prep.pipeline import prepare
+    from mlxtune.recipe.load import load_prep
+
+    if format_ != "auto" and format_ not in FORMATS:
+        raise click.UsageError(f"--format is one of {', '.join(FORMATS)}")
+    flags: dict[str, Any] = {
+        "scrub": [kind for kind in scrub.split(",") if kind] if scrub is not None else None,
+        "dedup": dedup,
+        "val_size": val_size,
+        "group_by": group_by,
+    }
+    settings, recipe_seed = load_prep(
+        recipe, overrides, {k: v for k, v in flags.items() if v is not None}
+    )
+    report = prepare(
+        Source(source, format_),
+        output,
+        settings,
+        against=Source(against) if against is not None else None,
+        seed=recipe_seed if seed is None else seed,
+        overwrite=overwrite,
+    )
+    if as_json:
+        click.echo(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
+    else:
+        click.echo(report.as_text().rstrip())
+        click.echo(f"written to {output}")

@@ -1,0 +1,379 @@
+"""Rows of files: JSONL, JSON, CSV, TSV and Parquet, plain or compressed, one at a time.
+
+Rows are streamed, so a file may be larger than memory; a `.json` file alone is read whole.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import date, time, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+from uuid import UUID
+
+import jsonlines
+
+from mlxtune.data.formats import FORMATS
+from mlxtune.errors import DataError
+
+
+class Row(NamedTuple):
+    """A decoded row and where it stands: `file:line`, or `file row N` in Parquet."""
+
+    where: str
+    value: object
+
+
+def find_files(path: str) -> list[Path]:
+    """The data files that a path, a folder or a glob pattern names, in order of name.
+
+    Raises:
+        DataError: there is none.
+    """
+    try:
+        return _find(path)
+    except (OSError, RuntimeError, ValueError) as error:
+        # A name too long, a user without a home, a pattern such as `a**b`.
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"this cannot be a path: {reason}", where=path) from None
+
+
+def _find(path: str) -> list[Path]:
+    place = Path(path).expanduser()
+    if "\0" in path:
+        raise ValueError("it has a NUL character in it")
+    if place.is_dir():
+        files = (f for f in sorted(place.rglob("*")) if f.is_file())
+        found = [f for f in files if _reader(f) and not _hidden(f, place)]
+        if not found:
+            raise DataError(
+                "this folder has no data files in it",
+                where=path,
+                remedy=f"they end in {', '.join(READERS)}, and may be compressed: .gz, .zst",
+            )
+        return found
+    if place.exists() or not any(c in path for c in "*?["):
+        return [place]
+    anchor = Path(place.anchor) if place.is_absolute() else Path()
+    pattern = str(place.relative_to(anchor))
+    # As in a shell, `*` passes over hidden files.
+    shown = (f for f in anchor.glob(pattern) if place.name[0] == "." or f.name[0] != ".")
+    found = sorted(f for f in shown if f.is_file())
+    if not found:
+        raise DataError("no file matches this pattern", where=path)
+    return found
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of one file.
+
+    The kind of file is told by its ending; one without a known ending is read as JSONL.
+
+    Raises:
+        DataError: the file is missing, damaged or not of its kind; names the line.
+    """
+    read = _reader(path) or _json_lines
+    try:
+        yield from read(path)
+    except FileNotFoundError:
+        raise DataError(
+            "there is no such file",
+            where=str(path),
+            remedy=f"paths are taken from the folder you are in: {Path.cwd()}",
+        ) from None
+    except IsADirectoryError:
+        raise DataError("this is a folder; a file was expected", where=str(path)) from None
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"the file cannot be read: {reason}", where=str(path)) from None
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    with _opened(path) as handle:
+        number = 0
+
+        def lines() -> Iterator[bytes]:
+            nonlocal number
+            try:
+                for line in handle:
+                    number += 1
+                    if number == 1:
+                        line = line.removeprefix(codecs.BOM_UTF8)  # Windows' beginning
+                    if line.strip():
+                        yield line
+            except EOFError as error:  # gzip's; jsonlines means the regular end by it
+                raise DataError(f"the file is cut off: {error}", where=str(path)) from None
+
+        reader = jsonlines.Reader(lines())
+        while True:
+            try:
+                value = reader.read(allow_none=True)
+            except EOFError:
+                return
+            except jsonlines.InvalidLineError as error:
+                raise _no_json(error.__cause__ or error, f"{path}:{number}") from None
+            except RecursionError as error:
+                raise _no_json(error, f"{path}:{number}") from None
+            yield Row(f"{path}:{number}", value)
+
+
+def _no_json(error: BaseException, where: str) -> DataError:
+    if isinstance(error, UnicodeDecodeError):
+        return DataError(f"this line is not UTF-8 text: {error.reason}", where=where)
+    if isinstance(error, RecursionError):
+        return DataError("this line is not JSON: it is nested too deeply", where=where)
+    return DataError(
+        f"this line is not JSON: {error}", where=where, remedy="each line holds one JSON object"
+    )
+
+
+def _json(path: Path) -> Iterator[Row]:
+    """A list of records, one record, or an object with one list of records in it.
+
+    Elements are decoded one by one so that each has its line.
+    """
+    with _opened(path) as handle:
+        text = _decoded(handle.read(), path)
+    decoder = json.JSONDecoder()
+    start = _skip_space(text, 0)
+    if text[start : start + 1] != "[":
+        value, end = _decode_at(decoder, text, start, path)
+        _require_end(text, end, path, 'one record a line is JSONL: let its name end in ".jsonl"')
+        records = _records_in(value)
+        if records is None:
+            yield Row(f"{path}:{1 + text.count(chr(10), 0, start)}", value)
+            return
+        for number, record in enumerate(records, start=1):
+            yield Row(f"{path} record {number}", record)
+        return
+    position, line, seen = _skip_space(text, start + 1), 1, 0
+    while text[position : position + 1] != "]":
+        line, seen = line + text.count("\n", seen, position), position
+        value, position = _decode_at(decoder, text, position, path)
+        yield Row(f"{path}:{line}", value)
+        position = _skip_space(text, position)
+        if text[position : position + 1] == ",":
+            position = _skip_space(text, position + 1)
+        elif text[position : position + 1] != "]":
+            line += text.count("\n", seen, position)
+            raise DataError("a comma or ']' was expected here", where=f"{path}:{line}")
+    _require_end(text, position + 1, path)
+
+
+def _records_in(value: object) -> list[object] | None:
+    """The one list of records in an object that is no record itself."""
+    if type(value) is not dict or any(value.keys() >= {*f.keys} for f in FORMATS.values()):
+        return None
+    lists = [v for v in value.values() if isinstance(v, list)]
+    return lists[0] if len(lists) == 1 and all(type(v) is dict for v in lists[0]) else None
+
+
+def _require_end(text: str, position: int, path: Path, remedy: str | None = None) -> None:
+    rest = _skip_space(text, position)
+    if rest != len(text):
+        where = f"{path}:{1 + text.count(chr(10), 0, rest)}"
+        raise DataError("there is more after the end of the JSON", where=where, remedy=remedy)
+
+
+def _decode_at(decoder: json.JSONDecoder, text: str, position: int, path: Path) -> tuple[Any, int]:
+    try:
+        return decoder.raw_decode(text, position)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"this is not JSON: {error.msg} (column {error.colno})", where=f"{path}:{error.lineno}"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        line = 1 + text.count("\n", 0, position)
+        deep = isinstance(error, RecursionError)
+        raise DataError(
+            f"this is not JSON: {'it is nested too deeply' if deep else error}",
+            where=f"{path}:{line}",
+        ) from None
+
+
+def _skip_space(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    """Rows under a header line; commas, semicolons, tabs or bars, whichever it has most."""
+    # A cell may be as long as a document; the default limit is 128 KiB.
+    csv.field_size_limit(2**31 - 1)
+    with _opened(path) as handle:
+        number = read = 0
+
+        def decoded() -> Iterator[str]:
+            nonlocal read
+            for read, data in enumerate(handle, start=1):
+                # One by one, so that a byte that is no UTF-8 has its line.
+                line = data.decode("utf-8-sig" if read == 1 else "utf-8")
+                yield from line.splitlines(keepends=True) if "\r" in line[:-2] else [line]
+
+        try:
+            lines = decoded()
+            header = next(lines, "")
+            delimiter = max(",;\t|", key=header.count)
+            names = next(csv.reader([header], delimiter=delimiter, strict=True), [])
+            number = 1
+            if len(set(names)) != len(names):
+                raise DataError("two columns have the same name", where=f"{path}:1")
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
+            for cells in reader:
+                # A row's line is that on which it ends; a quoted cell may have line breaks.
+                number = read
+                if not cells:
+                    continue
+                if len(cells) != len(names):
+                    raise DataError(
+                        f"this row has {len(cells)} cells and the header {len(names)}",
+                        where=f"{path}:{number}",
+                        remedy="a cell with the delimiter or a line break in it stands in quotes",
+                    )
+                yield Row(f"{path}:{number}", dict(zip(names, cells, strict=True)))
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"this line is not UTF-8 text: {error.reason}", where=f"{path}:{read}"
+            ) from None
+        except csv.Error as error:
+            raise DataError(f"this row is not CSV: {error}", where=f"{path}:{number + 1}") from None
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow as arrow
+        from pyarrow import parquet
+    except ImportError:
+        raise _needs_extra("Parquet", path) from None
+    number = 0
+    try:
+        with path.open("rb") as handle, parquet.ParquetFile(handle) as file:
+            names = file.schema_arrow.names
+            if len({*names}) != len(names):
+                raise DataError("two columns have the same name", where=str(path))
+            for batch in file.iter_batches(batch_size=1024):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{path} row {number}", without_nulls(value))
+    except (arrow.ArrowException, ValueError, OverflowError) as error:
+        raise DataError(
+            f"this is no whole Parquet file: {error}", where=f"{path} row {number + 1}"
+        ) from None
+
+
+def without_nulls(value: Any) -> Any:
+    """A table has every field in every row; those that are null are not there.
+
+    What JSON has no form for becomes text: dates, times and decimal numbers.
+    """
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list | tuple):
+        return [without_nulls(v) for v in value]
+    if isinstance(value, date | time):
+        return value.isoformat()
+    return str(value) if isinstance(value, Decimal | timedelta | UUID) else value
+
+
+# Endings that say what a file holds; .gz or .zst may follow all but Parquet's.
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
+}
+
+
+def _reader(path: Path) -> Callable[[Path], Iterator[Row]] | None:
+    suffixes = [s.lower() for s in path.suffixes]
+    if suffixes and suffixes[-1] in (".gz", ".zst"):
+        suffixes.pop()
+    return READERS.get(suffixes[-1]) if suffixes else None
+
+
+def _hidden(path: Path, below: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(below).parts)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, decompressed where its ending says so."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        with gzip.open(path) as unpacked:
+            yield cast(IO[bytes], unpacked)
+    elif suffix == ".zst":
+        try:
+            import zstandard
+        except ImportError:
+            raise _needs_extra("Zstandard", path) from None
+        try:
+            with path.open("rb") as raw:
+                # Archives made with `zstd --long` look back further than the default allows.
+                unpacker = zstandard.ZstdDecompressor(max_window_size=2**31)
+                yield io.BufferedReader(_Frames(raw, unpacker))
+        except zstandard.ZstdError as error:
+            raise DataError(f"the file cannot be decompressed: {error}", where=str(path)) from None
+    else:
+        with path.open("rb") as handle:
+            yield handle
+
+
+class _Frames(io.RawIOBase):
+    """The content of Zstandard frames.
+
+    The library's own reader takes a frame that is cut off for one that ends there.
+    """
+
+    def __init__(self, raw: IO[bytes], unpacker: Any) -> None:
+        self._raw, self._unpacker = raw, unpacker
+        self._frame: Any = None
+        self._packed, self._ready = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            # Little at a time: 4 bytes may become 128 KiB.
+            data = self._packed or self._raw.read(8192)
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("the last Zstandard frame has no end")
+                return 0
+            self._frame = self._frame or self._unpacker.decompressobj()
+            self._ready, self._packed = memoryview(self._frame.decompress(data)), b""
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+
+def _decoded(data: bytes, path: Path) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = 1 + data.count(b"\n", 0, error.start)
+        raise DataError(
+            f"this line is not UTF-8 text: {error.reason}", where=f"{path}:{line}"
+        ) from None
+
+
+def _needs_extra(what: str, path: Path) -> DataError:
+    return DataError(
+        f"{what} files need another package",
+        where=str(path),
+        remedy='pip install "mlxtune[data]"',
+    )

@@ -1,0 +1,1 @@
+"""Work on data before training: filter, scrub, remove duplicates, split, count."""

@@ -1,0 +1,23 @@
+"""Packages that only some steps need, loaded when a step does."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from mlxtune.errors import DataError
+
+
+def load(module: str, need: str, extra: str = "prep") -> Any:
+    """A module of an optional package.
+
+    Raises:
+        DataError: it isn't installed; `need` says what it is for.
+    """
+    try:
+        return import_module(module)
+    except ImportError:
+        raise DataError(
+            f"{need} needs another package: {module.partition('.')[0]}",
+            remedy=f'pip install "mlxtune[{extra}]"',
+        ) from None
