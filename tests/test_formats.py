@@ -85,7 +85,8 @@ def test_a_record_that_is_written_again_is_equal(format):
 @pytest.mark.parametrize("format", [f for f in FORMATS if f != "preference"])
 def test_the_format_named_reads_its_own_keys_of_a_record_that_has_those_of_all(format):
     everything = {k: v for record in OF_EACH.values() for k, v in record.items()}
-    wanted = parse_record(OF_EACH[format] | {k: everything[k] for k in FORMATS[format].optional})
+    own = {*FORMATS[format].keys, *FORMATS[format].optional}
+    wanted = parse_record({k: v for k, v in everything.items() if k in own}, format=format)
     conversation = parse_record(everything, format=format)
     assert (conversation.turns, conversation.segments) == (wanted.turns, wanted.segments)
 
@@ -323,18 +324,19 @@ def test_a_message_that_is_not_right(fields, what):
 
 
 @pytest.mark.parametrize(
-    ("call", "place"),
+    "call",
     [
-        ({"name": "\ud83c", "arguments": {}}, "f:7 message 2"),
-        ({"name": "f", "arguments": {"a": ["\ud83c"]}}, "f:7 message 2"),
-        ({"name": "f", "arguments": '{"\\ud83c": 1}'}, "f:7 message 2"),
-        ({"name": "f", "arguments": {}, "id": "\ud83c"}, "f:7 message 2"),
+        {"name": "\ud83c", "arguments": {}},
+        {"name": "f", "arguments": {"a": ["\ud83c"]}},
+        {"name": "f", "arguments": '{"\\ud83c": 1}'},
+        {"name": "f", "arguments": {}, "id": "\ud83c"},
     ],
+    ids=["name", "arguments", "text", "id"],
 )
-def test_half_a_character_in_a_tool_call_is_told(call, place):
-    said = {"role": "assistant", "tool_calls": [call]}
-    where, what = refusal({"messages": [QUESTION, said]})
-    assert (where, "half a character" in what) == (place, True)
+def test_half_a_character_in_a_tool_call_is_told(call):
+    where, what = refusal({"messages": [QUESTION, {"role": "assistant", "tool_calls": [call]}]})
+    assert where == "f:7 message 2"
+    assert what.startswith("a tool call holds half a character")
 
 
 def test_half_a_character_in_a_tool_is_told():

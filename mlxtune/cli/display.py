@@ -17,6 +17,10 @@ from mlxtune.evaluate.compare import Comparison
 from mlxtune.train.metrics import Outline, Report
 
 
+# Seconds of silence before one is told that something is being done.
+_PATIENCE = 5.0
+
+
 class PlainDisplay:
     """A line for each report; for logs and pipes."""
 
@@ -24,6 +28,16 @@ class PlainDisplay:
         self._console = console
         self._outline: Outline | None = None
         self._begun = time.monotonic()
+
+    def tokenized(self, path: str, rows: int) -> None:
+        """Say it every few seconds: large data takes minutes."""
+        now = time.monotonic()
+        if now - self._begun >= _PATIENCE:
+            self._begun = now
+            self._tell(f"tokenizing {path}: {rows:,} records")
+
+    def _tell(self, line: str) -> None:
+        self._say(line)
 
     def started(self, outline: Outline) -> None:
         """Say what is about to be trained."""
@@ -68,6 +82,9 @@ class LiveDisplay(PlainDisplay):
         self._live = live
         self._report: Report | None = None
 
+    def _tell(self, line: str) -> None:
+        self._live.update(Text(line), refresh=True)
+
     def stepped(self, step: int) -> None:
         """Move the bar."""
         self._draw(step)
@@ -97,7 +114,9 @@ class LiveDisplay(PlainDisplay):
                 "peak": _gigabytes(report.peak_memory_bytes),
             }
             for name, value in parts.items():
-                figures.append(f"{name} ", style="dim").append(f"{value}  ")
+                # A figure and its name stay on one line in a narrow terminal.
+                kept = value.replace(" ", "\u00a0")
+                figures.append(f"{name}\u00a0", style="dim").append(f"{kept}  ")
         self._live.update(Group(head, figures), refresh=True)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import dropwhile, islice
 from typing import Any
 
 import numpy as np
@@ -174,7 +174,7 @@ def _lengths(found: Inspection, console: Console) -> Table:
     table.add_row("tokens", "", "samples")
     most = max(bin.count for bin in found.lengths)
     room = max(10, min(50, console.width - 30))
-    for bin in found.lengths:
+    for bin in dropwhile(lambda bin: not bin.count, found.lengths):
         bar = "█" * round(room * bin.count / most) or ("▏" if bin.count else "")
         table.add_row(f"{bin.low}-{bin.high}", Text(bar, style="cyan"), f"{bin.count:,}")
     return table

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -44,6 +44,9 @@ _ENTRY = np.dtype([("offset", "<i8"), ("length", "<i4"), ("record", "<i4")])
 PARALLEL_ROWS = 4096
 _CHUNK = 512
 _UNUSED_DAYS = 30
+
+
+Progress = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,9 @@ class Tally:
     def drop(self, reason: str, count: int = 1) -> None:
         """Count samples that were left out."""
         self.dropped[reason] = self.dropped.get(reason, 0) + count
+
+
+_Rendered = tuple[list[Sample], Tally]
 
 
 def record_samples(
@@ -235,7 +241,13 @@ class Subset(Sequence[Sample]):
 
 
 def tokenize(
-    source: Source, renderer: Renderer, rules: Rules, *, first: int = 0, workers: int | None = None
+    source: Source,
+    renderer: Renderer,
+    rules: Rules,
+    *,
+    first: int = 0,
+    workers: int | None = None,
+    progress: Progress = lambda _path, _rows: None,
 ) -> TokenStore:
     """All samples of a source, from the cache if they have been made before.
 
@@ -245,6 +257,7 @@ def tokenize(
         rules: what becomes of each record.
         first: what is added to record numbers, for sources that follow others.
         workers: processes; all cores by default.
+        progress: is told, now and then, the source's path and how many rows are done.
 
     Raises:
         DataError: a record is wrong, or none is left to train on.
@@ -253,7 +266,8 @@ def tokenize(
     folder = cache_folder() / "tokens" / _key(source, renderer, rules)
     if not (folder / SUMMARY).is_file():
         with suppress(OutputExists), atomic_folder(folder) as partial:
-            tally = _write(partial, source, renderer, rules, workers or os.cpu_count() or 1)
+            chunks = _rendered(source, renderer, rules, workers or os.cpu_count() or 1)
+            tally = _write(partial, source, chunks, progress)
             write_json(partial / SUMMARY, {"source": source.path, "tally": asdict(tally)})
         _remove_unused(folder.parent)
     with suppress(OSError):
@@ -282,10 +296,10 @@ def _key(source: Source, renderer: Renderer, rules: Rules) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
-def _write(folder: Path, source: Source, renderer: Renderer, rules: Rules, workers: int) -> Tally:
+def _write(folder: Path, source: Source, chunks: Iterable[_Rendered], progress: Progress) -> Tally:
     total, offset = Tally(), 0
     with (folder / TOKENS).open("wb") as tokens, (folder / INDEX).open("wb") as index:
-        for samples, tally in _rendered(source, renderer, rules, workers):
+        for samples, tally in chunks:
             entries = np.zeros(len(samples), _ENTRY)
             for entry, sample in zip(entries, samples, strict=True):
                 stored = sample.tokens.astype(np.uint32)
@@ -296,12 +310,10 @@ def _write(folder: Path, source: Source, renderer: Renderer, rules: Rules, worke
                 offset += len(stored)
             index.write(entries.tobytes())
             total.add(tally)
+            progress(source.path, total.rows)
     if not total.rows:
         raise DataError("it has no records", where=source.path)
     return total
-
-
-_Rendered = tuple[list[Sample], Tally]
 
 
 def _rendered(

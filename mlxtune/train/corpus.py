@@ -13,7 +13,7 @@ from mlxtune.data.batches import Part
 from mlxtune.data.records import Conversation
 from mlxtune.data.render import Masking, Renderer, Sample
 from mlxtune.data.sources import Source
-from mlxtune.data.tokens import Rules, Subset, Tally, TokenStore, tokenize
+from mlxtune.data.tokens import Progress, Rules, Subset, Tally, TokenStore, tokenize
 from mlxtune.errors import DataError
 from mlxtune.recipe.schema import DataSource, EvalSection, Recipe
 
@@ -51,8 +51,15 @@ class Corpus:
                 )
 
 
-def read_corpus(recipe: Recipe, renderer: Renderer) -> Corpus:
+def read_corpus(
+    recipe: Recipe, renderer: Renderer, progress: Progress = lambda _path, _rows: None
+) -> Corpus:
     """All samples of a recipe, split into trained and held out.
+
+    Args:
+        recipe: checked.
+        renderer: of the model's tokenizer.
+        progress: is told, now and then, a source's path and how many of its rows are done.
 
     Raises:
         DataError: a file is missing or wrong, or nothing is left to train on.
@@ -61,15 +68,16 @@ def read_corpus(recipe: Recipe, renderer: Renderer) -> Corpus:
     first = 0
     for section in recipe.data:
         rules = rules_of(section, recipe.train.max_seq_length)
-        stores.append(tokenize(source_of(section), renderer, rules, first=first))
+        source = source_of(section)
+        stores.append(tokenize(source, renderer, rules, first=first, progress=progress))
         first += stores[-1].tally.rows
     tallies = {s.path: store.tally for s, store in zip(recipe.data, stores, strict=True)}
     held_out: Sequence[Sample] = ()
     trained: list[Sequence[Sample]] = list(stores)
-    if (source := held_out_source(recipe.eval)) is not None:
+    if (given := held_out_source(recipe.eval)) is not None:
         rules = Rules(masking_of(recipe.data[0]), recipe.train.max_seq_length)
-        held_out = tokenize(source, renderer, rules)
-        tallies[source.path] = held_out.tally
+        held_out = tokenize(given, renderer, rules, progress=progress)
+        tallies[given.path] = held_out.tally
     elif recipe.eval.val_size:
         chosen = _held_out_numbers(recipe, first)
         out = [np.isin(store.records(), chosen) for store in stores]

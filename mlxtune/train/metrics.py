@@ -64,6 +64,9 @@ class Outline:
 class Reporter(Protocol):
     """Someone who wants to know how training goes."""
 
+    def tokenized(self, path: str, rows: int) -> None:
+        """So many records of a source have become tokens so far."""
+
     def started(self, outline: Outline) -> None:
         """Training begins, or goes on."""
 
@@ -82,6 +85,9 @@ class Reporter(Protocol):
 
 class Silent:
     """A reporter that says nothing."""
+
+    def tokenized(self, path: str, rows: int) -> None:
+        """Say nothing."""
 
     def started(self, outline: Outline) -> None:
         """Say nothing."""

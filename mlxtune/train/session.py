@@ -69,7 +69,7 @@ def fine_tune(
         Run.require_free(path, overwrite=overwrite)
     # What is wrong with the data is told before a large model is fetched and loaded.
     check_sources(recipe, rows=100)
-    corpus = read_corpus(recipe, Renderer(tokenizer_of(recipe.model)))
+    corpus = read_corpus(recipe, Renderer(tokenizer_of(recipe.model)), reporter.tokenized)
     base = load_base(recipe.model)
     notes = list(corpus.notes())
     packing = recipe.train.packing
