@@ -49,6 +49,18 @@ def write_jsonl(path: Path, records: list[object]) -> Path:
     return path
 
 
+@pytest.fixture
+def recipe_file(tmp_path):
+    """Writes text as a recipe."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "recipe.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """The real model, packed, with our layers. Do not change it."""

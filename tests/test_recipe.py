@@ -105,16 +105,6 @@ DEFAULTS = {
 }
 
 
-@pytest.fixture
-def recipe_file(tmp_path):
-    def write(text: str) -> Path:
-        path = tmp_path / "recipe.toml"
-        path.write_text(text, encoding="utf-8")
-        return path
-
-    return write
-
-
 def test_what_is_left_out_has_its_default(recipe_file):
     assert load_recipe(recipe_file(MINIMAL)).model_dump() == DEFAULTS
 

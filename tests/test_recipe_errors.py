@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tomllib
-from pathlib import Path
 
 import pytest
 
@@ -17,16 +16,6 @@ path = "owner/model"
 [[data]]
 path = "train.jsonl"
 """
-
-
-@pytest.fixture
-def recipe_file(tmp_path):
-    def write(text: str) -> Path:
-        path = tmp_path / "recipe.toml"
-        path.write_text(text, encoding="utf-8")
-        return path
-
-    return write
 
 
 @pytest.fixture

@@ -15,18 +15,10 @@ import click
 
 import mlxtune
 from mlxtune.cli.data import data
+from mlxtune.cli.options import PATH, SET
 from mlxtune.errors import MlxtuneError, RecipeError
 
 USER_ERROR, INTERRUPTED = 1, 130
-
-_FOLDER = click.Path(path_type=Path)
-_SET = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override a key of the recipe, such as train.learning_rate=1e-4.",
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -44,7 +36,7 @@ def cli(debug: bool) -> None:
 
 
 @cli.command()
-@click.argument("output", type=_FOLDER, default="recipe.toml")
+@click.argument("output", type=PATH, default="recipe.toml")
 @click.option("--preset", default="default", help="Which recipe; --list shows them.")
 @click.option("--list", "list_presets", is_flag=True, help="List the presets.")
 @click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
@@ -61,8 +53,8 @@ def init(output: Path, preset: str, list_presets: bool, overwrite: bool) -> None
 
 
 @cli.command()
-@click.argument("recipe", type=_FOLDER)
-@_SET
+@click.argument("recipe", type=PATH)
+@SET
 def validate(recipe: Path, overrides: tuple[str, ...]) -> None:
     """Check a recipe and its data files, without loading a model."""
     from mlxtune.recipe.load import load_recipe
@@ -76,9 +68,9 @@ def validate(recipe: Path, overrides: tuple[str, ...]) -> None:
 
 
 @cli.command()
-@click.argument("recipe", type=_FOLDER)
-@_SET
-@click.option("-o", "--output", type=_FOLDER, help="Folder of the run.  [default: runs/<name>]")
+@click.argument("recipe", type=PATH)
+@SET
+@click.option("-o", "--output", type=PATH, help="Folder of the run.  [default: runs/<name>]")
 @click.option("--resume", is_flag=True, help="Go on from the run's latest checkpoint.")
 @click.option("--overwrite", is_flag=True, help="Replace a run that is there.")
 def lora(
@@ -102,8 +94,8 @@ def lora(
 
 
 @cli.command(name="eval")
-@click.argument("run", type=_FOLDER)
-@click.option("--data", type=_FOLDER, help="Records to use instead of the held-out ones.")
+@click.argument("run", type=PATH)
+@click.option("--data", type=PATH, help="Records to use instead of the held-out ones.")
 @click.option("--limit", type=click.IntRange(1), help="Use the first N records.")
 @click.option(
     "--max-tokens",
@@ -137,8 +129,8 @@ def evaluate(
 
 
 @cli.command()
-@click.argument("run", type=_FOLDER)
-@click.option("-o", "--output", type=_FOLDER, required=True, help="Folder to write.")
+@click.argument("run", type=PATH)
+@click.option("-o", "--output", type=PATH, required=True, help="Folder to write.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
@@ -167,8 +159,8 @@ def fuse(run: Path, output: Path, dtype: str | None, overwrite: bool, as_json: b
 
 
 @cli.command()
-@click.argument("run", type=_FOLDER)
-@click.option("-o", "--output", type=_FOLDER, help="Folder.  [default: RUN/export/<type>]")
+@click.argument("run", type=PATH)
+@click.option("-o", "--output", type=PATH, help="Folder.  [default: RUN/export/<type>]")
 @click.option(
     "--quantize",
     type=click.Choice(["f16", "q8_0"]),

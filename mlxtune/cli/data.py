@@ -8,14 +8,8 @@ from typing import Any
 
 import click
 
-_PATH = click.Path(path_type=Path)
-_SET = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override a key of the recipe, such as train.max_seq_length=512.",
-)
+from mlxtune.cli.options import PATH, SET
+
 SHAPES = ("alpaca", "sharegpt", "messages", "shell")
 
 
@@ -25,8 +19,8 @@ def data() -> None:
 
 
 @data.command()
-@click.argument("recipe", type=_PATH)
-@_SET
+@click.argument("recipe", type=PATH)
+@SET
 @click.option("--rows", type=click.IntRange(0), default=3, show_default=True, help="Show so many.")
 @click.option("--row", "chosen", type=click.IntRange(1), help="Show this record of the first file.")
 @click.option("--ids", is_flag=True, help="Show token ids too.")
@@ -55,7 +49,7 @@ def inspect(
 
 @data.command()
 @click.argument("source")
-@click.argument("output", type=_PATH)
+@click.argument("output", type=PATH)
 @click.option("--to", "shape", type=click.Choice(SHAPES), required=True)
 @click.option("--format", "format_", default="auto", help="Shape of the input.  [default: told]")
 @click.option(
@@ -90,8 +84,8 @@ def convert(
 
 @data.command()
 @click.argument("source")
-@click.argument("output", type=_PATH)
-@click.option("--recipe", type=_PATH, help="Take [prep] and the seed of this recipe.")
+@click.argument("output", type=PATH)
+@click.option("--recipe", type=PATH, help="Take [prep] and the seed of this recipe.")
 @click.option(
     "--set",
     "overrides",

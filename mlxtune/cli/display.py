@@ -16,7 +16,6 @@ from rich.text import Text
 from mlxtune.evaluate.compare import Comparison
 from mlxtune.train.metrics import Outline, Report
 
-
 # Seconds of silence before one is told that something is being done.
 _PATIENCE = 5.0
 

@@ -34,24 +34,24 @@ def convert_file(source: Source, output: Path, format: str, *, overwrite: bool =
     count = 0
     with atomic_file(output) as handle:
         for conversation in source:
-            record = to_record(conversation, format)
-            try:
-                handle.write(json_line(record))
-            except (TypeError, ValueError, RecursionError) as error:
-                raise DataError(
-                    f"JSON cannot hold a field of it: {error}", where=conversation.where
-                ) from None
+            handle.write(json_line(to_record(conversation, format), conversation.where))
             count += 1
     return count
 
 
-def json_line(record: Record) -> bytes:
-    """A record as a line of JSONL; UTF-8, but for half characters, which stay escaped."""
-    text = json.dumps(record, ensure_ascii=False)
+def json_line(record: Record, where: str = "") -> bytes:
+    """A record as a line of JSONL; UTF-8, but for half characters, which stay escaped.
+
+    Raises:
+        DataError: a field is of a kind that JSON does not have, such as bytes of a table.
+    """
     try:
+        text = json.dumps(record, ensure_ascii=False)
         return f"{text}\n".encode()
     except UnicodeEncodeError:
         return f"{json.dumps(record)}\n".encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"JSON cannot hold a field of it: {error}", where=where) from None
 
 
 def to_record(conversation: Conversation, format: str) -> Record:

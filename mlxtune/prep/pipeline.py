@@ -116,7 +116,7 @@ class _Rows:
     ) -> None:
         """A row to be written; its group is that of the original, before it was scrubbed."""
         self._append(tidy)
-        self.lines.append(json_line(_record(tidy, format)).decode())
+        self.lines.append(json_line(_record(tidy, format), tidy.where).decode())
         for values, tag, row in (
             (self.groups, settings.group_by, original),
             (self.categories, settings.balance_by, tidy),
