@@ -18,7 +18,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -99,9 +99,6 @@ class Tally:
     def drop(self, reason: str, count: int = 1) -> None:
         """Count samples that were left out."""
         self.dropped[reason] = self.dropped.get(reason, 0) + count
-
-
-_Rendered = tuple[list[Sample], Tally]
 
 
 def record_samples(
@@ -296,46 +293,47 @@ def _key(source: Source, renderer: Renderer, rules: Rules) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
-def _write(folder: Path, source: Source, chunks: Iterable[_Rendered], progress: Progress) -> Tally:
+@dataclass(frozen=True)
+class _Chunk:
+    """Samples of some rows, as they are stored: two arrays cross between processes fast."""
+
+    tokens: npt.NDArray[np.uint32]
+    entries: npt.NDArray[np.void]  # offsets count from the chunk's own beginning
+    tally: Tally
+
+
+def _write(folder: Path, source: Source, chunks: Iterable[_Chunk], progress: Progress) -> Tally:
     total, offset = Tally(), 0
     with (folder / TOKENS).open("wb") as tokens, (folder / INDEX).open("wb") as index:
-        for samples, tally in chunks:
-            entries = np.zeros(len(samples), _ENTRY)
-            for entry, sample in zip(entries, samples, strict=True):
-                stored = sample.tokens.astype(np.uint32)
-                stored[sample.weights > 0] |= _TRAINED
-                tokens.write(stored.tobytes())
-                entry["offset"], entry["length"] = offset, len(stored)
-                entry["record"] = sample.record
-                offset += len(stored)
-            index.write(entries.tobytes())
-            total.add(tally)
+        for chunk in chunks:
+            chunk.entries["offset"] += offset
+            offset += len(chunk.tokens)
+            tokens.write(chunk.tokens.tobytes())
+            index.write(chunk.entries.tobytes())
+            total.add(chunk.tally)
             progress(source.path, total.rows)
     if not total.rows:
         raise DataError("it has no records", where=source.path)
     return total
 
 
-def _rendered(
-    source: Source, renderer: Renderer, rules: Rules, workers: int
-) -> Iterator[_Rendered]:
-    """Chunks of samples in the order of their rows."""
+_Rows = list[tuple[int, Row]]
+
+
+def _rendered(source: Source, renderer: Renderer, rules: Rules, workers: int) -> Iterator[_Chunk]:
+    """Samples in the order of their rows."""
     numbered = enumerate(source.rows(), start=1)
     few = list(islice(numbered, PARALLEL_ROWS))
-    for start in range(0, len(few), _CHUNK):
-        yield _chunk(source, renderer, rules, few[start : start + _CHUNK])
-    if len(few) < PARALLEL_ROWS:
-        return
-    del few
-    chunks = iter(lambda: list(islice(numbered, _CHUNK)), [])
-    if workers == 1:
+    rows = chain(few, numbered)
+    chunks: Iterator[_Rows] = iter(lambda: list(islice(rows, _CHUNK)), [])
+    if workers == 1 or len(few) < PARALLEL_ROWS:
         for chunk in chunks:
             yield _chunk(source, renderer, rules, chunk)
         return
     # Started afresh, not forked: the GPU's driver does not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _begin, (source, renderer, rules)) as pool:
-        pending: deque[Future[_Rendered]] = deque()
+        pending: deque[Future[_Chunk]] = deque()
         try:
             for chunk in chunks:
                 pending.append(pool.submit(_work, chunk))
@@ -348,16 +346,21 @@ def _rendered(
             raise
 
 
-def _chunk(
-    source: Source, renderer: Renderer, rules: Rules, rows: list[tuple[int, Row]]
-) -> _Rendered:
+def _chunk(source: Source, renderer: Renderer, rules: Rules, rows: _Rows) -> _Chunk:
     tally = Tally()
     samples = [
         sample
         for number, row in rows
         for sample in record_samples(source, row, number, renderer, rules, tally)
     ]
-    return samples, tally
+    entries = np.zeros(len(samples), _ENTRY)
+    entries["length"] = [len(sample.tokens) for sample in samples]
+    entries["record"] = [sample.record for sample in samples]
+    entries["offset"] = np.cumsum(entries["length"]) - entries["length"]
+    none = np.empty(0, np.uint32)
+    tokens = np.concatenate([none, *(s.tokens.astype(np.uint32) for s in samples)])
+    trained = np.concatenate([none, *(s.weights for s in samples)]) > 0
+    return _Chunk(tokens | trained * _TRAINED, entries, tally)
 
 
 _worker: tuple[Source, Renderer, Rules]
@@ -368,7 +371,7 @@ def _begin(*worker: Any) -> None:
     _worker = worker
 
 
-def _work(rows: list[tuple[int, Row]]) -> _Rendered:
+def _work(rows: _Rows) -> _Chunk:
     return _chunk(*_worker, rows)
 
 
