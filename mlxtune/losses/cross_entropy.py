@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import mlx.core as mx
 
 
@@ -22,3 +25,81 @@ def weighted_cross_entropy(logits: mx.array, targets: mx.array, weights: mx.arra
     logits = logits.astype(mx.float32)
     picked = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return (weights * (mx.logsumexp(logits, axis=-1) - picked)).sum()
+
+
+def chunked_cross_entropy(
+    head: Callable[[mx.array], mx.array],
+    hidden: mx.array,
+    targets: mx.array,
+    weights: mx.array,
+    *,
+    rows: int,
+    gradient: bool = True,
+) -> mx.array:
+    """`weighted_cross_entropy(head(hidden), targets, weights)` without keeping logits.
+
+    The head is frozen, so all that the backward pass needs is the gradient for the hidden
+    states, which is computed with the loss, `rows` rows at a time: logits of one chunk
+    exist at once, and each is exponentiated once. The idea is that of Liger Kernel's fused
+    linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989).
+
+    Args:
+        head: (n, width) to (n, vocabulary), row by row; not differentiated for its own
+            weights.
+        hidden: (m, width) of any float type.
+        targets: int (m,).
+        weights: float32 (m,).
+        rows: in a chunk.
+        gradient: whether the loss will be differentiated. Without it, nothing but the
+            loss is computed.
+
+    Returns:
+        A float32 scalar.
+    """
+
+    @mx.custom_function
+    def total(hidden: mx.array) -> tuple[mx.array, mx.array]:
+        losses: list[mx.array] = []
+        gradients: list[mx.array] = []
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            chunk = hidden[part]
+            if losses:
+                # Not before the last chunk is done with its logits: with the loss and, if
+                # it is wanted at all, with the gradient.
+                done = [losses[-1], gradients[-1]] if gradient else [losses[-1]]
+                [chunk] = mx.depends([chunk], done)
+            loss, for_chunk = _with_gradient(head, chunk, targets[part], weights[part])
+            losses.append(loss)
+            gradients.append(for_chunk)
+        return mx.stack(losses).sum(), mx.concatenate(gradients)
+
+    @total.vjp
+    def _backward(
+        _hidden: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+    ) -> mx.array:
+        return (cotangents[0] * outputs[1]).astype(outputs[1].dtype)
+
+    both: Any = total(hidden)
+    loss: mx.array = both[0]
+    return loss
+
+
+def _with_gradient(
+    head: Callable[[mx.array], mx.array], hidden: mx.array, targets: mx.array, weights: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Loss of some rows, and its gradient for their hidden states."""
+    logits = head(hidden)
+    full = logits.astype(mx.float32)
+    peak = full.max(axis=-1, keepdims=True)
+    powers = mx.exp(full - peak)
+    sums = powers.sum(axis=-1, keepdims=True)
+    target = targets[:, None]
+    picked = mx.take_along_axis(full, target, axis=-1)
+    loss = (weights * (mx.log(sums) + peak - picked)[:, 0]).sum()
+    # d loss / d logits = w (softmax - one-hot)
+    scaled = powers * (weights[:, None] / sums)
+    at_target = mx.take_along_axis(scaled, target, axis=-1) - weights[:, None]
+    scaled = mx.put_along_axis(scaled, target, at_target, axis=-1)
+    _, [for_hidden] = mx.vjp(head, [hidden], [scaled.astype(logits.dtype)])
+    return loss, for_hidden

@@ -8,13 +8,44 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxtune.arrays import flat
+
 Body = Callable[..., mx.array]
-Head = Callable[[mx.array], mx.array]
+Finish = Callable[[mx.array], mx.array]
+
+
+@dataclass(frozen=True)
+class Head:
+    """Hidden states (n, width) to logits (n, vocabulary).
+
+    Attributes:
+        module: that holds the weights: an output layer, or the embedding if they are tied.
+        project: the product with them.
+        finish: what the architecture does to its logits after that.
+    """
+
+    module: nn.Module
+    project: Callable[[mx.array], mx.array]
+    finish: Finish
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits a hidden state has."""
+        return int(self.module.weight.shape[0])
+
+    @property
+    def frozen(self) -> bool:
+        """Whether none of its weights are trained."""
+        return not flat(self.module.trainable_parameters())
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        return self.finish(self.project(hidden))
 
 
 def split_head(model: nn.Module) -> tuple[Body, Head] | None:
@@ -27,18 +58,13 @@ def split_head(model: nn.Module) -> tuple[Body, Head] | None:
     body = getattr(model, "model", None)
     if not isinstance(body, nn.Module):
         return None
-    project: Any
+    embedding: Any = getattr(body, "embed_tokens", None)
     if "lm_head" in model:
-        project = model.lm_head
-    elif hasattr(getattr(body, "embed_tokens", None), "as_linear"):
-        project = body.embed_tokens.as_linear
+        head = Head(model.lm_head, model.lm_head, _final_form(model))
+    elif hasattr(embedding, "as_linear"):
+        head = Head(embedding, embedding.as_linear, _final_form(model))
     else:
         return None
-    finish = _final_form(model)
-
-    def head(hidden: mx.array) -> mx.array:
-        return finish(project(hidden))
-
     probe = mx.array([[1, 2]])
     with evaluating(model):  # dropout would tell two equal passes apart
         try:
@@ -60,7 +86,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module._set_training_mode(True)  # `train` would reach the modules below too
 
 
-def _final_form(model: nn.Module) -> Head:
+def _final_form(model: nn.Module) -> Finish:
     """What an architecture does to its logits after the projection."""
     args = getattr(model, "args", None)
     if cap := getattr(args, "final_logit_softcapping", None):

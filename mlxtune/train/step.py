@@ -12,12 +12,16 @@ import mlx.optimizers
 from mlx.utils import tree_map
 
 from mlxtune.arrays import flat
-from mlxtune.data.pack import Batch
-from mlxtune.losses.cross_entropy import weighted_cross_entropy
+from mlxtune.data.pack import TARGET_STEP, Batch
+from mlxtune.losses.cross_entropy import chunked_cross_entropy, weighted_cross_entropy
 from mlxtune.models.heads import split_head
 from mlxtune.models.packed import PackCache
 
 Arrays = dict[str, mx.array]
+
+# Logits to a chunk: 16 MiB of float32. On a CPU MLX lays out some ten operations ahead, so
+# that about ten times as much is in use.
+LOGITS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,22 @@ class LossFunction:
             call = {"cache": [cache] * len(self._model.layers)}
         # Without a cache the model masks causally, and padding at the right of a row is
         # never looked at.
-        body, head = self._parts or (self._model, lambda logits: logits)
+        body, head = self._parts or (self._model, None)
         hidden = body(tokens, **call)
         chosen = hidden.reshape(-1, hidden.shape[-1])[arrays["sources"]]
-        return weighted_cross_entropy(head(chosen), arrays["targets"], arrays["weights"])
+        targets, weights = arrays["targets"], arrays["weights"]
+        if head is None:  # the body gave logits already
+            return weighted_cross_entropy(chosen, targets, weights)
+        if not head.frozen:
+            return weighted_cross_entropy(head(chosen), targets, weights)
+        return chunked_cross_entropy(
+            head,
+            chosen,
+            targets,
+            weights,
+            rows=max(TARGET_STEP, LOGITS_AT_ONCE // head.vocabulary),
+            gradient=self._model.training,
+        )
 
 
 def batch_arrays(batch: Batch, weight: float = 1.0) -> Arrays:
