@@ -1,6 +1,7 @@
 """How fast records become tokens, beside mlx-lm on the same records in the same run.
 
     python benchmarks/data.py PATH/nl2bash.jsonl [--rows 12000]
+    python benchmarks/data.py PATH/tldr.jsonl --prep    `mlxtune data prep`, with and without scrub
     python benchmarks/data.py --memory       peak memory at 100 thousand and a million rows
 
 The first renders and tokenizes every record with SmolLM2's chat template and masks its
@@ -38,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("records", nargs="?", type=Path)
     parser.add_argument("--rows", type=int, default=12_000)
+    parser.add_argument("--prep", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -45,6 +47,8 @@ def main() -> None:
         print(peak_memory(chosen.peak))
     elif chosen.memory:
         keep("data-memory", memory())
+    elif chosen.records and chosen.prep:
+        keep("data-prep", preparation(chosen.records))
     elif chosen.records:
         keep("data-throughput", throughput(chosen.records, chosen.rows))
     else:
@@ -85,6 +89,34 @@ def throughput(records: Path, rows: int) -> dict[str, object]:
         ratio = speed / speeds["mlx-lm"]
         print(f"| {name} | {speed:,.0f} rows/s | {ratio:.1f} × | {counted[name]:,} tokens |")
     return {"rows": len(values), "rows_per_second": speeds, "tokens": counted, "seconds": seconds}
+
+
+def preparation(records: Path) -> dict[str, object]:
+    """Seconds of `mlxtune data prep`, start of the program included."""
+    ways = {
+        "filters, near-duplicates": [],
+        "also language, five kinds scrubbed, split": [
+            "--set=languages=['en']",
+            "--scrub=email,ip,phone,card,secret",
+            "--val-size=0.05",
+        ],
+    }
+    figures: dict[str, object] = {}
+    for name, arguments in ways.items():
+        with tempfile.TemporaryDirectory() as folder:
+            command = ["mlxtune", "data", "prep", str(records), f"{folder}/out", "--json"]
+            begun = time.perf_counter()
+            done = subprocess.run(
+                [sys.executable, "-m", *command, *arguments],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+            seconds = time.perf_counter() - begun
+        report = json.loads(done.stdout)
+        figures[name] = {"seconds": seconds, "read": report["read"], "train": report["train"]}
+        print(f"| {name} | {report['read']:,} | {report['train']:,} | {seconds:.1f} s |")
+    return figures
 
 
 def memory() -> dict[str, object]:

@@ -27,6 +27,7 @@ _REFUSED = _FULL | {
     errno.ENOTDIR,
     errno.EISDIR,
     errno.EEXIST,
+    errno.ENOENT,
     errno.ENAMETOOLONG,
 }
 
@@ -117,14 +118,14 @@ def _require_free(path: Path, overwrite: bool, marker: str | None) -> None:
         raise OutputExists(
             "this exists already; nothing was written",
             where=str(path),
-            remedy="choose another place with --output, or pass --overwrite to replace it",
+            remedy="choose another place, or pass --overwrite to replace it",
         )
     if marker is not None and not (path / marker).is_file():
         raise OutputExists(
             f"this exists and is nothing that this command wrote (it has no {marker}), so it is "
             "not replaced",
             where=str(path),
-            remedy="choose another place with --output, or remove it yourself",
+            remedy="choose another place, or remove it yourself",
         )
 
 

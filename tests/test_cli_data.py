@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,7 +49,7 @@ def test_inspect_shows_one_row_with_its_ids(folder):
     assert "257⟧" in done.stdout
     missing = mlxtune("data", "inspect", "recipe.toml", "--row", "4", cwd=folder)
     assert missing.returncode == 1
-    assert missing.stderr == "error: rows.jsonl: there is no record 4\n"
+    assert missing.stderr == "error: there is no record 4: there are 3\n"
 
 
 def test_inspect_as_json_has_tokens_and_figures(folder):
@@ -69,6 +74,48 @@ def test_inspect_takes_overrides_and_tells_errors(folder):
         "data", "inspect", "recipe.toml", "--set", 'data.roles_to_train=["user"]', cwd=folder
     )
     assert "⟦list files<|im_end|>⟧" in done.stdout
+
+
+def test_inspect_says_why_a_record_is_not_shown(folder):
+    done = mlxtune("data", "inspect", "recipe.toml", "--row", "3", cwd=folder)
+    assert "record 3 is left out: longer than max_seq_length" in done.stdout
+    done = mlxtune("data", "inspect", "recipe.toml", "--json", cwd=folder)
+    assert json.loads(done.stdout)["left_out"] == {"3": "longer than max_seq_length"}
+
+
+def test_inspect_tells_of_each_source_and_of_one_that_is_not_there(folder):
+    recipe = folder / "recipe.toml"
+    again = '[[data]]\npath = "rows.jsonl"\nmax_samples = 1\n'
+    recipe.write_text(recipe.read_text() + again)
+    done = mlxtune("data", "inspect", "recipe.toml", cwd=folder)
+    assert "3 records, 2 samples" in done.stdout and "1 records, 1 samples" in done.stdout
+    (folder / "rows.jsonl").unlink()
+    done = mlxtune("data", "inspect", "recipe.toml", cwd=folder)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: rows.jsonl: there is no such file\n")
+
+
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
+def test_inspect_that_is_stopped_takes_its_processes_with_it(folder, kill):
+    """As a terminal's Ctrl-C reaches all of them; whoever is left would keep stderr open."""
+    write_jsonl(folder / "rows.jsonl", [GOOD | {"prompt": f"list {n}"} for n in range(60_000)])
+    cache = folder / "cache"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlxtune", "data", "inspect", "recipe.toml"],
+        cwd=folder,
+        env=os.environ | {"MLXTUNE_CACHE": str(cache)},
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not list(cache.glob("tokens/.*.partial")):
+        time.sleep(0.05)
+    time.sleep(1)  # the others are being started
+    os.killpg(process.pid, kill) if kill == signal.SIGINT else process.kill()
+    _, errors = process.communicate(timeout=60)
+    if kill == signal.SIGINT:
+        assert (process.returncode, errors.strip()) == (130, "interrupted")
+    assert not list(cache.glob("tokens/[!.]*"))
 
 
 def test_convert_goes_between_shapes_and_maps_columns(tmp_path):

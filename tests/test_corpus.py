@@ -8,7 +8,7 @@ from conftest import write_jsonl
 from mlxtune.data.render import Renderer
 from mlxtune.errors import DataError, RecipeError
 from mlxtune.recipe.load import parse_recipe
-from mlxtune.train.corpus import check_sources, held_out_conversations, read_corpus
+from mlxtune.train.corpus import check_sources, conversations_of, read_corpus
 from mlxtune.train.session import tokenizer_of
 
 
@@ -61,7 +61,7 @@ def test_what_is_held_out_is_held_out_of_training_and_the_same_for_all(recipe, v
     held = {sample.record for sample in corpus.held_out}
     trained = {sample.record for part in corpus.parts for sample in part.samples}
     assert len(held) == count and held | trained == set(range(1, 41)) and not held & trained
-    asked = {c.turns[0].content for c in held_out_conversations(settings)}
+    asked = {c.turns[0].content for c in conversations_of(settings, corpus.held_out)}
     expected = {f"a {n - 1}" if n <= 10 else f"b {n - 11}" for n in held}
     assert asked == expected
     other = recipe(eval={"val_size": val_size}, seed=1)
@@ -88,7 +88,7 @@ def test_the_held_out_file_is_masked_as_the_first_source(recipe, tmp_path):
     [sample] = corpus.held_out
     tokenizer = tokenizer_of(settings.model)
     assert tokenizer.decode(sample.tokens[sample.weights > 0].tolist()) == "c 1<|im_end|>"
-    assert [c.turns[0].content for c in held_out_conversations(settings)] == ["c 1"]
+    assert [c.turns[0].content for c in conversations_of(settings, corpus.held_out)] == ["c 1"]
 
 
 def test_what_becomes_of_records_is_told(recipe):
@@ -107,8 +107,8 @@ def test_what_becomes_of_records_is_told(recipe):
 
 def test_records_are_checked_without_a_tokenizer(recipe, tmp_path):
     settings = recipe()
-    assert list(check_sources(settings).values()) == [10, 30]
-    assert list(check_sources(settings, rows=5).values()) == [5, 5]
+    assert [count for _, count in check_sources(settings)] == [10, 30]
+    assert [count for _, count in check_sources(settings, rows=5)] == [5, 5]
     path = write_jsonl(
         tmp_path / "b.jsonl", [pair("b", 1), {"messages": [{"role": "user", "content": "x"}]}]
     )
@@ -116,3 +116,18 @@ def test_records_are_checked_without_a_tokenizer(recipe, tmp_path):
         check_sources(settings)
     assert raised.value.where == f"{path}:2"
     check_sources(recipe(None, {"on_empty": "skip"}))
+
+
+def test_preference_pairs_are_told_without_a_tokenizer(recipe, tmp_path):
+    path = write_jsonl(tmp_path / "b.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    for on_empty in ("error", "skip"):
+        with pytest.raises(DataError, match="preference pair") as raised:
+            check_sources(recipe(None, {"on_empty": on_empty}))
+        assert raised.value.where == f"{path}:1"
+
+
+def test_a_file_that_is_named_twice_counts_twice(recipe, tmp_path):
+    again = {"path": str(tmp_path / "a.jsonl"), "max_samples": 3}
+    settings = recipe(None, again)
+    assert [count for _, count in check_sources(settings)] == [10, 3]
+    assert [tally.rows for _, tally in corpus_of(settings).tallies] == [10, 3]

@@ -141,6 +141,12 @@ def test_empty_answers():
     assert no_answer(pair_of) == "empty rejected answer"
 
 
+def test_rows_that_training_would_refuse_as_empty():
+    assert no_answer(pair(" ", "ls")) == "empty request"
+    silent = (Turn("user", "a"), Turn("assistant", ""), Turn("user", "b"), Turn("assistant", "c"))
+    assert no_answer(Conversation(silent)) == "empty answer"
+
+
 def test_echoes():
     on = PrepSection(**OFF | {"drop_echo": True})
     assert reasons(on, pair("List all files.", "  list ALL files")) == [

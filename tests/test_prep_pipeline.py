@@ -17,6 +17,7 @@ from mlxtune.recipe.schema import PrepSection
 
 ROOT = Path(__file__).parents[1]
 OFF = {
+    "drop_unreadable": False,
     "fix_encoding": False,
     "drop_refusals": False,
     "drop_empty": False,
@@ -105,8 +106,28 @@ def test_empty_answers_are_an_error_unless_they_are_filtered(tmp_path):
         prepare(source, tmp_path / "out", PrepSection(**OFF))
     assert error.value.where.endswith("in.jsonl:4")
     assert not (tmp_path / "out").exists()
-    prepare(source, tmp_path / "out", PrepSection(**OFF | {"drop_empty": True}))
+    settings = OFF | {"drop_empty": True}
+    prepare(source, tmp_path / "out", PrepSection(**settings))
     assert len(read(tmp_path / "out/train.jsonl")) == len(ROWS) - 1
+
+
+def test_rows_that_cannot_be_read_are_dropped_and_told(tmp_path):
+    good = '{"prompt": "list files", "completion": "ls"}'
+    lines = [good, "{not json", '{"prompt": 3, "completion": "x"}', '{"other": 1}', good]
+    text = "\n".join(lines).encode() + b'\n{"prompt": "caf\xe9", "completion": "x"}\n'
+    (tmp_path / "in.jsonl").write_bytes(text)
+    source = Source(str(tmp_path / "in.jsonl"))
+    settings = OFF | {"drop_unreadable": True}
+    report = prepare(source, tmp_path / "out", PrepSection(**settings))
+    [step] = report.steps
+    assert (report.read, report.train) == (6, 2)
+    assert step.name == "read" and step.removed == {"unreadable": 4}
+    places = [example.where.rpartition(":")[2] for example in step.examples]
+    assert places == ["2", "3", "4"]  # three of each reason are kept
+    assert "not JSON" in step.examples[0].text
+    (tmp_path / "in.csv").write_text("prompt,completion\na,b\nc,d,e\nf,g\n")
+    report = prepare(Source(str(tmp_path / "in.csv")), tmp_path / "csv", PrepSection(**settings))
+    assert (report.read, report.train) == (3, 2)
 
 
 SHAPES = [
@@ -299,7 +320,11 @@ def test_output_is_replaced_only_where_it_is_ours(tmp_path):
         ([ask("hi", " ")], {}, "no rows are left of 1"),
         ([ask("hi", "x"), ask("ho", "y")], {"val_size": 0.1, "group_by": "pgae"}, "'pgae'"),
         ([ask("hi", "x"), ask("ho", "y")], {"val_size": 2}, "cannot be held out"),
-        ([ask("hi", "x"), {"prompt": 3, "completion": "x"}], {}, "must be a string"),
+        (
+            [ask("hi", "x"), {"prompt": 3, "completion": "x"}],
+            {"drop_unreadable": False},
+            "must be a string",
+        ),
     ],
 )
 def test_errors_leave_nothing(tmp_path, rows, settings, message):

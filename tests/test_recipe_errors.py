@@ -113,6 +113,7 @@ def test_a_wrong_key_in_a_data_table_is_the_only_problem(problems):
         ("model", "load_in_4bit", "model.quantize = 4"),
         ("checkpoint", "save_total_limit", "checkpoint.keep"),
         ("eval", "val_set_size", "eval.val_size"),
+        ("train", "type", "[[data]] format"),
     ],
 )
 def test_the_names_of_other_trainers_are_known(problems, table, foreign, ours):
@@ -172,6 +173,10 @@ def test_messages_speak_of_toml_and_not_of_python(problems, override):
 @pytest.mark.parametrize("value", ["inf", "nan"])
 def test_a_number_has_to_be_finite(problems, key, value):
     assert problems(MINIMAL, f"{key}={value}").keys() == {key}
+
+
+def test_a_table_of_data_in_single_brackets_is_told(problems):
+    assert problems(MINIMAL.replace("[[data]]", "[data]"))["data"][1] == "write [[data]]"
 
 
 def test_invalid_toml_is_told_with_its_line(recipe_file):

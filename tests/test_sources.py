@@ -293,7 +293,7 @@ def test_a_file_that_is_not_needed_is_not_read(tmp_path):
     [
         ("a.csv", "prompt,completion\na,b\nc,d,e\n", ":3", "this row has 3 cells and the header 2"),
         ("a.csv", 'prompt,completion\n"a\n\n",b\nc\n', ":5", "this row has 1 cells and the head"),
-        ("a.csv", "prompt,prompt\na,b\n", ":1", "two columns have the same name"),
+        ("a.csv", "prompt,prompt\na,b\n", ":1", "two columns"),
         ("a.csv", 'prompt,completion\na,b\n"c,d\ne,f\n', ":3", "this row is not CSV: unexpected"),
         ("a.csv", 'prompt,completion\na,b\n"c"x,d\n', ":3", "this row is not CSV: ',' expected"),
         ("a.csv", '"prompt\n,completion\n', ":1", "this row is not CSV"),
@@ -514,3 +514,16 @@ def test_a_damaged_file_is_one_block_that_names_it_and_nothing_is_left(tmp_path,
         assert first.startswith(f"error: {where}"), done.stderr
         assert all(line.startswith("  ") for line in rest), done.stderr
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "recipe.toml"])
+
+
+def test_a_quoted_name_does_not_decide_the_delimiter(tmp_path):
+    path = put(tmp_path, "a.csv", '"a;b;c","prompt, short",completion\n1,list,ls\n')
+    [row] = Source(str(path)).rows()
+    assert row.value == {"a;b;c": "1", "prompt, short": "list", "completion": "ls"}
+
+
+def test_a_table_in_another_encoding_says_how_to_save_it(tmp_path):
+    path = put(tmp_path, "a.csv", "prompt;completion\ncafé;x\n".encode("latin-1"))
+    with pytest.raises(DataError, match="not UTF-8") as raised:
+        list(Source(str(path)).rows())
+    assert raised.value.where == f"{path}:2" and "CSV UTF-8" in raised.value.remedy

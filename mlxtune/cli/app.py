@@ -15,7 +15,7 @@ import click
 
 import mlxtune
 from mlxtune.cli.data import data
-from mlxtune.cli.options import PATH, SET
+from mlxtune.cli.shared import PATH, SET, quieten_libraries
 from mlxtune.errors import MlxtuneError, RecipeError
 
 USER_ERROR, INTERRUPTED = 1, 130
@@ -61,8 +61,8 @@ def validate(recipe: Path, overrides: tuple[str, ...]) -> None:
     from mlxtune.train.corpus import check_sources
 
     checked = load_recipe(recipe, overrides)
-    for path, count in check_sources(checked).items():
-        held_out = "held-out " if path == checked.eval.path else ""
+    for number, (path, count) in enumerate(check_sources(checked)):
+        held_out = "held-out " if number == len(checked.data) else ""
         click.echo(f"{path}: {count} {held_out}records")
     click.echo(f"{recipe} is valid")
 
@@ -274,10 +274,3 @@ def _prepare() -> None:
 
     run_with_blas([sys.executable, "-m", "mlxtune", *sys.argv[1:]])
     quieten_libraries()
-
-
-def quieten_libraries() -> None:
-    """transformers is here for its tokenizers; its advice about PyTorch is for others."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

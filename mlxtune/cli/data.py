@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxtune.cli.options import PATH, SET
+from mlxtune.cli.shared import PATH, SET, quieten_libraries
 
+if TYPE_CHECKING:
+    from mlxtune.data.sources import Source
+
+_FORMAT = click.option(
+    "--format", "format_", default="auto", help="Shape of the input.  [default: told]"
+)
+_COLUMN = click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="FIELD=COLUMN",
+    help="What a field of the format is called in the input, such as prompt=question.",
+)
 SHAPES = ("alpaca", "sharegpt", "messages", "shell")
 
 
@@ -21,8 +34,14 @@ def data() -> None:
 @data.command()
 @click.argument("recipe", type=PATH)
 @SET
-@click.option("--rows", type=click.IntRange(0), default=3, show_default=True, help="Show so many.")
-@click.option("--row", "chosen", type=click.IntRange(1), help="Show this record of the first file.")
+@click.option(
+    "--rows",
+    type=click.IntRange(0),
+    default=3,
+    show_default=True,
+    help="Of each source.",
+)
+@click.option("--row", "chosen", type=click.IntRange(1), help="Show this record.")
 @click.option("--ids", is_flag=True, help="Show token ids too.")
 @click.option("--json", "as_json", is_flag=True, help="Print figures and rows as JSON.")
 def inspect(
@@ -34,13 +53,19 @@ def inspect(
     as_json: bool,
 ) -> None:
     """Show a recipe's records as the model will see them, and what of them is trained."""
-    from mlxtune.cli.app import quieten_libraries
-
     quieten_libraries()
-    from mlxtune.cli.inspect import inspect_recipe, show
+    from mlxtune.cli.display import status_line
+    from mlxtune.cli.inspect import show
     from mlxtune.recipe.load import load_recipe
+    from mlxtune.train.inspection import inspect_recipe
 
-    found = inspect_recipe(load_recipe(recipe, overrides), rows=rows, chosen=chosen)
+    with status_line("tokenizing", every=5.0) as say:
+        found = inspect_recipe(
+            load_recipe(recipe, overrides),
+            rows=rows,
+            chosen=chosen,
+            progress=lambda path, done: say(f"tokenizing {path}: {done:,} records"),
+        )
     if as_json:
         click.echo(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
     else:
@@ -51,14 +76,8 @@ def inspect(
 @click.argument("source")
 @click.argument("output", type=PATH)
 @click.option("--to", "shape", type=click.Choice(SHAPES), required=True)
-@click.option("--format", "format_", default="auto", help="Shape of the input.  [default: told]")
-@click.option(
-    "--column",
-    "columns",
-    multiple=True,
-    metavar="FIELD=COLUMN",
-    help="What a field of the format is called in the input, such as prompt=question.",
-)
+@_FORMAT
+@_COLUMN
 @click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
 def convert(
     source: str,
@@ -70,15 +89,8 @@ def convert(
 ) -> None:
     """Write records in another shape, as JSONL."""
     from mlxtune.data.convert import convert_file
-    from mlxtune.data.formats import FORMATS
-    from mlxtune.data.sources import Source
 
-    if format_ != "auto" and format_ not in FORMATS:
-        raise click.UsageError(f"--format is one of {', '.join(FORMATS)}")
-    mapped = dict(column.partition("=")[::2] for column in columns)
-    if not all(mapped.values()):
-        raise click.UsageError("--column has the form FIELD=COLUMN")
-    count = convert_file(Source(source, format_, mapped), output, shape, overwrite=overwrite)
+    count = convert_file(_source(source, format_, columns), output, shape, overwrite=overwrite)
     click.echo(f"{output}: {count} {shape} records")
 
 
@@ -99,7 +111,8 @@ def convert(
 @click.option("--group-by", help="Rows with the same value of this field stay on one side.")
 @click.option("--against", help="A held-out file that nothing kept may be a near-duplicate of.")
 @click.option("--seed", type=click.IntRange(0), help="Of the split.  [default: the recipe's, or 0]")
-@click.option("--format", "format_", default="auto", help="Shape of the input.  [default: told]")
+@_FORMAT
+@_COLUMN
 @click.option("--overwrite", is_flag=True, help="Replace what this command wrote before.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def prep(
@@ -114,6 +127,7 @@ def prep(
     against: str | None,
     seed: int | None,
     format_: str,
+    columns: tuple[str, ...],
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -122,15 +136,12 @@ def prep(
     The steps are those of the recipe's [prep] table; `mlxtune init` shows them all. The
     input is never changed, and OUTPUT/report.txt says what was.
     """
-    from mlxtune.data.formats import FORMATS
     from mlxtune.data.sources import Source
     from mlxtune.prep.pipeline import prepare
     from mlxtune.recipe.load import load_prep
 
-    if format_ != "auto" and format_ not in FORMATS:
-        raise click.UsageError(f"--format is one of {', '.join(FORMATS)}")
     flags: dict[str, Any] = {
-        "scrub": [kind for kind in scrub.split(",") if kind] if scrub is not None else None,
+        "scrub": scrub and [kind for part in scrub.split(",") if (kind := part.strip())],
         "dedup": dedup,
         "val_size": val_size,
         "group_by": group_by,
@@ -139,7 +150,7 @@ def prep(
         recipe, overrides, {k: v for k, v in flags.items() if v is not None}
     )
     report = prepare(
-        Source(source, format_),
+        _source(source, format_, columns),
         output,
         settings,
         against=Source(against) if against is not None else None,
@@ -151,3 +162,15 @@ def prep(
     else:
         click.echo(report.as_text().rstrip())
         click.echo(f"written to {output}")
+
+
+def _source(path: str, format: str, columns: tuple[str, ...]) -> Source:
+    from mlxtune.data.formats import FORMATS
+    from mlxtune.data.sources import Source
+
+    if format != "auto" and format not in FORMATS:
+        raise click.UsageError(f"--format is one of {', '.join(FORMATS)}")
+    mapped = dict(column.partition("=")[::2] for column in columns)
+    if not all(mapped.values()):
+        raise click.UsageError("--column has the form FIELD=COLUMN")
+    return Source(path, format, mapped)

@@ -132,14 +132,28 @@ def training_display() -> Iterator[PlainDisplay]:
 
 
 @contextmanager
-def status_line(first: str) -> Iterator[Callable[[str], None]]:
-    """A line on stderr that says what is being done; a function that changes it."""
+def status_line(first: str, *, every: float = 0.0) -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what is being done; a function that changes it.
+
+    It changes at most once in `every` seconds.
+    """
     console = Console(stderr=True)
+    changed = time.monotonic()
+
+    def limited(tell: Callable[[str], None]) -> Callable[[str], None]:
+        def change(stage: str) -> None:
+            nonlocal changed
+            if time.monotonic() - changed >= every:
+                changed = time.monotonic()
+                tell(stage)
+
+        return change
+
     if not console.is_terminal:
-        yield lambda stage: console.print(stage, highlight=False, soft_wrap=True)
+        yield limited(lambda stage: console.print(stage, highlight=False, soft_wrap=True))
         return
     with console.status(first) as status:
-        yield status.update
+        yield limited(status.update)
 
 
 def show_comparison(result: Comparison, *, samples: int) -> None:

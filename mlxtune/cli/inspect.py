@@ -1,101 +1,17 @@
-"""How `mlxtune data inspect` looks at a recipe's records, and how it shows them."""
+"""How `mlxtune data inspect` shows records."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from itertools import dropwhile, islice
-from typing import Any
+from itertools import dropwhile
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlxtune.data.inspect import Bin, SharedPrefix, histogram, shared_prefix, stretches
-from mlxtune.data.render import Renderer, Sample
-from mlxtune.data.tokens import Tally, record_samples, tokenize
-from mlxtune.errors import DataError
-from mlxtune.recipe.schema import Recipe
-from mlxtune.train.corpus import rules_of, source_of
-from mlxtune.train.session import tokenizer_of
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A sample as text: its tokens, and its stretches, trained or not."""
-
-    sample: Sample
-    parts: tuple[tuple[bool, str], ...]
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """All that `mlxtune data inspect` tells."""
-
-    tallies: dict[str, Tally]
-    lengths: tuple[Bin, ...]
-    prefix: SharedPrefix
-    max_seq_length: int
-    rows: tuple[Shown, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        return {
-            "sources": [{"path": path} | asdict(tally) for path, tally in self.tallies.items()],
-            "max_seq_length": self.max_seq_length,
-            "lengths": [asdict(bin) for bin in self.lengths],
-            "shared_prefix": asdict(self.prefix),
-            "rows": [
-                {
-                    "where": shown.sample.where,
-                    "record": shown.sample.record,
-                    "parts": [{"trained": trained, "text": text} for trained, text in shown.parts],
-                    "tokens": shown.sample.tokens.tolist(),
-                    "trained": np.flatnonzero(shown.sample.weights).tolist(),
-                }
-                for shown in self.rows
-            ],
-        }
-
-
-def inspect_recipe(recipe: Recipe, *, rows: int, chosen: int | None) -> Inspection:
-    """Tokenize what a recipe trains on and look at it; no model is loaded.
-
-    Args:
-        recipe: checked.
-        rows: show so many records, the first ones.
-        chosen: show this record of the first source instead.
-
-    Raises:
-        DataError: a record is wrong, or there is none of that number.
-    """
-    renderer = Renderer(tokenizer_of(recipe.model))
-    stores = {}
-    for section in recipe.data:
-        rules = rules_of(section, recipe.train.max_seq_length)
-        stores[section.path] = tokenize(source_of(section), renderer, rules)
-    lengths = np.concatenate([store.lengths() for store in stores.values()])
-    first = recipe.data[0]
-    source, rules = source_of(first), rules_of(first, recipe.train.max_seq_length)
-    start, count = (0, rows) if chosen is None else (chosen - 1, 1)
-    picked = list(islice(source.rows(), start, start + count))
-    if chosen is not None and not picked:
-        raise DataError(f"there is no record {chosen}", where=first.path)
-    samples = [
-        sample
-        for number, row in enumerate(picked, start=start + 1)
-        for sample in record_samples(source, row, number, renderer, rules, Tally())
-    ]
-    return Inspection(
-        tallies={path: store.tally for path, store in stores.items()},
-        lengths=tuple(histogram(lengths)),
-        prefix=shared_prefix(max(stores.values(), key=len)),
-        max_seq_length=recipe.train.max_seq_length,
-        rows=tuple(
-            Shown(sample, tuple((kind, renderer.decode(ids)) for kind, ids in stretches(sample)))
-            for sample in samples
-        ),
-    )
+from mlxtune.data.inspect import stretches
+from mlxtune.data.render import Sample
+from mlxtune.data.tokens import Tally
+from mlxtune.train.inspection import Inspection, Shown
 
 
 def show(found: Inspection, *, ids: bool) -> None:
@@ -114,10 +30,12 @@ def show(found: Inspection, *, ids: bool) -> None:
         if ids:
             console.print(_ids(sample, console))
         console.print()
+    for number, reason in found.left_out.items():
+        console.print(f"record {number} is left out: {reason}\n", highlight=False)
     if found.rows:
         shown_as = "green" if _colours(console) else "between ⟦ and ⟧"
         console.print(f"What is {shown_as} is trained.\n", highlight=False)
-    for path, tally in found.tallies.items():
+    for path, tally in found.tallies:
         console.print(_totals(path, tally), highlight=False, markup=False)
     console.print()
     console.print(_lengths(found, console))

@@ -87,7 +87,7 @@ class Plan:
     def _picks(self, part: Part, number: int, epoch: int) -> npt.NDArray[np.int32]:
         """What an epoch takes from one part: the next stretch of its shuffled rounds.
 
-        So no sample is ever seen two times more often than another.
+        So at no time was a sample seen two times more than another.
         """
         size, count = len(part.samples), part.per_epoch
         if count == size:

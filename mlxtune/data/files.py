@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +27,11 @@ from mlxtune.errors import DataError
 
 
 class Row(NamedTuple):
-    """A decoded row and where it stands: `file:line`, or `file row N` in Parquet."""
+    """A decoded row and where it stands: `file:line`, or `file row N` in Parquet.
+
+    The value of a line that cannot be decoded, while those after it can, is a `DataError`,
+    for whoever reads the rows to raise or to count.
+    """
 
     where: str
     value: object
@@ -50,6 +55,8 @@ def _find(path: str) -> list[Path]:
     place = Path(path).expanduser()
     if "\0" in path:
         raise ValueError("it has a NUL character in it")
+    if all((place / name).is_file() for name in ("report.json", "train.jsonl")):
+        return [place / "train.jsonl"]  # what `mlxtune data prep` wrote
     if place.is_dir():
         files = (f for f in sorted(place.rglob("*")) if f.is_file())
         found = [f for f in files if _reader(f) and not _hidden(f, place)]
@@ -81,8 +88,15 @@ def read_rows(path: Path) -> Iterator[Row]:
         DataError: the file is missing, damaged or not of its kind; names the line.
     """
     read = _reader(path) or _json_lines
-    try:
+    with read_errors(path):
         yield from read(path)
+
+
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to read `path` into a `DataError`."""
+    try:
+        yield
     except FileNotFoundError:
         raise DataError(
             "there is no such file",
@@ -113,15 +127,16 @@ def _json_lines(path: Path) -> Iterator[Row]:
                 raise DataError(f"the file is cut off: {error}", where=str(path)) from None
 
         reader = jsonlines.Reader(lines())
+        value: object
         while True:
             try:
                 value = reader.read(allow_none=True)
             except EOFError:
                 return
             except jsonlines.InvalidLineError as error:
-                raise _no_json(error.__cause__ or error, f"{path}:{number}") from None
+                value = _no_json(error.__cause__ or error, f"{path}:{number}")
             except RecursionError as error:
-                raise _no_json(error, f"{path}:{number}") from None
+                value = _no_json(error, f"{path}:{number}")
             yield Row(f"{path}:{number}", value)
 
 
@@ -222,27 +237,37 @@ def _csv(path: Path) -> Iterator[Row]:
         try:
             lines = decoded()
             header = next(lines, "")
-            delimiter = max(",;\t|", key=header.count)
+            bare = re.sub(r'"[^"]*"', "", header)  # a quoted name may have any of them in it
+            delimiter = max(",;\t|", key=bare.count)
             names = next(csv.reader([header], delimiter=delimiter, strict=True), [])
             number = 1
-            if len(set(names)) != len(names):
-                raise DataError("two columns have the same name", where=f"{path}:1")
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise DataError(
+                    f"two columns are called {twice[0]!r}",
+                    where=f"{path}:1",
+                    remedy="give each a name of its own, or remove empty ones",
+                )
             reader = csv.reader(lines, delimiter=delimiter, strict=True)
             for cells in reader:
                 # A row's line is that on which it ends; a quoted cell may have line breaks.
                 number = read
                 if not cells:
                     continue
-                if len(cells) != len(names):
-                    raise DataError(
-                        f"this row has {len(cells)} cells and the header {len(names)}",
-                        where=f"{path}:{number}",
-                        remedy="a cell with the delimiter or a line break in it stands in quotes",
-                    )
-                yield Row(f"{path}:{number}", dict(zip(names, cells, strict=True)))
+                where = f"{path}:{number}"
+                if len(cells) == len(names):
+                    yield Row(where, dict(zip(names, cells, strict=True)))
+                    continue
+                wrong = DataError(
+                    f"this row has {len(cells)} cells and the header {len(names)}",
+                    where=where,
+                    remedy="a cell with the delimiter or a line break in it stands in quotes",
+                )
+                yield Row(where, wrong)
         except UnicodeDecodeError as error:
             raise DataError(
-                f"this line is not UTF-8 text: {error.reason}", where=f"{path}:{read}"
+                f"this line is not UTF-8 text: {error.reason}",
+                where=f"{path}:{read}",
+                remedy="save the file as UTF-8; Excel calls it CSV UTF-8",
             ) from None
         except csv.Error as error:
             raise DataError(f"this row is not CSV: {error}", where=f"{path}:{number + 1}") from None

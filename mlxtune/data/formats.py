@@ -81,15 +81,19 @@ def parse_record(
     return replace(conversation, where=where, tags=tags)
 
 
+class NothingSaid(DataError):
+    """A record says nothing where it should."""
+
+
 def _require_words(conversation: Conversation, where: str) -> None:
     for number, turn in enumerate((*conversation.turns, *conversation.rejected), start=1):
         if turn.role == "assistant" and turn.empty:
-            raise DataError(f"turn {number}, the assistant's, is empty", where=where)
+            raise NothingSaid(f"turn {number}, the assistant's, is empty", where=where)
     given = [turn for turn in conversation.turns if turn.role != "assistant"]
     if given and all(turn.empty for turn in given):
-        raise DataError("nothing is asked: the prompt is empty", where=where)
+        raise NothingSaid("nothing is asked: the prompt is empty", where=where)
     if conversation.segments and not conversation.text().strip():
-        raise DataError("the text is empty", where=where)
+        raise NothingSaid("the text is empty", where=where)
 
 
 def _renamed(record: Record, columns: Mapping[str, str], where: str) -> Record:

@@ -59,13 +59,15 @@ def histogram(lengths: npt.NDArray[np.int64], bins: int = 10) -> list[Bin]:
     return [Bin(1 + i * width, (i + 1) * width, int(n)) for i, n in enumerate(counts)]
 
 
-def shared_prefix(samples: Sequence[Sample]) -> SharedPrefix:
-    """The longest beginning that at least half of the samples have.
-
-    Of a large corpus 10,000 samples, evenly spread, are looked at.
-    """
+def spread(samples: Sequence[Sample]) -> list[Sample]:
+    """All samples, or 10,000 of them, evenly spread over a large corpus."""
     chosen = np.unique(np.linspace(0, len(samples) - 1, _LOOKED_AT).astype(int))
-    following = [samples[int(i)].tokens for i in chosen]
+    return [samples[int(i)] for i in chosen]
+
+
+def shared_prefix(samples: Sequence[Sample]) -> SharedPrefix:
+    """The longest beginning that at least half of the samples have."""
+    following = [sample.tokens for sample in samples]
     count, total = len(following), sum(map(len, following))
     place = shared = 0
     having = count

@@ -82,7 +82,15 @@ class Masking:
 
         Raises:
             NothingTrained: nothing does.
+            DataError: it is a preference pair.
         """
+        if conversation.rejected:
+            raise DataError(
+                "this record is a preference pair, and the loss here is that of one answer",
+                where=conversation.where,
+                remedy='format = "prompt_completion" with columns = {completion = "chosen"} '
+                "trains the chosen side",
+            )
         if conversation.segments:
             if any(segment.train and segment.text for segment in conversation.segments):
                 return
@@ -222,12 +230,6 @@ class Renderer:
     def _parts(
         self, conversation: Conversation, masking: Masking
     ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
-        if conversation.rejected:
-            raise DataError(
-                "this record is a preference pair, and the loss here is that of one answer",
-                remedy='format = "prompt_completion" with columns = {completion = "chosen"} '
-                "trains the chosen side",
-            )
         if conversation.segments:
             yield self._segments(conversation)
             return

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxtune.data.files import Row, find_files, read_rows, without_nulls
-from mlxtune.data.formats import parse_record
+from mlxtune.data.formats import FORMATS, parse_record
 from mlxtune.data.records import Conversation
 from mlxtune.errors import DataError
 
@@ -38,6 +38,16 @@ class Source:
     max_samples: int | None = None
     allow_empty: bool = False
 
+    def __post_init__(self) -> None:
+        known = {field for shape in FORMATS.values() for field in (*shape.keys, *shape.optional)}
+        if unknown := sorted(self.columns.keys() - known):
+            raise DataError(
+                f"columns: no format has a field {unknown[0]!r}",
+                where=self.path,
+                remedy=f"fields are {', '.join(sorted(known))}; the file's own name for one "
+                'stands behind it: {prompt = "question"}',
+            )
+
     def files(self) -> list[Path]:
         """The local files; none of a hub dataset.
 
@@ -63,8 +73,10 @@ class Source:
         """A row as a conversation.
 
         Raises:
-            DataError: see `formats.parse_record`.
+            DataError: it could not be decoded, or see `formats.parse_record`.
         """
+        if isinstance(row.value, DataError):
+            raise row.value
         return parse_record(
             row.value,
             format=self.format,

@@ -11,11 +11,13 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import chain, islice
@@ -25,10 +27,11 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from mlxtune.data.files import Row
+from mlxtune.data.files import Row, read_errors
+from mlxtune.data.formats import NothingSaid
 from mlxtune.data.render import Masking, NothingTrained, Renderer, Sample
 from mlxtune.data.sources import Source
-from mlxtune.errors import DataError, OutputExists
+from mlxtune.errors import DataError, OutputExists, StorageError
 from mlxtune.files import atomic_folder, cache_folder, sha256, write_json
 
 LAYOUT = 1  # of the files below; a change makes older ones unused
@@ -112,7 +115,7 @@ def record_samples(
     tally.rows += 1
     try:
         made = renderer.samples(source.parse(row), number, rules.masking)
-    except NothingTrained:
+    except (NothingSaid, NothingTrained):
         if rules.on_empty == "error":
             raise
         tally.drop(UNTRAINED)
@@ -262,7 +265,7 @@ def tokenize(
     """
     folder = cache_folder() / "tokens" / _key(source, renderer, rules)
     if not (folder / SUMMARY).is_file():
-        with suppress(OutputExists), atomic_folder(folder) as partial:
+        with suppress(OutputExists), _cached(folder) as partial:
             chunks = _rendered(source, renderer, rules, workers or os.cpu_count() or 1)
             tally = _write(partial, source, chunks, progress)
             write_json(partial / SUMMARY, {"source": source.path, "tally": asdict(tally)})
@@ -284,13 +287,18 @@ def _key(source: Source, renderer: Renderer, rules: Rules) -> str:
     parts: dict[str, Any] = {
         "layout": LAYOUT,
         "versions": [version(p) for p in ("mlxtune", "transformers", "tokenizers", "jinja2")],
-        "files": [sha256(f) for f in source.files()] or source.fingerprint(),
+        "files": [_hash(f) for f in source.files()] or source.fingerprint(),
         "source": asdict(source) | {"path": None},
         "renderer": renderer.identity(),
         "rules": asdict(rules),
     }
     text = json.dumps(parts, sort_keys=True, default=list)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
+
+
+def _hash(file: Path) -> str:
+    with read_errors(file):
+        return sha256(file)
 
 
 @dataclass(frozen=True)
@@ -333,9 +341,15 @@ def _rendered(source: Source, renderer: Renderer, rules: Rules, workers: int) ->
     # Started afresh, not forked: the GPU's driver does not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _begin, (source, renderer, rules)) as pool:
+        with _without_interrupts():
+            # A process is started for each task that finds none idle.
+            started, *_ = [pool.submit(_work, []) for _ in range(workers)]
         pending: deque[Future[_Chunk]] = deque()
         try:
             for chunk in chunks:
+                if not started.done():  # a second or two, which need not be lost
+                    yield _chunk(source, renderer, rules, chunk)
+                    continue
                 pending.append(pool.submit(_work, chunk))
                 if len(pending) > 2 * workers:
                     yield pending.popleft().result()
@@ -363,12 +377,44 @@ def _chunk(source: Source, renderer: Renderer, rules: Rules, rows: _Rows) -> _Ch
     return _Chunk(tokens | trained * _TRAINED, entries, tally)
 
 
+@contextmanager
+def _cached(folder: Path) -> Iterator[Path]:
+    try:
+        with atomic_folder(folder) as partial:
+            yield partial
+    except StorageError as error:
+        raise StorageError(
+            error.what,
+            where=error.where,
+            remedy="tokens are kept there; MLXTUNE_CACHE names another folder for them",
+        ) from error
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes started in here leave Ctrl-C, which a terminal sends to all, to this one."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _worker: tuple[Source, Renderer, Rules]
 
 
 def _begin(*worker: Any) -> None:
     global _worker
     _worker = worker
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    """End when the process that started this one does: if it was killed, it cannot say so."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(rows: _Rows) -> _Chunk:

@@ -10,12 +10,12 @@ from pathlib import Path
 from mlxtune.adapters.store import load_adapter
 from mlxtune.data.records import Conversation
 from mlxtune.data.render import Renderer
-from mlxtune.data.sources import read_conversations
 from mlxtune.errors import DataError, ModelError
 from mlxtune.evaluate.answers import answers
 from mlxtune.layers.inject import fuse_lora
 from mlxtune.models.packed import enable_packs
-from mlxtune.train.corpus import held_out_conversations, masking_of
+from mlxtune.recipe.schema import EvalSection
+from mlxtune.train.corpus import conversations_of, read_held_out
 from mlxtune.train.heldout import held_out_loss
 from mlxtune.train.run import Run
 from mlxtune.train.session import load_base
@@ -96,18 +96,24 @@ def compare_run(
     run = Run.open(path)
     adapter = run.finished_adapter()
     recipe = run.recipe()
-    held_out = read_conversations(data) if data is not None else held_out_conversations(recipe)
-    if not held_out:
+    if data is not None:  # as if the recipe named it
+        section = EvalSection(path=str(data))
+        recipe = recipe.model_copy(update={"eval": section})
+    model = load_base(recipe.model, for_inference=True)
+    renderer = Renderer(model.tokenizer)
+    samples = read_held_out(recipe, renderer)
+    if not samples:
         raise DataError(
             "the recipe holds no records out",
             where=str(path),
             remedy="name a file of records with --data",
         )
-    held_out = held_out[:limit]
-    model = load_base(recipe.model, for_inference=True)
-    renderer = Renderer(model.tokenizer)
-    masking = masking_of(recipe.data[0])
-    samples = [s for c in held_out for s in renderer.samples(c, masking=masking)]
+    held_out = conversations_of(recipe, samples)
+    if limit is not None and limit < len(held_out):
+        # A record may be of several samples.
+        last = sorted({sample.record for sample in samples})[limit - 1]
+        samples = [sample for sample in samples if sample.record <= last]
+        held_out = held_out[:limit]
     # Plain text has no answer: its loss is all there is to measure.
     chats = [c for c in held_out if c.turns]
     prompts = [renderer.prompt(conversation) for conversation in chats]

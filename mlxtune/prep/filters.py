@@ -111,14 +111,22 @@ def broken_text(conversation: Conversation) -> str | None:
 
 
 def no_answer(conversation: Conversation) -> str | None:
-    """An assistant that says nothing at the end; plain text without a word."""
+    """An assistant that says nothing, or is asked nothing; plain text without a word.
+
+    Training refuses such rows.
+    """
     if conversation.segments:
         return None if conversation.text().strip() else "empty text"
-    last = [turn for turn in conversation.turns if turn.role == "assistant"][-1:]
-    if any(turn.empty for turn in last):
+    answers = [turn for turn in conversation.turns if turn.role == "assistant"]
+    if not answers:
+        return "no answer"
+    if any(turn.empty for turn in answers):
         return "empty answer"
-    if conversation.rejected and conversation.rejected[-1].empty:
+    if any(turn.empty for turn in conversation.rejected if turn.role == "assistant"):
         return "empty rejected answer"
+    given = [turn for turn in conversation.turns if turn.role != "assistant"]
+    if given and all(turn.empty for turn in given):
+        return "empty request"
     return None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def prepare(
             if against is not None:
                 for conversation, _ in _records(against, settings):
                     rows.protect(clean.tidy(conversation)[0])
-            for conversation, format in _records(source, settings):
+            for conversation, format in _records(source, settings, clean.unreadable):
                 tidy = clean(conversation)
                 if tidy is not None:
                     rows.add(tidy, format, conversation, settings)
@@ -79,13 +79,23 @@ def prepare(
     return report
 
 
-def _records(source: Source, settings: PrepSection) -> Iterator[tuple[Conversation, str]]:
-    """Conversations, and the shape that each came in."""
+def _records(
+    source: Source,
+    settings: PrepSection,
+    unreadable: Callable[[DataError], None] | None = None,
+) -> Iterator[tuple[Conversation, str]]:
+    """Conversations, and the shape that each came in; `unreadable` is told of the others."""
     # What says nothing is for the filter to drop.
     source = replace(source, allow_empty=settings.drop_empty)
     row = None
     for row in source.rows():
-        conversation = source.parse(row)
+        try:
+            conversation = source.parse(row)
+        except DataError as error:
+            if unreadable is None or not settings.drop_unreadable:
+                raise
+            unreadable(error)
+            continue
         named = source.format in FORMATS
         keys = [*row.value, *source.columns] if isinstance(row.value, dict) else []
         yield conversation, source.format if named else detect(dict.fromkeys(keys), row.where)
@@ -152,9 +162,15 @@ class _Cleaner:
         self._scrub = Scrubber(settings.scrub, settings.phone_region) if settings.scrub else None
         self._filters = filters(settings)
         self.rows = 0
+        self.reading = StepReport("read") if settings.drop_unreadable else None
         self.encoding = StepReport("encoding")
         self.scrubbed = StepReport("scrub", unit="values")
         self.filtered = StepReport("filter")
+
+    def unreadable(self, error: DataError) -> None:
+        """Count a row that is none."""
+        if self.reading is not None:
+            self.reading.remove("unreadable", error.where or "", error.what)
 
     def __call__(self, conversation: Conversation) -> Conversation | None:
         """The row mended and scrubbed, or None when a filter drops it."""
@@ -187,7 +203,16 @@ class _Cleaner:
         steps = [step for step, used in asked if used]
         for step in steps:
             step.rows = self.rows
+        if self.reading is not None and self.reading.removed:
+            self.reading.rows = self.read
+            steps.insert(0, self.reading)
         return steps
+
+    @property
+    def read(self) -> int:
+        """All rows of the source."""
+        unreadable = sum(self.reading.removed.values()) if self.reading is not None else 0
+        return self.rows + unreadable
 
 
 def _finish(
@@ -200,7 +225,7 @@ def _finish(
     kept = [row for row in range(rows.protected, len(rows.texts)) if row not in gone]
     if not kept:
         raise DataError(
-            f"no rows are left of {clean.rows}",
+            f"no rows are left of {clean.read}",
             remedy="; ".join(f"{s.name} removed {sum(s.removed.values())}" for s in steps),
         )
     held = _split(rows, kept, settings, near, seed, steps)
@@ -209,7 +234,7 @@ def _finish(
         _write(folder / HELDOUT, rows, [k for k, out in zip(kept, held, strict=True) if out])
     categories = [rows.categories[row - rows.protected] for row in kept]
     return PrepReport(
-        read=clean.rows,
+        read=clean.read,
         train=len(held) - sum(held),
         heldout=sum(held),
         steps=tuple(steps),

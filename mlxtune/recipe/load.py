@@ -36,6 +36,7 @@ FOREIGN_NAMES = {
     "use_rslora": "lora.rslora",
     "peft_use_rslora": "lora.rslora",
     "scale": "lora.alpha (scale is alpha / rank)",
+    "type": "[[data]] format",
     "dataset": "[[data]] path",
     "datasets": "[[data]] path",
     "max_train_samples": "[[data]] max_samples",
@@ -223,6 +224,8 @@ def _problem(detail: Any) -> MlxtuneError:
         return MlxtuneError("unknown key", where=where, remedy=_suggest(location))
     if detail["type"] == "missing":
         return MlxtuneError("is missing", where=where)
+    if location == ("data",) and isinstance(detail["input"], dict):
+        return MlxtuneError("is a single table", where=where, remedy="write [[data]]")
     message = _IN_TOML_WORDS.get(detail["type"], str(detail["msg"]).removeprefix("Value error, "))
     return MlxtuneError(
         f"{message[0].lower()}{message[1:]} (it is {detail['input']!r})", where=where

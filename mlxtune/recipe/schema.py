@@ -115,6 +115,7 @@ class DataSource(Section):
 class PrepSection(Section):
     """`[prep]`: what `mlxtune data prep` does to records before they are trained on."""
 
+    drop_unreadable: bool = True
     fix_encoding: bool = True
     drop_refusals: bool = True
     drop_empty: bool = True
@@ -142,18 +143,24 @@ class PrepSection(Section):
 
 
 class TrainSection(Section):
-    """`[train]`: how it is trained."""
+    """`[train]`: how it is trained.
+
+    `decay_ratio` is the share of all steps over which `warmup_stable_decay` goes to zero.
+    With `lora_plus_ratio` the B matrices of adapters learn that many times faster.
+    """
 
     epochs: float = Field(default=3.0, gt=0)
     max_steps: PositiveInt | None = None
     batch_size: PositiveInt = 8
     gradient_accumulation_steps: PositiveInt = 1
     learning_rate: float = Field(default=2e-4, gt=0)
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
+    lr_scheduler: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "cosine"
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    decay_ratio: float = Field(default=0.1, gt=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, ge=0)
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
+    lora_plus_ratio: float = Field(default=1.0, gt=0)
     max_seq_length: PositiveInt = 2048
     packing: bool = True
     gradient_checkpointing: bool = False
@@ -163,14 +170,15 @@ class EvalSection(Section):
     """`[eval]`: held-out records: a file, or a share (below 1) or number taken from the data.
 
     The loss on them is measured every `steps` steps, and at the end of each epoch when
-    `steps` is left out. `format`, `columns`, `split` and `max_samples` of the file are as
-    in `[[data]]`; what is trained of a record is what the first source says.
+    `steps` is left out. `format`, `columns`, `split`, `subset` and `max_samples` of the
+    file are as in `[[data]]`; what becomes of a record is what the first source says.
     """
 
     path: str | None = None
     format: FormatName = "auto"
     columns: Columns = {}
     split: str | None = None
+    subset: str | None = None
     max_samples: PositiveInt | None = None
     val_size: float = Field(default=0.0, ge=0)
     steps: PositiveInt | None = None
@@ -185,7 +193,7 @@ class EvalSection(Section):
         if self.path is not None and self.val_size:
             raise ValueError("path and val_size exclude each other")
         default = EvalSection.model_fields
-        for key in ("format", "columns", "split", "max_samples"):
+        for key in ("format", "columns", "split", "subset", "max_samples"):
             if self.path is None and getattr(self, key) != default[key].default:
                 raise ValueError(f"{key} goes with path")
         return self

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from mlxtune.data.batches import Part
 from mlxtune.data.records import Conversation
-from mlxtune.data.render import Masking, Renderer, Sample
+from mlxtune.data.render import Masking, NothingTrained, Renderer, Sample
 from mlxtune.data.sources import Source
 from mlxtune.data.tokens import Progress, Rules, Subset, Tally, TokenStore, tokenize
 from mlxtune.errors import DataError
@@ -25,12 +25,12 @@ class Corpus:
     Attributes:
         parts: what is trained on, a part a source.
         held_out: what is not.
-        tallies: what became of the records of each source, by its path.
+        tallies: the path of each source, and what became of its records.
     """
 
     parts: tuple[Part, ...]
     held_out: Sequence[Sample]
-    tallies: dict[str, Tally]
+    tallies: tuple[tuple[str, Tally], ...]
 
     @property
     def size(self) -> int:
@@ -39,7 +39,7 @@ class Corpus:
 
     def notes(self) -> Iterator[str]:
         """What became of records otherwise than that they are trained on as they are."""
-        for path, tally in self.tallies.items():
+        for path, tally in self.tallies:
             for reason, count in tally.dropped.items():
                 yield f"{path}: {count} of {tally.rows} records left out: {reason}"
             if tally.truncated:
@@ -71,57 +71,78 @@ def read_corpus(
         source = source_of(section)
         stores.append(tokenize(source, renderer, rules, first=first, progress=progress))
         first += stores[-1].tally.rows
-    tallies = {s.path: store.tally for s, store in zip(recipe.data, stores, strict=True)}
+    tallies = [(s.path, store.tally) for s, store in zip(recipe.data, stores, strict=True)]
     held_out: Sequence[Sample] = ()
     trained: list[Sequence[Sample]] = list(stores)
-    if (given := held_out_source(recipe.eval)) is not None:
-        rules = Rules(masking_of(recipe.data[0]), recipe.train.max_seq_length)
-        held_out = tokenize(given, renderer, rules, progress=progress)
-        tallies[given.path] = held_out.tally
+    if (store := _held_out_store(recipe, renderer, progress)) is not None:
+        held_out = store
+        tallies.append((str(recipe.eval.path), store.tally))
     elif recipe.eval.val_size:
         chosen = _held_out_numbers(recipe, first)
         out = [np.isin(store.records(), chosen) for store in stores]
         held_out = [s for store, o in zip(stores, out, strict=True) for s in _where(store, o)]
         trained = [_where(store, ~o) for store, o in zip(stores, out, strict=True)]
-    return Corpus(_parts(recipe.data, trained), held_out, tallies)
+    return Corpus(_parts(recipe.data, trained), held_out, tuple(tallies))
 
 
-def check_sources(recipe: Recipe, *, rows: int | None = None) -> dict[str, int]:
+def read_held_out(recipe: Recipe, renderer: Renderer) -> Sequence[Sample]:
+    """The samples that a recipe holds out; none if it holds out none.
+
+    Raises:
+        DataError: a file is missing or wrong.
+    """
+    store = _held_out_store(recipe, renderer, lambda _path, _rows: None)
+    if store is not None or not recipe.eval.val_size:
+        return store or ()
+    return read_corpus(recipe, renderer).held_out
+
+
+def _held_out_store(recipe: Recipe, renderer: Renderer, progress: Progress) -> TokenStore | None:
+    source = held_out_source(recipe.eval)
+    if source is None:
+        return None
+    rules = rules_of(recipe.data[0], recipe.train.max_seq_length)
+    return tokenize(source, renderer, rules, progress=progress)
+
+
+def check_sources(recipe: Recipe, *, rows: int | None = None) -> list[tuple[str, int]]:
     """Read every record, or the first so many of each source, without a tokenizer.
 
     Returns:
-        How many records each source has, by its path.
+        The path of each source and how many records it has; the held-out file is the last.
 
     Raises:
         DataError: a file is missing or wrong, or a record can train nothing.
     """
     sources = [(source_of(s), masking_of(s), s.on_empty == "error") for s in recipe.data]
     if (held_out := held_out_source(recipe.eval)) is not None:
-        sources.append((held_out, masking_of(recipe.data[0]), True))
-    counts = {}
+        first = recipe.data[0]
+        sources.append((held_out, masking_of(first), first.on_empty == "error"))
+    counts = []
     for source, masking, strict in sources:
-        counts[source.path] = 0
+        count = 0
         for conversation in islice(source, rows):
-            counts[source.path] += 1
-            if strict:
+            count += 1
+            try:
                 masking.require_target(conversation)
+            except NothingTrained:
+                if strict:
+                    raise
+        counts.append((source.path, count))
     return counts
 
 
-def held_out_conversations(recipe: Recipe) -> list[Conversation]:
-    """The records that a recipe holds out, as they are.
+def conversations_of(recipe: Recipe, samples: Sequence[Sample]) -> list[Conversation]:
+    """The records that held-out samples were made of, as they are.
 
     Raises:
         DataError: a file is missing or wrong.
     """
-    if (source := held_out_source(recipe.eval)) is not None:
-        return list(source)
-    if not recipe.eval.val_size:
-        return []
-    sources = [source_of(section) for section in recipe.data]
-    chosen = set(_held_out_numbers(recipe, sum(1 for s in sources for _ in s.rows())).tolist())
+    numbers = {sample.record for sample in samples}
+    given = held_out_source(recipe.eval)
+    sources = [given] if given is not None else [source_of(section) for section in recipe.data]
     rows = ((source, row) for source in sources for row in source.rows())
-    return [s.parse(row) for number, (s, row) in enumerate(rows, start=1) if number in chosen]
+    return [s.parse(row) for number, (s, row) in enumerate(rows, start=1) if number in numbers]
 
 
 def source_of(section: DataSource) -> Source:
@@ -141,7 +162,12 @@ def held_out_source(section: EvalSection) -> Source | None:
     if section.path is None:
         return None
     return Source(
-        section.path, section.format, section.columns, section.split, None, section.max_samples
+        section.path,
+        section.format,
+        section.columns,
+        section.split,
+        section.subset,
+        section.max_samples,
     )
 
 

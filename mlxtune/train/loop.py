@@ -95,7 +95,12 @@ class Trainer:
             TrainingDiverged: the loss or the gradient is not a number.
             StorageError: the disk refuses a checkpoint; the one before stands.
         """
-        step_on = TrainStep(self._model, self._optimizer, max_grad_norm=self._train.max_grad_norm)
+        step_on = TrainStep(
+            self._model,
+            self._optimizer,
+            max_grad_norm=self._train.max_grad_norm,
+            lora_plus_ratio=self._train.lora_plus_ratio,
+        )
         self._model.train()
         mx.reset_peak_memory()
         since = _Since(self._progress)
@@ -136,6 +141,7 @@ class Trainer:
             total_steps=self.total_steps,
             warmup_steps=warmup,
             kind=self._train.lr_scheduler,
+            decay_steps=round(self._train.decay_ratio * self.total_steps),
         )
 
     def _advance(self, batches: list[Batch], seconds: float) -> None:

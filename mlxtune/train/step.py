@@ -16,6 +16,7 @@ from mlxtune.data.pack import TARGET_STEP, Batch
 from mlxtune.losses.cross_entropy import chunked_cross_entropy, weighted_cross_entropy
 from mlxtune.models.heads import split_head
 from mlxtune.models.packed import PackCache
+from mlxtune.train.optim import update
 
 Arrays = dict[str, mx.array]
 
@@ -101,6 +102,7 @@ class TrainStep:
         model: with its adapters in place and all else frozen.
         optimizer: its learning rate is set before each step.
         max_grad_norm: clip the gradient of a step to this norm; 0 for no clipping.
+        lora_plus_ratio: see `optim.update`.
         compiled: compile the step; by default wherever that pays.
     """
 
@@ -110,11 +112,13 @@ class TrainStep:
         optimizer: mlx.optimizers.Optimizer,
         *,
         max_grad_norm: float,
+        lora_plus_ratio: float = 1.0,
         compiled: bool | None = None,
     ) -> None:
         self._model = model
         self._optimizer = optimizer
         self._max_grad_norm = max_grad_norm
+        self._lora_plus_ratio = lora_plus_ratio
         self._gradient = nn.value_and_grad(model, LossFunction(model))
         self._whole: Callable[..., Any] = self._whole_step
         self._add: Callable[..., Any] = self._add_batch
@@ -167,5 +171,5 @@ class TrainStep:
         if self._max_grad_norm:
             factor = mx.minimum(self._max_grad_norm / (norm + 1e-6), 1.0)
             gradients = tree_map(lambda g: g * factor, gradients)
-        self._optimizer.update(self._model, gradients)
+        update(self._optimizer, self._model, gradients, lora_plus_ratio=self._lora_plus_ratio)
         return norm

@@ -1,0 +1,24 @@
+"""What several verbs share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+PATH = click.Path(path_type=Path)
+SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key of the recipe, such as train.learning_rate=1e-4.",
+)
+
+
+def quieten_libraries() -> None:
+    """transformers is here for its tokenizers; its advice about PyTorch is for others."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,111 @@
+"""A recipe's records as they will be trained on, for people to look at."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from mlxtune.data.inspect import Bin, SharedPrefix, histogram, shared_prefix, spread, stretches
+from mlxtune.data.render import Renderer, Sample
+from mlxtune.data.tokens import Progress, Tally, TokenStore, record_samples, tokenize
+from mlxtune.errors import DataError
+from mlxtune.recipe.schema import Recipe
+from mlxtune.train.corpus import rules_of, source_of
+from mlxtune.train.session import tokenizer_of
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A sample as text: its tokens, and its stretches, trained or not."""
+
+    sample: Sample
+    parts: tuple[tuple[bool, str], ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All that `mlxtune data inspect` tells.
+
+    `tallies` has the path of each source, `left_out` the reasons of records that were to
+    be shown and are not trained on.
+    """
+
+    tallies: tuple[tuple[str, Tally], ...]
+    lengths: tuple[Bin, ...]
+    prefix: SharedPrefix
+    max_seq_length: int
+    rows: tuple[Shown, ...]
+    left_out: dict[int, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "sources": [{"path": path} | asdict(tally) for path, tally in self.tallies],
+            "max_seq_length": self.max_seq_length,
+            "lengths": [asdict(bin) for bin in self.lengths],
+            "shared_prefix": asdict(self.prefix),
+            "rows": [
+                {
+                    "where": shown.sample.where,
+                    "record": shown.sample.record,
+                    "parts": [{"trained": trained, "text": text} for trained, text in shown.parts],
+                    "tokens": shown.sample.tokens.tolist(),
+                    "trained": np.flatnonzero(shown.sample.weights).tolist(),
+                }
+                for shown in self.rows
+            ],
+            "left_out": self.left_out,
+        }
+
+
+def inspect_recipe(
+    recipe: Recipe,
+    *,
+    rows: int,
+    chosen: int | None = None,
+    progress: Progress = lambda _path, _rows: None,
+) -> Inspection:
+    """Tokenize what a recipe trains on and look at it; no model is loaded.
+
+    Args:
+        recipe: checked.
+        rows: show so many records of each source, the first ones.
+        chosen: show this record instead, counted over all sources.
+        progress: is told, now and then, a source's path and how many of its rows are done.
+
+    Raises:
+        DataError: a record is wrong, or there is none of that number.
+    """
+    renderer = Renderer(tokenizer_of(recipe.model))
+    stores: list[TokenStore] = []
+    samples: list[Sample] = []
+    left_out: dict[int, str] = {}
+    first = 0
+    for section in recipe.data:
+        source, rules = source_of(section), rules_of(section, recipe.train.max_seq_length)
+        stores.append(tokenize(source, renderer, rules, first=first, progress=progress))
+        start, stop = (0, rows) if chosen is None else (chosen - first - 1, chosen - first)
+        for number in range(max(0, start), min(stop, stores[-1].tally.rows)):
+            [row] = islice(source.rows(), number, number + 1)
+            tally = Tally()
+            samples += record_samples(source, row, first + number + 1, renderer, rules, tally)
+            if tally.dropped:
+                left_out[first + number + 1] = ", ".join(tally.dropped)
+        first += stores[-1].tally.rows
+    if chosen is not None and chosen > first:
+        raise DataError(f"there is no record {chosen}: there are {first}")
+    lengths = np.concatenate([store.lengths() for store in stores])
+    return Inspection(
+        tallies=tuple((s.path, t.tally) for s, t in zip(recipe.data, stores, strict=True)),
+        lengths=tuple(histogram(lengths)),
+        prefix=shared_prefix([sample for store in stores for sample in spread(store)]),
+        max_seq_length=recipe.train.max_seq_length,
+        rows=tuple(
+            Shown(sample, tuple((kind, renderer.decode(ids)) for kind, ids in stretches(sample)))
+            for sample in samples
+        ),
+        left_out=left_out,
+    )

@@ -1,0 +1,171 @@
+"""Optimizers are the papers', in NumPy; every choice of a recipe reaches the training."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import tiny_llama
+from helpers import random_samples, trainable, with_adapters
+
+from mlxtune.data.pack import pack
+from mlxtune.models.packed import enable_packs
+from mlxtune.recipe.schema import TrainSection
+from mlxtune.train.optim import make_optimizer, update
+from mlxtune.train.schedule import learning_rate
+from mlxtune.train.step import TrainStep
+
+RATE, DECAY, STEPS = 0.01, 0.1, 4
+
+
+class One:
+    """A 'model' of one matrix."""
+
+    def __init__(self, weight: np.ndarray) -> None:
+        self.weight = mx.array(weight)
+
+    def trainable_parameters(self) -> dict[str, mx.array]:
+        return {"weight": self.weight}
+
+    def __getitem__(self, name: str) -> mx.array:
+        return self.weight
+
+    def get(self, name: str, default=None) -> mx.array:
+        return self.weight
+
+    def update(self, values: dict[str, mx.array]) -> None:
+        self.weight = values["weight"]
+
+
+def adamw(w, gradients):
+    m = v = np.zeros_like(w)
+    for t, g in enumerate(gradients, start=1):
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        step = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        w = w * (1 - RATE * DECAY) - RATE * step
+    return w
+
+
+def lion(w, gradients):
+    m = np.zeros_like(w)
+    for g in gradients:
+        step = np.sign(0.9 * m + 0.1 * g)
+        w = w * (1 - RATE * DECAY) - RATE * step
+        m = 0.99 * m + 0.01 * g
+    return w
+
+
+def sgd(w, gradients):
+    v = np.zeros_like(w)
+    for g in gradients:
+        v = 0.9 * v + (g + DECAY * w)
+        w = w - RATE * v
+    return w
+
+
+def muon(w, gradients):
+    v = np.zeros_like(w)
+    for g in gradients:
+        g = g + DECAY * w
+        v = 0.95 * v + 0.05 * g
+        x = 0.05 * g + 0.95 * v
+        x = x / (np.linalg.norm(x) + 1e-7)
+        for _ in range(5):  # Newton-Schulz
+            a = x @ x.T
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        w = w - RATE * max(1, w.shape[0] / w.shape[1]) ** 0.5 * x
+    return w
+
+
+def adafactor(w, gradients):
+    row = column = None
+    for t, g in enumerate(gradients, start=1):
+        beta = 1 - t**-0.8
+        square = g * g + 1e-30
+        kept = 0.0 if row is None else row
+        row = beta * kept + (1 - beta) * square.mean(axis=1)
+        kept = 0.0 if column is None else column
+        column = beta * kept + (1 - beta) * square.mean(axis=0)
+        step = g / np.sqrt(np.outer(row / row.mean(), column))
+        step = step / max(1.0, np.sqrt((step * step).mean()))
+        w = w * (1 - RATE * DECAY) - RATE * step
+    return w
+
+
+PAPERS = {"adamw": adamw, "lion": lion, "sgd": sgd, "muon": muon, "adafactor": adafactor}
+
+
+def test_these_are_all_that_a_recipe_can_name():
+    assert set(TrainSection.model_fields["optimizer"].annotation.__args__) == PAPERS.keys()
+    with pytest.raises(ValueError, match="no optimizer is called 'adamwx'"):
+        make_optimizer("adamwx", One(np.zeros((2, 2))), weight_decay=0.0)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_few_steps_are_those_of_the_paper(name):
+    generator = np.random.default_rng(0)
+    weight = generator.normal(size=(4, 6))
+    gradients = generator.normal(size=(STEPS, 4, 6))
+    model = One(weight.astype(np.float32))
+    optimizer = make_optimizer(name, model, weight_decay=DECAY)
+    for gradient in gradients:
+        optimizer.learning_rate = mx.array(RATE)
+        update(optimizer, model, {"weight": mx.array(gradient.astype(np.float32))})
+    expected = PAPERS[name](weight, gradients)
+    assert np.abs(np.array(model.weight) - expected).max() < 2e-5
+
+
+def trained(**settings):
+    """Adapters before and after two steps with these settings."""
+    model = tiny_llama()
+    enable_packs(model)
+    with_adapters(model)
+    name = settings.pop("optimizer", "adamw")
+    optimizer = make_optimizer(name, model, weight_decay=0.0)
+    before = trainable(model)
+    step = TrainStep(model, optimizer, max_grad_norm=1.0, **settings)
+    model.train()
+    batch = pack(random_samples((30, 20, 25, 18), prefix=9, untrained=10))
+    losses = [step([batch], 1e-3).loss.item() for _ in range(2)]
+    return before, trainable(model), losses
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_every_optimizer_lowers_the_loss_of_a_model(name):
+    first, second = trained(optimizer=name)[2]
+    assert second < first
+
+
+def test_lora_plus_moves_the_b_matrices_so_many_times_farther():
+    before, plain, _ = trained()
+    _, faster, _ = trained(lora_plus_ratio=4.0)
+    model = tiny_llama()
+    enable_packs(model)
+    with_adapters(model)
+    optimizer = make_optimizer("adamw", model, weight_decay=0.0)
+    # One step from the same place: the same direction, four times as far.
+    step = TrainStep(model, optimizer, max_grad_norm=1.0, lora_plus_ratio=4.0)
+    model.train()
+    step([pack(random_samples((30, 20, 25, 18), prefix=9, untrained=10))], 1e-3)
+    for name, once in trainable(model).items():
+        moved = mx.abs(once - before[name]).max().item()
+        # AdamW's first step is the learning rate in every weight that has a gradient.
+        assert moved == pytest.approx(4e-3 if name.endswith("lora_b") else 1e-3, rel=1e-2)
+        assert not mx.allclose(plain[name], faster[name]).item()
+
+
+def test_a_stable_schedule_decays_at_the_end_alone():
+    rates = [
+        learning_rate(
+            step,
+            peak=1.0,
+            total_steps=100,
+            warmup_steps=10,
+            kind="warmup_stable_decay",
+            decay_steps=20,
+        )
+        for step in range(100)
+    ]
+    assert rates[:10] == pytest.approx([n / 10 for n in range(1, 11)])
+    assert set(rates[10:80]) == {1.0}
+    assert rates[80:] == pytest.approx([n / 20 for n in range(20, 0, -1)])
