@@ -25,8 +25,9 @@ from pathlib import Path
 
 from mlxtune.data import tokens
 from mlxtune.data.render import Renderer
+from mlxtune.data.rules import Rules
 from mlxtune.data.sources import Source
-from mlxtune.data.tokens import Rules, TokenStore
+from mlxtune.data.store import TokenStore
 from mlxtune.recipe.schema import ModelSection
 from mlxtune.train.session import tokenizer_of
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import real_tokenizers
 
+from mlxtune.data.masking import Masking
 from mlxtune.data.records import Conversation, ToolCall, Turn
-from mlxtune.data.render import Masking, Renderer
+from mlxtune.data.render import Renderer
 
 WHERE = "chats.jsonl:7"
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from test_render import END, TWO_ROUNDS, only_sample, trained_texts, variant  # noqa: F401
 
 from mlxtune.data.formats import parse_record
+from mlxtune.data.masking import Masking, NothingTrained
 from mlxtune.data.records import Conversation, Segment, Turn
-from mlxtune.data.render import Masking, NothingTrained, Renderer
+from mlxtune.data.render import Renderer
 from mlxtune.errors import DataError
 
 

@@ -83,6 +83,7 @@ DEFAULTS = {
         "max_samples": None,
         "val_size": 0.0,
         "steps": None,
+        "patience": None,
     },
     "checkpoint": {"steps": 100, "keep": 2},
     "log": {"steps": 5},

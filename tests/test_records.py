@@ -8,8 +8,8 @@ import pytest
 from conftest import write_jsonl
 
 from mlxtune.data.formats import parse_record
+from mlxtune.data.masking import Masking, NothingTrained
 from mlxtune.data.records import Turn
-from mlxtune.data.render import Masking, NothingTrained
 from mlxtune.data.sources import read_conversations
 from mlxtune.errors import DataError
 

@@ -11,8 +11,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from mlxtune.data.masking import Masking
 from mlxtune.data.records import Conversation, Turn
-from mlxtune.data.render import Masking, Renderer, Sample
+from mlxtune.data.render import Renderer, Sample
 from mlxtune.data.sources import read_conversations
 from mlxtune.errors import DataError, ModelError
 

@@ -9,6 +9,7 @@ import httpx
 import mlx.core as mx
 import pytest
 from conftest import SHELL_HELDOUT
+from mlx_lm.generate import generate_step
 
 from mlxtune.data.records import Turn
 from mlxtune.data.render import Renderer
@@ -63,16 +64,15 @@ def asked(fused):
 
 
 def greedy(loaded, prompt):
-    """Token by token, each time over the whole text: no cache that could be wrong."""
+    """mlx-lm's own generation: tokens up to the end of the turn, and how sure they are."""
     tokens, logprobs, margins = [], [], []
-    ends = loaded.tokenizer.eos_token_ids
-    while len(tokens) < MAX_TOKENS and (not tokens or tokens[-1] not in ends):
-        logits = loaded.model(mx.array([prompt + tokens]))[0, -1]
-        logits = logits - mx.logsumexp(logits)
-        tokens.append(logits.argmax().item())
-        second, first = mx.sort(logits)[-2:].tolist()
-        margins.append(first - second)
+    for token, row in generate_step(mx.array(prompt), loaded.model, max_tokens=MAX_TOKENS):
+        second, first = mx.sort(row)[-2:].tolist()
+        tokens.append(int(token))
         logprobs.append(first)
+        margins.append(first - second)
+        if tokens[-1] in loaded.tokenizer.eos_token_ids:
+            break
     return tokens, logprobs, min(margins)
 
 

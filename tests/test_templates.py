@@ -28,8 +28,8 @@ from chats import (
     chat,
 )
 
+from mlxtune.data.masking import Masking
 from mlxtune.data.records import Conversation, Turn
-from mlxtune.data.render import Masking
 from mlxtune.errors import DataError
 
 NO_THOUGHT = TEMPLATES["qwen3"].opens

@@ -10,9 +10,11 @@ import pytest
 from conftest import SHELL_TRAIN, write_jsonl
 
 from mlxtune.data import tokens
-from mlxtune.data.render import Masking, NothingTrained, Renderer
+from mlxtune.data.masking import Masking, NothingTrained
+from mlxtune.data.render import Renderer
+from mlxtune.data.rules import TOO_LONG, UNTRAINED, Rules
 from mlxtune.data.sources import Source
-from mlxtune.data.tokens import Rules, tokenize
+from mlxtune.data.tokens import tokenize
 from mlxtune.errors import DataError
 
 
@@ -127,7 +129,7 @@ def test_a_long_record_is_an_error_that_names_its_length(renderer, cache, tmp_pa
 def test_long_records_may_be_dropped(renderer, cache, tmp_path):
     store = tokenize(long_and_short(tmp_path), renderer, Rules(max_seq_length=100, truncate="drop"))
     assert [sample.record for sample in store] == [1]
-    assert store.tally.dropped == {tokens.TOO_LONG: 2}
+    assert store.tally.dropped == {TOO_LONG: 2}
     assert store.tally.rows == 3
 
 
@@ -144,7 +146,7 @@ def test_long_records_may_be_cut(renderer, cache, tmp_path, side, kept):
     # Of record 2 the answer stands at the end: cut at the right, nothing is left to train.
     assert by_record.keys() == ({1, 2, 3} if side == "left" else {1, 3})
     assert store.tally.truncated == 2
-    assert store.tally.dropped == ({} if side == "left" else {tokens.UNTRAINED: 1})
+    assert store.tally.dropped == ({} if side == "left" else {UNTRAINED: 1})
 
 
 def test_a_cut_record_that_trains_nothing_is_an_error(renderer, cache, tmp_path):
@@ -160,7 +162,7 @@ def test_records_that_train_nothing_are_an_error_or_left_out(renderer, cache, tm
         tokenize(Source(str(path)), renderer, Rules())
     assert raised.value.where == f"{path}:2"
     store = tokenize(Source(str(path)), renderer, Rules(on_empty="skip"))
-    assert len(store) == 1 and store.tally.dropped == {tokens.UNTRAINED: 1}
+    assert len(store) == 1 and store.tally.dropped == {UNTRAINED: 1}
     write_jsonl(path, [quiet])
     with pytest.raises(DataError, match="none of its 1 records is left"):
         tokenize(Source(str(path)), renderer, Rules(on_empty="skip"))

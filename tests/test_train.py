@@ -185,6 +185,54 @@ def test_killed_and_resumed_is_the_uninterrupted_run(recipe, few, tmp_path):
     assert same_arrays(adapter(run), adapter(straight))
 
 
+@pytest.mark.parametrize("file", ["adapter.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(recipe, few, tmp_path, file):
+    settings = recipe(few, lora={"dropout": 0.1}, checkpoint={"steps": 1, "keep": 3})
+    straight = fine_tune(settings, tmp_path / "straight", Silent())
+    with pytest.raises(Interrupted):
+        fine_tune(settings, tmp_path / "run", StopAt(3))
+    run = Run.open(tmp_path / "run")
+    damaged = run.checkpoints / "step-3" / file
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1  # of the same length, and still a safetensors file
+    damaged.write_bytes(data)
+
+    class Told(Silent):
+        def started(self, outline):
+            self.outline = outline
+
+    told = Told()
+    fine_tune(settings, tmp_path / "run", told, resume=True)
+    assert told.outline.first_step == 2
+    assert any("step-3 is damaged" in note for note in told.outline.notes)
+    assert losses(run) == losses(straight)
+    assert same_arrays(adapter(run), adapter(straight))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_told(recipe, few, tmp_path):
+    settings = recipe(few, checkpoint={"steps": 1, "keep": 2})
+    with pytest.raises(Interrupted):
+        fine_tune(settings, tmp_path / "run", StopAt(2))
+    for path in (tmp_path / "run/checkpoints").glob("*/adapter.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(RunError, match="is not what was written"):
+        fine_tune(settings, tmp_path / "run", Silent(), resume=True)
+
+
+def test_training_stops_when_the_held_out_loss_gets_no_better(recipe, few, tmp_path):
+    """At a rate that changes nothing the first measurement stays the best."""
+    settings = recipe(
+        few,
+        train={"learning_rate": 1e-30, "max_steps": 30},
+        eval={"path": str(few), "steps": 1, "patience": 3},
+    )
+    run = fine_tune(settings, tmp_path / "run", Silent())
+    measured = [e["held_out_loss"] for e in run.metrics() if "held_out_loss" in e]
+    assert len(measured) == 4 and len(set(measured)) == 1
+    assert run.finished_adapter().is_dir()
+    assert run.status()["status"] == "finished"
+
+
 def test_resuming_with_another_recipe_or_other_data_is_refused(recipe, few, tmp_path):
     data = write_jsonl(tmp_path / "d.jsonl", [json.loads(x) for x in few.read_text().splitlines()])
     with pytest.raises(Interrupted):

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from mlxtune.data.inspect import stretches
 from mlxtune.data.render import Sample
-from mlxtune.data.tokens import Tally
+from mlxtune.data.rules import Tally
 from mlxtune.train.inspection import Inspection, Shown
 
 

@@ -60,6 +60,7 @@ FOREIGN_NAMES = {
     "grad_checkpoint": "train.gradient_checkpointing",
     "use_gradient_checkpointing": "train.gradient_checkpointing",
     "eval_steps": "eval.steps",
+    "early_stopping_patience": "eval.patience",
     "steps_per_eval": "eval.steps",
     "val_set_size": "eval.val_size",
     "save_steps": "checkpoint.steps",

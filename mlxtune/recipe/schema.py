@@ -170,7 +170,8 @@ class EvalSection(Section):
     """`[eval]`: held-out records: a file, or a share (below 1) or number taken from the data.
 
     The loss on them is measured every `steps` steps, and at the end of each epoch when
-    `steps` is left out. `format`, `columns`, `split`, `subset` and `max_samples` of the
+    `steps` is left out; training stops after `patience` measurements without a better one.
+    `format`, `columns`, `split`, `subset` and `max_samples` of the
     file are as in `[[data]]`; what becomes of a record is what the first source says.
     """
 
@@ -182,6 +183,7 @@ class EvalSection(Section):
     max_samples: PositiveInt | None = None
     val_size: float = Field(default=0.0, ge=0)
     steps: PositiveInt | None = None
+    patience: PositiveInt | None = None
 
     @field_validator("val_size")
     @classmethod
@@ -192,6 +194,8 @@ class EvalSection(Section):
     def _one_source(self) -> EvalSection:
         if self.path is not None and self.val_size:
             raise ValueError("path and val_size exclude each other")
+        if self.patience is not None and self.path is None and not self.val_size:
+            raise ValueError("patience needs held-out records: path or val_size")
         default = EvalSection.model_fields
         for key in ("format", "columns", "split", "subset", "max_samples"):
             if self.path is None and getattr(self, key) != default[key].default:

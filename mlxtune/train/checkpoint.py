@@ -20,7 +20,7 @@ from mlxtune.adapters.store import (
 )
 from mlxtune.arrays import flat, random_key, set_random_key
 from mlxtune.errors import RunError
-from mlxtune.files import atomic_folder, write_json
+from mlxtune.files import atomic_folder, sha256, write_json
 
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
 
@@ -32,16 +32,22 @@ class Progress:
     Attributes:
         step: steps done; with the seed it fixes the place in the data.
         best_loss: lowest held-out loss so far; None before the first.
+        no_better: measurements of it since then.
         tokens, supervised_tokens, examples: seen so far.
         seconds: time spent training so far.
     """
 
     step: int = 0
     best_loss: float | None = None
+    no_better: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
     examples: int = 0
     seconds: float = 0.0
+
+
+class DamagedCheckpoint(RunError):
+    """A checkpoint is not what was written."""
 
 
 def save_checkpoint(
@@ -63,7 +69,8 @@ def save_checkpoint(
         arrays = {f"optimizer.{name}": a for name, a in flat(optimizer.state).items()}
         arrays["random"] = random_key()
         save_arrays(temporary / OPTIMIZER, arrays)
-        write_json(temporary / STATE, asdict(progress))
+        hashes = {name: sha256(temporary / name) for name in (ADAPTER, OPTIMIZER)}
+        write_json(temporary / STATE, asdict(progress) | {"hashes": hashes})
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return path
@@ -73,13 +80,21 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: mlx.optimizers.Opti
     """Put everything back as it was when the checkpoint was written.
 
     Raises:
-        RunError: a file is missing or damaged, or belongs to another model.
+        DamagedCheckpoint: a file is missing, or is not what was written; nothing was put
+            back.
+        RunError: it belongs to another model.
     """
     try:
         values: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+        hashes = values.pop("hashes")
         progress = Progress(**values)
-    except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"this checkpoint cannot be read: {error}", where=str(path)) from None
+        changed = [name for name in (ADAPTER, OPTIMIZER) if sha256(path / name) != hashes[name]]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedCheckpoint(
+            f"this checkpoint cannot be read: {error}", where=str(path)
+        ) from None
+    if changed:
+        raise DamagedCheckpoint(f"its {changed[0]} is not what was written", where=str(path))
     set_adapter_arrays(model, load_arrays(path / ADAPTER), where=str(path))
     arrays = load_arrays(path / OPTIMIZER)
     state = {

@@ -10,10 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mlxtune.data.batches import Part
+from mlxtune.data.masking import Masking, NothingTrained
 from mlxtune.data.records import Conversation
-from mlxtune.data.render import Masking, NothingTrained, Renderer, Sample
+from mlxtune.data.render import Renderer, Sample
+from mlxtune.data.rules import Rules, Tally
 from mlxtune.data.sources import Source
-from mlxtune.data.tokens import Progress, Rules, Subset, Tally, TokenStore, tokenize
+from mlxtune.data.store import Progress, Subset, TokenStore
+from mlxtune.data.tokens import tokenize
 from mlxtune.errors import DataError
 from mlxtune.recipe.schema import DataSource, EvalSection, Recipe
 

@@ -10,7 +10,9 @@ import numpy as np
 
 from mlxtune.data.inspect import Bin, SharedPrefix, histogram, shared_prefix, spread, stretches
 from mlxtune.data.render import Renderer, Sample
-from mlxtune.data.tokens import Progress, Tally, TokenStore, record_samples, tokenize
+from mlxtune.data.rules import Tally, record_samples
+from mlxtune.data.store import Progress, TokenStore
+from mlxtune.data.tokens import tokenize
 from mlxtune.errors import DataError
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.corpus import rules_of, source_of

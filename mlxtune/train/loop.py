@@ -22,7 +22,13 @@ from mlxtune.data.render import Sample
 from mlxtune.errors import TrainingDiverged
 from mlxtune.files import atomic_folder
 from mlxtune.recipe.schema import CheckpointSection, EvalSection, LogSection, TrainSection
-from mlxtune.train.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint
+from mlxtune.train.checkpoint import (
+    DamagedCheckpoint,
+    Progress,
+    checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from mlxtune.train.heldout import held_out_loss
 from mlxtune.train.metrics import Report, Reporter
 from mlxtune.train.optim import make_optimizer
@@ -71,6 +77,7 @@ class Trainer:
         self._plan = plan
         self._held_out = held_out
         self._train = train
+        self._evaluation = evaluation
         self._checkpoint = checkpoint
         self._log = log
         self._base = base
@@ -80,12 +87,29 @@ class Trainer:
         self._optimizer = make_optimizer(train.optimizer, model, weight_decay=train.weight_decay)
         self._progress = Progress()
 
-    def resume(self) -> int:
-        """Go back to the latest checkpoint, if there is one; returns the steps done."""
-        if found := checkpoints(self._run.checkpoints):
-            self._progress = load_checkpoint(found[-1], self._model, self._optimizer)
+    def resume(self) -> tuple[int, list[str]]:
+        """Go back to the latest whole checkpoint, if there is any.
+
+        Returns:
+            The steps done, and what there is to say of damaged checkpoints after it.
+
+        Raises:
+            DamagedCheckpoint: there are checkpoints, and none is whole.
+        """
+        notes = []
+        found = checkpoints(self._run.checkpoints)
+        for path in reversed(found):
+            try:
+                self._progress = load_checkpoint(path, self._model, self._optimizer)
+                break
+            except DamagedCheckpoint as damaged:
+                if path == found[0]:
+                    raise
+                notes.append(
+                    f"{path.name} is damaged, the checkpoint before it is used: {damaged.what}"
+                )
         self._run.forget_after(self._progress.step)
-        return self._progress.step
+        return self._progress.step, notes
 
     def __call__(self) -> None:
         """Train to the end and save the adapter.
@@ -126,12 +150,20 @@ class Trainer:
                     since = _Since(self._progress)
                 if step % self._eval_every == 0 or last:
                     self._measure()
+                last = last or self._enough()
                 if step % self._checkpoint.steps == 0 or last or stopping():
                     self._save()
-                if stopping() and not last:
+                if last:
+                    break
+                if stopping():
                     raise Interrupted(self._run.checkpoints / f"step-{step}")
         with atomic_folder(self._run.adapter, overwrite=True) as folder:
             save_adapter(folder, self._model, base=self._base)
+
+    def _enough(self) -> bool:
+        """Whether the held-out loss has stopped getting better (early stopping)."""
+        patience = self._evaluation.patience
+        return patience is not None and self._progress.no_better >= patience
 
     def _rate(self, step: int) -> float:
         warmup = round(self._train.warmup_ratio * self.total_steps)
@@ -187,8 +219,10 @@ class Trainer:
         )
         now = self._progress
         best = now.best_loss is None or loss < now.best_loss
-        if best:
-            self._progress = replace(now, best_loss=loss)
+        if not best:
+            self._progress = replace(now, no_better=now.no_better + 1)
+        else:
+            self._progress = replace(now, best_loss=loss, no_better=0)
             if now.step:
                 with atomic_folder(self._run.best_adapter, overwrite=True) as folder:
                     save_adapter(folder, self._model, base=self._base)

@@ -113,7 +113,10 @@ def fine_tune(
         base=recipe.model.path,
         reporter=reporter,
     )
-    first = trainer.resume() if resume else 0
+    first = 0
+    if resume:
+        first, damaged = trainer.resume()
+        notes += damaged
     reporter.started(
         _outline(recipe, run, base, corpus, packing, notes, first, trainer.total_steps)
     )

@@ -1,0 +1,124 @@
+"""What becomes of a record: the samples it is trained as, cut, left out or refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mlxtune.data.files import Row
+from mlxtune.data.formats import NothingSaid
+from mlxtune.data.masking import Masking, NothingTrained
+from mlxtune.data.render import Renderer, Sample
+from mlxtune.data.sources import Source
+from mlxtune.errors import DataError
+
+TOO_LONG, UNTRAINED = "longer than max_seq_length", "no token trained"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What becomes of a record.
+
+    Attributes:
+        masking: which of its tokens are trained.
+        max_seq_length: the longest sample, in tokens; None for no limit.
+        truncate: what is done with a longer one: `error`, `left` and `right` cut off
+            its beginning or its end, `drop` leaves it out.
+        on_empty: a record that trains no token is an `error`, or left out (`skip`).
+    """
+
+    masking: Masking = field(default_factory=Masking)
+    max_seq_length: int | None = None
+    truncate: str = "error"
+    on_empty: str = "error"
+
+
+@dataclass
+class Tally:
+    """What became of the records of a source.
+
+    Attributes:
+        rows: records read.
+        samples: samples made of them; more than `rows` where a template rewrites turns.
+        tokens, trained: tokens of all samples, and those of them that carry weight.
+        longest: tokens of the longest sample, before anything was cut off.
+        truncated: samples that were cut.
+        dropped: samples left out, by reason.
+    """
+
+    rows: int = 0
+    samples: int = 0
+    tokens: int = 0
+    trained: int = 0
+    longest: int = 0
+    truncated: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def add(self, other: Tally) -> None:
+        """Count another one's records too."""
+        for name in ("rows", "samples", "tokens", "trained", "truncated"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.longest = max(self.longest, other.longest)
+        for reason, count in other.dropped.items():
+            self.drop(reason, count)
+
+    def drop(self, reason: str, count: int = 1) -> None:
+        """Count samples that were left out."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + count
+
+
+def record_samples(
+    source: Source, row: Row, number: int, renderer: Renderer, rules: Rules, tally: Tally
+) -> list[Sample]:
+    """The samples of one row, as they are trained on; `tally` counts them.
+
+    Raises:
+        DataError: the row is wrong, or too long or trains nothing and may not be.
+    """
+    tally.rows += 1
+    try:
+        made = renderer.samples(source.parse(row), number, rules.masking)
+    except (NothingSaid, NothingTrained):
+        if rules.on_empty == "error":
+            raise
+        tally.drop(UNTRAINED)
+        return []
+    kept = []
+    for sample in made:
+        tally.longest = max(tally.longest, len(sample.tokens))
+        fitted = _fitted(sample, rules, tally)
+        if fitted is not None:
+            kept.append(fitted)
+            tally.samples += 1
+            tally.tokens += len(fitted.tokens)
+            tally.trained += fitted.supervised
+    return kept
+
+
+def _fitted(sample: Sample, rules: Rules, tally: Tally) -> Sample | None:
+    limit = rules.max_seq_length
+    if limit is None or len(sample.tokens) <= limit:
+        return sample
+    if rules.truncate == "error":
+        raise DataError(
+            f"this record has {len(sample.tokens)} tokens, more than train.max_seq_length = "
+            f"{limit}",
+            where=sample.where,
+            remedy='raise it, or say what to do with such records: truncate = "left", "right" '
+            'or "drop"',
+        )
+    if rules.truncate == "drop":
+        tally.drop(TOO_LONG)
+        return None
+    tally.truncated += 1
+    kept = slice(-limit, None) if rules.truncate == "left" else slice(limit)
+    cut = Sample(sample.tokens[kept], sample.weights[kept], sample.record, sample.where)
+    if cut.weights[1:].any():
+        return cut
+    if rules.on_empty == "error":
+        raise NothingTrained(
+            f"nothing trained is left of this record, cut off at {limit} tokens",
+            where=sample.where,
+            remedy='raise train.max_seq_length, or leave such records out: on_empty = "skip"',
+        )
+    tally.drop(UNTRAINED)
+    return None

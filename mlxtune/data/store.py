@@ -1,0 +1,149 @@
+"""Samples in a folder, written as they are made and read one at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
+
+from mlxtune.data.render import Sample
+from mlxtune.data.rules import Tally
+from mlxtune.errors import DataError
+from mlxtune.files import write_json
+
+LAYOUT = 1  # of the files below; a change makes older ones unused
+TOKENS, INDEX, SUMMARY = "tokens.u32", "index.i64", "summary.json"
+
+# The highest bit of a stored token says that it is trained.
+_TRAINED = np.uint32(1 << 31)
+_ENTRY = np.dtype([("offset", "<i8"), ("length", "<i4"), ("record", "<i4")])
+
+Progress = Callable[[str, int], None]
+
+
+class TokenStore(Sequence[Sample]):
+    """Samples in a folder, read one at a time.
+
+    Args:
+        folder: as `tokenize` writes it.
+        name: of the source, for messages.
+        first: what is added to record numbers.
+    """
+
+    def __init__(self, folder: Path, name: str = "", *, first: int = 0) -> None:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        self.tally = Tally(**summary["tally"])
+        self._folder, self._name, self._first = folder, name, first
+        self._tokens = os.open(folder / TOKENS, os.O_RDONLY)
+        self._index = os.open(folder / INDEX, os.O_RDONLY)
+        self._length = os.fstat(self._index).st_size // _ENTRY.itemsize
+
+    def __del__(self) -> None:
+        for name in ("_tokens", "_index"):
+            with suppress(OSError, AttributeError):
+                os.close(getattr(self, name))
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, at: int) -> Sample: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Sample]: ...
+    def __getitem__(self, at: int | slice) -> Sample | Sequence[Sample]:
+        if isinstance(at, slice):
+            return Subset(self, np.arange(len(self))[at])
+        if not -len(self) <= at < len(self):
+            raise IndexError(at)
+        # Read, not mapped: pages of a mapped file would count as memory in use.
+        place = (at % len(self)) * _ENTRY.itemsize
+        [entry] = np.frombuffer(os.pread(self._index, _ENTRY.itemsize, place), _ENTRY)
+        size, start = int(entry["length"]) * 4, int(entry["offset"]) * 4
+        stored = np.frombuffer(os.pread(self._tokens, size, start), np.uint32)
+        record = int(entry["record"])
+        return Sample(
+            (stored & ~_TRAINED).astype(np.int32),
+            (stored >> np.uint32(31)).astype(np.float32),
+            record + self._first,
+            f"{self._name} record {record}",
+        )
+
+    def records(self) -> npt.NDArray[np.int64]:
+        """The record number of each sample."""
+        return self._column("record") + self._first
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """The tokens of each sample."""
+        return self._column("length")
+
+    def _column(self, name: str) -> npt.NDArray[np.int64]:
+        return np.fromfile(self._folder / INDEX, _ENTRY)[name].astype(np.int64)
+
+
+class Subset(Sequence[Sample]):
+    """Some of a sequence's samples."""
+
+    def __init__(self, samples: Sequence[Sample], chosen: npt.NDArray[np.int64]) -> None:
+        self._samples, self._chosen = samples, chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    @overload
+    def __getitem__(self, at: int) -> Sample: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Sample]: ...
+    def __getitem__(self, at: int | slice) -> Sample | Sequence[Sample]:
+        if isinstance(at, slice):
+            return Subset(self._samples, self._chosen[at])
+        return self._samples[int(self._chosen[at])]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Samples of some rows, as they are stored: two arrays cross between processes fast."""
+
+    tokens: npt.NDArray[np.uint32]
+    entries: npt.NDArray[np.void]  # offsets count from the chunk's own beginning
+    tally: Tally
+
+
+def pack_samples(samples: Sequence[Sample], tally: Tally) -> Chunk:
+    """Samples as they are stored."""
+    entries = np.zeros(len(samples), _ENTRY)
+    entries["length"] = [len(sample.tokens) for sample in samples]
+    entries["record"] = [sample.record for sample in samples]
+    entries["offset"] = np.cumsum(entries["length"]) - entries["length"]
+    none = np.empty(0, np.uint32)
+    tokens = np.concatenate([none, *(s.tokens.astype(np.uint32) for s in samples)])
+    trained = np.concatenate([none, *(s.weights for s in samples)]) > 0
+    return Chunk(tokens | trained * _TRAINED, entries, tally)
+
+
+def write_store(folder: Path, name: str, chunks: Iterable[Chunk], progress: Progress) -> Tally:
+    """Write chunks as they come into a folder that a `TokenStore` reads.
+
+    Raises:
+        DataError: there are no rows.
+    """
+    total, offset = Tally(), 0
+    with (folder / TOKENS).open("wb") as tokens, (folder / INDEX).open("wb") as index:
+        for chunk in chunks:
+            chunk.entries["offset"] += offset
+            offset += len(chunk.tokens)
+            tokens.write(chunk.tokens.tobytes())
+            index.write(chunk.entries.tobytes())
+            total.add(chunk.tally)
+            progress(name, total.rows)
+    if not total.rows:
+        raise DataError("it has no records", where=name)
+    summary = {"source": name, "tally": asdict(total)}
+    write_json(folder / SUMMARY, summary)
+    return total
