@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,14 @@ def test_a_wrong_row_in_another_process_is_told_as_any(renderer, cache, monkeypa
     assert made(cache) == 0
 
 
+def test_a_process_that_is_killed_is_told(renderer, cache, monkeypatch):
+    monkeypatch.setattr(tokens, "PARALLEL_ROWS", 2)
+    monkeypatch.setattr(tokens, "_begin", os._exit)  # takes one argument, so each dies at once
+    with pytest.raises(DataError, match="has ended unasked"):
+        tokenize(Source(str(SHELL_TRAIN)), renderer, Rules(), workers=2)
+    assert made(cache) == 0
+
+
 def test_a_long_record_is_an_error_that_names_its_length(renderer, cache, tmp_path):
     with pytest.raises(DataError, match=r"this record has \d+ tokens.* = 100") as raised:
         tokenize(long_and_short(tmp_path), renderer, Rules(max_seq_length=100))
@@ -178,8 +187,6 @@ def test_a_cache_that_takes_no_files_is_told(renderer, tmp_path, monkeypatch):
 
 
 def test_what_was_not_used_for_a_month_is_forgotten(renderer, cache, tmp_path):
-    import os
-
     first = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}])
     tokenize(Source(str(first)), renderer, Rules())
     [old] = cache.glob("tokens/*")

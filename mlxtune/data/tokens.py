@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
@@ -136,6 +137,13 @@ def _rendered(source: Source, renderer: Renderer, rules: Rules, workers: int) ->
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
+        except BrokenProcessPool:
+            raise DataError(
+                "a process that was tokenizing it has ended unasked",
+                where=source.path,
+                remedy="it may have run out of memory; and a program of your own that calls "
+                'mlxtune must do so under `if __name__ == "__main__":`',
+            ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
