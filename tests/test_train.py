@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -16,6 +18,7 @@ from conftest import SHELL_HELDOUT, SHELL_TRAIN, SMOLLM2, write_jsonl
 from mlxtune.adapters.store import load_arrays
 from mlxtune.errors import OutputExists, RecipeError, RunError, TrainingDiverged
 from mlxtune.recipe.load import parse_recipe
+from mlxtune.train.checkpoint import checkpoints
 from mlxtune.train.loop import Interrupted
 from mlxtune.train.metrics import Silent
 from mlxtune.train.run import Run
@@ -162,27 +165,46 @@ def test_interrupted_and_resumed_is_the_uninterrupted_run(recipe, few, tmp_path)
 
 
 def test_killed_and_resumed_is_the_uninterrupted_run(recipe, few, tmp_path):
-    path = tmp_path / "killed"
-    # Long enough that it is killed well before its end.
-    settings = recipe(few, checkpoint={"steps": 1}, lora={"dropout": 0.1}, train={"max_steps": 60})
+    """SIGKILL at random moments; MLXTUNE_KILLS=20 for more of them."""
+    kills = int(os.environ.get("MLXTUNE_KILLS", "3"))
+    path, file = tmp_path / "killed", tmp_path / "t.toml"
+    settings = recipe(
+        few,
+        checkpoint={"steps": 1},
+        lora={"dropout": 0.1},
+        train={"max_steps": 40 * (kills + 1)},
+        eval={"path": str(few), "max_samples": 2, "steps": 40},
+    )
     from mlxtune.recipe.load import dump_recipe
 
-    file = tmp_path / "t.toml"
     file.write_text(dump_recipe(settings))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlxtune", "lora", str(file), "-o", str(path)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not (path / "checkpoints/step-2").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
+    command = [sys.executable, "-m", "mlxtune", "lora", str(file), "-o", str(path)]
+    moments = random.Random(0)
+    reached = []
+    for number in range(kills):
+        process = subprocess.Popen(
+            [*command, *(["--resume"] if number else [])],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        before = latest_checkpoint(path)
+        deadline = time.monotonic() + 120
+        while latest_checkpoint(path) == before and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+        reached.append(latest_checkpoint(path))
+    assert reached == sorted(set(reached))
     run = fine_tune(settings, path, Silent(), resume=True)
     straight = fine_tune(settings, tmp_path / "straight", Silent())
     assert losses(run) == losses(straight)
     assert same_arrays(adapter(run), adapter(straight))
+
+
+def latest_checkpoint(run: Path) -> int:
+    found = checkpoints(run / "checkpoints")
+    return int(found[-1].name[5:]) if found else 0
 
 
 @pytest.mark.parametrize("file", ["adapter.safetensors", "optimizer.safetensors", "state.json"])
