@@ -1,6 +1,6 @@
 """How fast records become tokens, beside mlx-lm on the same records in the same run.
 
-    python benchmarks/data.py PATH/nl2bash.jsonl [--rows 12000]
+    python benchmarks/data.py PATH/tldr.jsonl --times 4     every record four times
     python benchmarks/data.py PATH/tldr.jsonl --prep    `mlxtune data prep`, with and without scrub
     python benchmarks/data.py --memory       peak memory at 100 thousand and a million rows
 
@@ -39,7 +39,7 @@ ROUNDS = 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("records", nargs="?", type=Path)
-    parser.add_argument("--rows", type=int, default=12_000)
+    parser.add_argument("--times", type=int, default=1)
     parser.add_argument("--prep", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
@@ -51,17 +51,19 @@ def main() -> None:
     elif chosen.records and chosen.prep:
         keep("data-prep", preparation(chosen.records))
     elif chosen.records:
-        keep("data-throughput", throughput(chosen.records, chosen.rows))
+        keep("data-throughput", throughput(chosen.records, chosen.times))
     else:
         parser.error("name a file of records, or pass --memory")
 
 
-def throughput(records: Path, rows: int) -> dict[str, object]:
+def throughput(records: Path, times: int) -> dict[str, object]:
     """Rows a second, by who does it."""
     tokenizer = tokenizer_of(ModelSection(path=MODEL))
-    source = Source(str(records), max_samples=rows)
+    many = Path(tempfile.mkdtemp()) / "records.jsonl"
+    many.write_bytes(records.read_bytes() * times)
+    source = Source(str(many))
     cores = os.cpu_count() or 1
-    values = [json.loads(line) for line in records.read_text().splitlines()[:rows]]
+    values = [json.loads(line) for line in many.read_text(encoding="utf-8").splitlines()]
 
     def by_mlx_lm() -> int:
         from mlx_lm.tuner.datasets import CompletionsDataset

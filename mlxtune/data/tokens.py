@@ -41,8 +41,9 @@ from mlxtune.data.store import (
 from mlxtune.errors import DataError, OutputExists, StorageError
 from mlxtune.files import atomic_folder, cache_folder, sha256
 
-# Below so many rows, starting other processes costs more than they save.
-PARALLEL_ROWS = 4096
+# Below so many rows, starting other processes costs more than they save: a second or two
+# of each core, in which a core gets through 4,000 rows a second.
+PARALLEL_ROWS = 20_000
 _CHUNK = 512
 _UNUSED_DAYS = 30
 

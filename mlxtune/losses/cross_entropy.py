@@ -57,18 +57,23 @@ def chunked_cross_entropy(
         A float32 scalar.
     """
 
+    parts = [slice(start, start + rows) for start in range(0, hidden.shape[0], rows)]
+    if not gradient:
+        value = mx.array(0.0)
+        for part in parts:
+            [chunk] = mx.depends([hidden[part]], [value])
+            value = value + weighted_cross_entropy(head(chunk), targets[part], weights[part])
+        return value
+
     @mx.custom_function
     def total(hidden: mx.array) -> tuple[mx.array, mx.array]:
         losses: list[mx.array] = []
         gradients: list[mx.array] = []
-        for start in range(0, hidden.shape[0], rows):
-            part = slice(start, start + rows)
+        for part in parts:
             chunk = hidden[part]
             if losses:
-                # Not before the last chunk is done with its logits: with the loss and, if
-                # it is wanted at all, with the gradient.
-                done = [losses[-1], gradients[-1]] if gradient else [losses[-1]]
-                [chunk] = mx.depends([chunk], done)
+                # Not before the last chunk is done with its logits.
+                [chunk] = mx.depends([chunk], [losses[-1], gradients[-1]])
             loss, for_chunk = _with_gradient(head, chunk, targets[part], weights[part])
             losses.append(loss)
             gradients.append(for_chunk)

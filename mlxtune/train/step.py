@@ -20,9 +20,9 @@ from mlxtune.train.optim import update
 
 Arrays = dict[str, mx.array]
 
-# Logits to a chunk: 16 MiB of float32. On a CPU MLX lays out some ten operations ahead, so
-# that about ten times as much is in use.
-LOGITS_AT_ONCE = 1 << 22
+# Logits to a chunk: 64 MiB of float32. Smaller ones would cost more than they save: on a CPU
+# a packed head is expanded for each, and MLX lays out some ten operations ahead.
+LOGITS_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
