@@ -148,10 +148,10 @@ def conversations_of(recipe: Recipe, samples: Sequence[Sample]) -> list[Conversa
     return [s.parse(row) for number, (s, row) in enumerate(rows, start=1) if number in numbers]
 
 
-def source_of(section: DataSource) -> Source:
-    """The records of a `[[data]]` table."""
+def source_of(section: DataSource | EvalSection) -> Source:
+    """The records that a table names."""
     return Source(
-        section.path,
+        str(section.path),
         section.format,
         section.columns,
         section.split,
@@ -162,16 +162,7 @@ def source_of(section: DataSource) -> Source:
 
 def held_out_source(section: EvalSection) -> Source | None:
     """The records of `[eval]`, if it names a file of them."""
-    if section.path is None:
-        return None
-    return Source(
-        section.path,
-        section.format,
-        section.columns,
-        section.split,
-        section.subset,
-        section.max_samples,
-    )
+    return None if section.path is None else source_of(section)
 
 
 def masking_of(section: DataSource) -> Masking:
