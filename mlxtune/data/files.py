@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import gzip
-import io
 import json
 import re
 import zlib
@@ -17,11 +15,12 @@ from contextlib import contextmanager
 from datetime import date, time, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import jsonlines
 
+from mlxtune.data.compressed import needs_extra, opened
 from mlxtune.data.formats import FORMATS
 from mlxtune.errors import DataError
 
@@ -111,7 +110,7 @@ def read_errors(path: Path) -> Iterator[None]:
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
-    with _opened(path) as handle:
+    with opened(path) as handle:
         number = 0
 
         def lines() -> Iterator[bytes]:
@@ -155,7 +154,7 @@ def _json(path: Path) -> Iterator[Row]:
 
     Elements are decoded one by one so that each has its line.
     """
-    with _opened(path) as handle:
+    with opened(path) as handle:
         text = _decoded(handle.read(), path)
     decoder = json.JSONDecoder()
     start = _skip_space(text, 0)
@@ -224,7 +223,7 @@ def _csv(path: Path) -> Iterator[Row]:
     """Rows under a header line; commas, semicolons, tabs or bars, whichever it has most."""
     # A cell may be as long as a document; the default limit is 128 KiB.
     csv.field_size_limit(2**31 - 1)
-    with _opened(path) as handle:
+    with opened(path) as handle:
         number = read = 0
 
         def decoded() -> Iterator[str]:
@@ -278,7 +277,7 @@ def _parquet(path: Path) -> Iterator[Row]:
         import pyarrow as arrow
         from pyarrow import parquet
     except ImportError:
-        raise _needs_extra("Parquet", path) from None
+        raise needs_extra("Parquet", path) from None
     number = 0
     try:
         with path.open("rb") as handle, parquet.ParquetFile(handle) as file:
@@ -331,61 +330,6 @@ def _hidden(path: Path, below: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(below).parts)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a file, decompressed where its ending says so."""
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        with gzip.open(path) as unpacked:
-            yield cast(IO[bytes], unpacked)
-    elif suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError:
-            raise _needs_extra("Zstandard", path) from None
-        try:
-            with path.open("rb") as raw:
-                # Archives made with `zstd --long` look back further than the default allows.
-                unpacker = zstandard.ZstdDecompressor(max_window_size=2**31)
-                yield io.BufferedReader(_Frames(raw, unpacker))
-        except zstandard.ZstdError as error:
-            raise DataError(f"the file cannot be decompressed: {error}", where=str(path)) from None
-    else:
-        with path.open("rb") as handle:
-            yield handle
-
-
-class _Frames(io.RawIOBase):
-    """The content of Zstandard frames.
-
-    The library's own reader takes a frame that is cut off for one that ends there.
-    """
-
-    def __init__(self, raw: IO[bytes], unpacker: Any) -> None:
-        self._raw, self._unpacker = raw, unpacker
-        self._frame: Any = None
-        self._packed, self._ready = b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            # Little at a time: 4 bytes may become 128 KiB.
-            data = self._packed or self._raw.read(8192)
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("the last Zstandard frame has no end")
-                return 0
-            self._frame = self._frame or self._unpacker.decompressobj()
-            self._ready, self._packed = memoryview(self._frame.decompress(data)), b""
-            if self._frame.eof:
-                self._packed, self._frame = self._frame.unused_data, None
-        size = min(len(buffer), len(self._ready))
-        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
-        return size
-
-
 def _decoded(data: bytes, path: Path) -> str:
     try:
         return data.decode("utf-8-sig")
@@ -394,11 +338,3 @@ def _decoded(data: bytes, path: Path) -> str:
         raise DataError(
             f"this line is not UTF-8 text: {error.reason}", where=f"{path}:{line}"
         ) from None
-
-
-def _needs_extra(what: str, path: Path) -> DataError:
-    return DataError(
-        f"{what} files need another package",
-        where=str(path),
-        remedy='pip install "mlxtune[data]"',
-    )
