@@ -41,9 +41,10 @@ from mlxtune.data.store import (
 from mlxtune.errors import DataError, OutputExists, StorageError
 from mlxtune.files import atomic_folder, cache_folder, sha256
 
-# Below so many rows, starting other processes costs more than they save: a second or two
-# of each core, in which a core gets through 4,000 rows a second.
-PARALLEL_ROWS = 20_000
+# From so many rows on other processes are started, which costs a second or two of each
+# core. Two cores gain from some 20,000 rows on, more cores sooner; but rows that are read
+# to count them stay in memory, and a million rows are to need no more than 100,000.
+PARALLEL_ROWS = 4096
 _CHUNK = 512
 _UNUSED_DAYS = 30
 
@@ -115,9 +116,11 @@ def _rendered(source: Source, renderer: Renderer, rules: Rules, workers: int) ->
     """Samples in the order of their rows."""
     numbered = enumerate(source.rows(), start=1)
     few = list(islice(numbered, PARALLEL_ROWS))
+    alone = workers == 1 or len(few) < PARALLEL_ROWS
     rows = chain(few, numbered)
+    del few  # they go when they have been read, not at the end
     chunks: Iterator[_Rows] = iter(lambda: list(islice(rows, _CHUNK)), [])
-    if workers == 1 or len(few) < PARALLEL_ROWS:
+    if alone:
         for chunk in chunks:
             yield _chunk(source, renderer, rules, chunk)
         return
