@@ -151,7 +151,7 @@ def peak_memory(rows: int) -> str:
         renderer = Renderer(tokenizer_of(ModelSection(path=MODEL)))
         store = tokens.tokenize(Source(str(path)), renderer, Rules())
         made = time.perf_counter() - begun
-        plan = Plan([Part(store)], 32, 1, 0, packing=True)
+        plan = Plan([Part(store)], 32, 1, 0)
         seen = sum(batch.token_count for step in plan.steps(0, 2000) for batch in step)
         assert isinstance(store, TokenStore) and seen
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

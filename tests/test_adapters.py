@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 
 from mlxtune.adapters.store import adapter_arrays, load_adapter, save_adapter
 from mlxtune.data.batches import Part, Plan
+from mlxtune.data.passes import Layout
 from mlxtune.errors import RunError
 from mlxtune.layers.inject import add_lora, own_quantized_layers, projections
 from mlxtune.models.packed import enable_packs
@@ -137,7 +138,7 @@ PLAN = Plan(
     batch_size=2,
     accumulation=2,
     seed=3,
-    packing=True,
+    layout=Layout(packing=True),
 )
 
 

@@ -8,12 +8,14 @@ from helpers import random_samples
 
 from mlxtune.data.batches import Part, Plan
 from mlxtune.data.pack import Batch
+from mlxtune.data.passes import Layout
 
 
 def plan(**changes) -> Plan:
     samples = random_samples(np.random.default_rng(1).integers(5, 30, 23))
-    settings = {"batch_size": 4, "accumulation": 2, "seed": 7, "packing": True}
-    return Plan([Part(samples)], **(settings | changes))
+    settings = {"batch_size": 4, "accumulation": 2, "seed": 7}
+    layout = Layout(changes.pop("packing", True))
+    return Plan([Part(samples)], layout=layout, **(settings | changes))
 
 
 def records(steps: list[list[Batch]]) -> list[list[tuple[int, ...]]]:
@@ -69,7 +71,7 @@ def mixed(*epochs: float) -> Plan:
     samples = random_samples([8] * 20)
     parts = [samples[:4], samples[4:14], samples[14:]]
     made = [Part(part, often) for part, often in zip(parts, epochs, strict=True)]
-    return Plan(made, 4, 1, 7, packing=False)
+    return Plan(made, 4, 1, 7, Layout(packing=False))
 
 
 def seen(schedule: Plan, epoch: int) -> list[int]:

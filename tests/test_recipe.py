@@ -72,7 +72,8 @@ DEFAULTS = {
         "lora_plus_ratio": 1.0,
         "max_seq_length": 2048,
         "packing": True,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": "auto",
+        "memory_limit": None,
     },
     "eval": {
         "path": None,

@@ -23,8 +23,8 @@ from helpers import (
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import llama
 
-from mlxtune.data.batches import batched
 from mlxtune.data.pack import Batch, pack, pad
+from mlxtune.data.passes import Layout, passes
 from mlxtune.losses.cross_entropy import weighted_cross_entropy
 from mlxtune.models.heads import split_head
 from mlxtune.models.packed import enable_packs
@@ -129,7 +129,7 @@ def test_making_a_step_or_measuring_held_out_loss_draws_no_random_numbers():
     before = np.array(mx.random.state[0])
     TrainStep(model, optim.SGD(0.0), max_grad_norm=0)
     assert np.array_equal(np.array(mx.random.state[0]), before)
-    held_out_loss(model, RAGGED, batch_size=4, packing=True)
+    held_out_loss(model, RAGGED, batch_size=4, layout=Layout())
     assert np.array_equal(np.array(mx.random.state[0]), before)
     assert model.training
 
@@ -153,7 +153,7 @@ def test_one_batch_of_eight_is_eight_batches_of_one(lay_out):
     packing = lay_out is pack
     want, want_loss, want_norm = after_one_step([lay_out(RAGGED)])
     for size in (1, 3):
-        batches = list(batched(RAGGED, size, packing=packing))
+        batches = passes(RAGGED, size, Layout(packing))
         got, loss, norm = after_one_step(batches)
         assert loss == pytest.approx(want_loss, rel=1e-5)
         assert norm == pytest.approx(want_norm, rel=1e-5)
@@ -199,7 +199,7 @@ def test_recomputed_blocks_give_the_same_loss_and_gradients(lay_out):
     for recompute in (False, True):
         model = packable_llama()
         if recompute:
-            checkpoint_blocks(model)
+            checkpoint_blocks(model, range(len(model.layers)))
         results.append(value_and_gradients(model, lambda m=model: loss_of_batch(m, batch)))
     (want, want_gradients), (got, gradients) = results
     assert got == pytest.approx(want, rel=1e-6)
@@ -213,7 +213,7 @@ def test_the_gradient_is_that_of_the_features_that_were_dropped(lay_out, recompu
     """With the seed fixed, the loss is a function whose slope can be measured."""
     batch, model = lay_out(RAGGED), packable_llama(dropout=0.5)
     if recompute:
-        checkpoint_blocks(model)
+        checkpoint_blocks(model, range(len(model.layers)))
     model.train()
     loss_of, arrays = LossFunction(model), batch_arrays(batch, batch.weight)
 
@@ -237,7 +237,7 @@ def test_the_gradient_is_that_of_the_features_that_were_dropped(lay_out, recompu
 def test_every_step_drops_other_features(recompute):
     model = packable_llama(dropout=0.5)
     if recompute:
-        checkpoint_blocks(model)
+        checkpoint_blocks(model, range(len(model.layers)))
     model.train()
     step = TrainStep(model, optim.SGD(0.0), max_grad_norm=0)
     losses = {step([pad(RAGGED)], 0.0).loss.item() for _ in range(4)}
@@ -248,7 +248,7 @@ def test_recomputing_is_for_one_model_only():
     other = tiny_llama()
     model = tiny_llama()
     call = llama.TransformerBlock.__call__
-    checkpoint_blocks(model)
+    checkpoint_blocks(model, range(len(model.layers)))
     assert llama.TransformerBlock.__call__ is call
     for untouched in (other, tiny_llama()):
         assert {type(block) for block in untouched.layers} == {llama.TransformerBlock}

@@ -413,7 +413,7 @@ def test_a_compiled_step_is_the_plain_step(accumulation):
         optimizer.init(model.trainable_parameters())
         step = TrainStep(model, optimizer, max_grad_norm=1.0, compiled=compiled)
         model.train()
-        plan = Plan([Part(samples)], 4 // accumulation, accumulation, 0, packing=True)
+        plan = Plan([Part(samples)], 4 // accumulation, accumulation, 0)
         losses = [step(batches, 0.1).loss.item() for batches in plan.steps(0, 4)]
         results.append(losses)
     assert results[0] == pytest.approx(results[1], rel=1e-5)

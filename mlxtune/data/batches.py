@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from mlxtune.data.pack import Batch, pack, pad
+from mlxtune.data.pack import Batch
+from mlxtune.data.passes import Layout, passes
 from mlxtune.data.render import Sample
+from mlxtune.data.store import lengths_of
 
 Order = npt.NDArray[np.int32]
 
@@ -36,23 +38,28 @@ class Plan:
 
     Attributes:
         parts: everything that is trained on.
-        batch_size: samples to a forward pass.
-        accumulation: forward passes to a step.
+        batch_size: samples to a forward pass, at most.
+        accumulation: times that many samples are a step.
         seed: of the shuffle.
-        packing: pack the samples of a batch instead of padding them.
+        layout: how a step's samples are laid out.
     """
 
     parts: Sequence[Part]
     batch_size: int
     accumulation: int
     seed: int
-    packing: bool
+    layout: Layout = field(default_factory=Layout)
+
+    @property
+    def group(self) -> int:
+        """Samples to a step."""
+        return self.batch_size * self.accumulation
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps to an epoch; the last may be smaller."""
         total = sum(part.per_epoch for part in self.parts)
-        return -(-total // (self.batch_size * self.accumulation))
+        return -(-total // self.group)
 
     def total_steps(self, *, epochs: float, max_steps: int | None) -> int:
         """Steps of a run: `max_steps` if given, else of that many epochs."""
@@ -68,12 +75,19 @@ class Plan:
             epoch, within = divmod(step, self.steps_per_epoch)
             if epoch != current:
                 order, current = self._order(epoch), epoch
-            group = self.batch_size * self.accumulation
             chosen = [
                 self.parts[part].samples[int(at)]
-                for part, at in order[within * group : (within + 1) * group]
+                for part, at in order[within * self.group : (within + 1) * self.group]
             ]
-            yield list(batched(chosen, self.batch_size, packing=self.packing))
+            yield passes(chosen, self.batch_size, self.layout)
+
+    def largest(self) -> Batch:
+        """A pass of the longest samples that there are: no other takes more memory."""
+        lengths = [lengths_of(part.samples) for part in self.parts]
+        places = [(p, at) for p, own in enumerate(lengths) for at in _longest(own, self.group)]
+        places.sort(key=lambda place: -lengths[place[0]][place[1]])
+        chosen = [self.parts[part].samples[at] for part, at in places[: self.group]]
+        return max(passes(chosen, self.batch_size, self.layout), key=lambda b: b.tokens.size)
 
     def _order(self, epoch: int) -> Order:
         """(part, index in it) of each sample of an epoch."""
@@ -100,8 +114,6 @@ class Plan:
         return np.concatenate(rounds)[start % size :][:count]
 
 
-def batched(samples: Sequence[Sample], batch_size: int, *, packing: bool) -> Iterator[Batch]:
-    """Samples in order, `batch_size` to a batch."""
-    lay_out: Callable[[Sequence[Sample]], Batch] = pack if packing else pad
-    for start in range(0, len(samples), batch_size):
-        yield lay_out(samples[start : start + batch_size])
+def _longest(lengths: npt.NDArray[np.int64], count: int) -> list[int]:
+    """Where the `count` largest lengths are."""
+    return [int(at) for at in np.argsort(-lengths, kind="stable")[:count]]

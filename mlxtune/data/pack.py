@@ -24,6 +24,7 @@ PREFIX = 0
 # Shapes are rounded up so that few of them occur: each new one is compiled anew.
 WIDTH_STEP = 8
 TARGET_STEP = 32
+PREFIX_STEP = 16
 # A shorter common prefix is not worth its own rows.
 SHORTEST_PREFIX = 8
 
@@ -46,7 +47,7 @@ class Batch:
         sources: int32 (m,), index into the flat grid of the hidden state that predicts
             each target.
         targets: int32 (m,), token ids.
-        weights: float32 (m,), loss weights; 0 fills m up to a multiple of 32.
+        weights: float32 (m,), loss weights; 0 fills m up to one of few sizes.
         records: record numbers of the samples.
         token_count: tokens of all samples, as if each stood alone.
         supervised: targets that carry weight.
@@ -79,22 +80,70 @@ class _Placed:
     column: int
 
 
-def pad(samples: Sequence[Sample]) -> Batch:
-    """One sample to a row, padded at the right to a common width."""
-    width = _round_up(max(len(s.tokens) for s in samples), WIDTH_STEP)
-    placed = [_Placed(sample, row, 0) for row, sample in enumerate(samples)]
-    return _grid(placed, prefix=0, rows=len(samples), width=width, packed=False)
+@dataclass(frozen=True)
+class Grid:
+    """Where the samples of a pass stand.
+
+    Attributes:
+        prefix: tokens that all of them begin with, which stand once at the front.
+        width: of a row, in tokens.
+        rows: for each row, the samples in it: (index, column it begins at).
+        cost: of computing it, in tokens.
+        few_shapes: whether sizes are rounded up to few.
+    """
+
+    prefix: int
+    width: int
+    rows: list[list[tuple[int, int]]]
+    cost: float
+    few_shapes: bool = False
 
 
-def pack(samples: Sequence[Sample]) -> Batch:
-    """The common prefix once, and the rest of the samples packed into rows."""
+def grid_of(samples: Sequence[Sample], *, few_shapes: bool = False) -> Grid:
+    """The grid of least cost.
+
+    Projections cost by the token and attention by token times visible keys; a key costs
+    about a thousandth of a token's projections for models of common width.
+    """
     prefix = common_prefix(samples)
+    if few_shapes:
+        prefix -= prefix % PREFIX_STEP
+        prefix = prefix if prefix >= SHORTEST_PREFIX else 0
     lengths = [len(s.tokens) - prefix for s in samples]
-    width, rows = _best_grid(lengths, prefix)
-    placed = [
-        _Placed(samples[i], row, column) for row, items in enumerate(rows) for i, column in items
+    longest = _round_up(max(lengths), WIDTH_STEP)
+    best: Grid | None = None
+    width = longest
+    while width <= 4 * longest:
+        rounded = _rounded(width, WIDTH_STEP, few_shapes)
+        rows = _best_fit(lengths, rounded, prefix)
+        cost = len(rows) * rounded * (1 + (prefix + rounded) / 1000)
+        if best is None or cost < best.cost:
+            best = Grid(prefix, rounded, rows, cost, few_shapes)
+        width += max(WIDTH_STEP, _round_up(width // 32, WIDTH_STEP))
+    assert best is not None
+    return best
+
+
+def pad(samples: Sequence[Sample], *, few_shapes: bool = False) -> Batch:
+    """One sample to a row, padded at the right to a common width."""
+    width = _rounded(max(len(s.tokens) for s in samples), WIDTH_STEP, few_shapes)
+    rows = [[(index, 0)] for index in range(len(samples))]
+    grid = Grid(0, width, rows, float(width * len(rows)), few_shapes)
+    return _batch(_placed(samples, grid), grid, packed=False)
+
+
+def pack(samples: Sequence[Sample], grid: Grid | None = None) -> Batch:
+    """The common prefix once, and the rest of the samples packed into rows."""
+    grid = grid or grid_of(samples)
+    return _batch(_placed(samples, grid), grid, packed=True)
+
+
+def _placed(samples: Sequence[Sample], grid: Grid) -> list[_Placed]:
+    return [
+        _Placed(samples[i], row, column)
+        for row, items in enumerate(grid.rows)
+        for i, column in items
     ]
-    return _grid(placed, prefix=prefix, rows=len(rows), width=width, packed=True)
 
 
 def common_prefix(samples: Sequence[Sample]) -> int:
@@ -114,34 +163,13 @@ def common_prefix(samples: Sequence[Sample]) -> int:
     return prefix if prefix >= SHORTEST_PREFIX else 0
 
 
-# One row of the grid: (index of the sample, column it begins at).
-_Row = list[tuple[int, int]]
-
-
-def _best_grid(lengths: Sequence[int], prefix: int) -> tuple[int, list[_Row]]:
-    """The width, and the rows, that cost least.
-
-    Projections cost by the token and attention by token times visible keys; a key costs
-    about a thousandth of a token's projections for models of common width.
-    """
-    longest = _round_up(max(lengths), WIDTH_STEP)
-    best: tuple[float, int, list[_Row]] | None = None
-    for width in range(longest, 4 * longest + 1, WIDTH_STEP):
-        rows = _best_fit(lengths, width, prefix)
-        cost = len(rows) * width * (1 + (prefix + width) / 1000)
-        if best is None or cost < best[0]:
-            best = (cost, width, rows)
-    assert best is not None
-    return best[1], best[2]
-
-
-def _best_fit(lengths: Sequence[int], width: int, prefix: int) -> list[_Row]:
+def _best_fit(lengths: Sequence[int], width: int, prefix: int) -> list[list[tuple[int, int]]]:
     """Best-fit decreasing: each sample goes to the fullest row that still takes it.
 
     The prefix comes first; its last row takes samples like any other.
     """
     used = [width] * (prefix // width) + ([prefix % width] if prefix % width else [])
-    rows: list[_Row] = [[] for _ in used]
+    rows: list[list[tuple[int, int]]] = [[] for _ in used]
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         fitting = [r for r, u in enumerate(used) if u + lengths[index] <= width]
         row = max(fitting, key=lambda r: used[r]) if fitting else len(rows)
@@ -153,7 +181,8 @@ def _best_fit(lengths: Sequence[int], width: int, prefix: int) -> list[_Row]:
     return rows
 
 
-def _grid(placed: list[_Placed], *, prefix: int, rows: int, width: int, packed: bool) -> Batch:
+def _batch(placed: list[_Placed], grid: Grid, *, packed: bool) -> Batch:
+    prefix, rows, width = grid.prefix, len(grid.rows), grid.width
     tokens = np.zeros(rows * width, np.int32)
     positions = np.zeros(rows * width, np.int32)
     segments = np.full(rows * width, PADDING, np.int32)
@@ -177,7 +206,7 @@ def _grid(placed: list[_Placed], *, prefix: int, rows: int, width: int, packed: 
         targets.append(item.sample.tokens[trained])
         weights.append(item.sample.weights[trained])
     supervised = sum(len(t) for t in targets)
-    size = _round_up(max(supervised, 1), TARGET_STEP)
+    size = _rounded(max(supervised, 1), TARGET_STEP, grid.few_shapes)
 
     def filled(parts: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
         return np.pad(np.concatenate(parts), (0, size - supervised))
@@ -199,3 +228,10 @@ def _grid(placed: list[_Placed], *, prefix: int, rows: int, width: int, packed: 
 
 def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
+
+
+def _rounded(value: int, step: int, few_shapes: bool) -> int:
+    """Up to a multiple of `step`; if shapes are to be few, to one of four sizes an octave."""
+    if few_shapes:
+        step = max(step, 1 << max(0, (value - 1).bit_length() - 3))
+    return _round_up(value, step)

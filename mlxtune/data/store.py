@@ -105,6 +105,17 @@ class Subset(Sequence[Sample]):
             return Subset(self._samples, self._chosen[at])
         return self._samples[int(self._chosen[at])]
 
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """The tokens of each sample."""
+        return lengths_of(self._samples)[self._chosen]
+
+
+def lengths_of(samples: Sequence[Sample]) -> npt.NDArray[np.int64]:
+    """The tokens of each sample; those of a store are not read for it."""
+    if isinstance(samples, TokenStore | Subset):
+        return samples.lengths()
+    return np.array([len(sample.tokens) for sample in samples], np.int64)
+
 
 @dataclass(frozen=True)
 class Chunk:

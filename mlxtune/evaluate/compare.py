@@ -18,7 +18,7 @@ from mlxtune.recipe.schema import EvalSection
 from mlxtune.train.corpus import conversations_of, read_held_out
 from mlxtune.train.heldout import held_out_loss
 from mlxtune.train.run import Run
-from mlxtune.train.session import load_base
+from mlxtune.train.session import layout_for, load_base
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def compare_run(
 
     def score(name: str) -> tuple[Scores, list[str]]:
         progress(f"{name}: held-out loss")
-        loss = held_out_loss(model.model, samples, batch_size=16, packing=packing)
+        loss = held_out_loss(model.model, samples, batch_size=16, layout=layout_for(packing))
         progress(f"{name}: {len(prompts)} answers")
         if not chats:
             return Scores(loss, None), []

@@ -147,6 +147,9 @@ class TrainSection(Section):
 
     `decay_ratio` is the share of all steps over which `warmup_stable_decay` goes to zero.
     With `lora_plus_ratio` the B matrices of adapters learn that many times faster.
+    `gradient_checkpointing` computes blocks a second time instead of keeping what they
+    computed: all of them, every k-th, or with `auto` no more than `memory_limit` asks for
+    (GB; by default what the device recommends).
     """
 
     epochs: float = Field(default=3.0, gt=0)
@@ -163,7 +166,8 @@ class TrainSection(Section):
     lora_plus_ratio: float = Field(default=1.0, gt=0)
     max_seq_length: PositiveInt = 2048
     packing: bool = True
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] | PositiveInt = "auto"
+    memory_limit: float | None = Field(default=None, gt=0)
 
 
 class EvalSection(Section):

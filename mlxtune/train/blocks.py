@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import mlx.core as mx
@@ -11,13 +11,14 @@ import mlx.nn as nn
 from mlxtune.layers.lora import Dropout
 
 
-def checkpoint_blocks(model: nn.Module) -> None:
-    """Make every block of this model keep only its input for the backward pass.
+def checkpoint_blocks(model: nn.Module, chosen: Iterable[int]) -> None:
+    """Make these blocks of the model keep only their input for the backward pass.
 
     (Chen et al. 2016, arXiv:1604.06174.) The instances get a class of their own, derived
     from theirs; mlx-lm's classes stay as they are.
     """
-    for block in model.layers:
+    for number in chosen:
+        block = model.layers[number]
         original = type(block)
         block.__class__ = type(
             f"Checkpointed{original.__name__}",

@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import mlx.nn as nn
 
 from mlxtune.arrays import scalar
-from mlxtune.data.batches import batched
+from mlxtune.data.passes import Layout, passes
 from mlxtune.data.render import Sample
 from mlxtune.models.heads import evaluating
+from mlxtune.train.lanes import Lanes
 from mlxtune.train.step import LossFunction, batch_arrays
 
 
 def held_out_loss(
-    model: nn.Module, samples: Sequence[Sample], *, batch_size: int, packing: bool
+    model: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int,
+    layout: Layout,
+    lanes: Lanes | None = None,
 ) -> float:
     """Mean loss over all supervised tokens of the samples, nats; dropout is off."""
     loss_of = LossFunction(model)
+    lanes = lanes or Lanes(layout.lanes)
     total = weight = 0.0
     # Samples of similar length together waste the least; a sum has no order.
     ordered = sorted(samples, key=lambda s: len(s.tokens))
+    group = batch_size * lanes.count
     with evaluating(model):
-        for batch in batched(ordered, batch_size, packing=packing):
-            total += scalar(loss_of(batch_arrays(batch), batch.prefix, batch.packed))
-            weight += batch.weight
+        for at in range(0, len(ordered), group):
+            batches = passes(ordered[at : at + group], batch_size, layout)
+            for first in range(0, len(batches), lanes.count):
+                losses = lanes(
+                    [
+                        partial(loss_of, batch_arrays(batch), batch.prefix, batch.packed)
+                        for batch in batches[first : first + lanes.count]
+                    ]
+                )
+                total += sum(map(scalar, losses))
+            weight += sum(batch.weight for batch in batches)
     return total / weight

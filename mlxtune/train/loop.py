@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 from mlxtune.adapters.store import save_adapter
 from mlxtune.arrays import scalar
+from mlxtune.data.ahead import ahead
 from mlxtune.data.batches import Plan
 from mlxtune.data.pack import Batch
 from mlxtune.data.render import Sample
@@ -30,6 +31,7 @@ from mlxtune.train.checkpoint import (
     save_checkpoint,
 )
 from mlxtune.train.heldout import held_out_loss
+from mlxtune.train.lanes import Lanes
 from mlxtune.train.metrics import Report, Reporter
 from mlxtune.train.optim import make_optimizer
 from mlxtune.train.run import Run
@@ -86,6 +88,7 @@ class Trainer:
         self._eval_every = evaluation.steps or plan.steps_per_epoch
         self._optimizer = make_optimizer(train.optimizer, model, weight_decay=train.weight_decay)
         self._progress = Progress()
+        self._lanes = Lanes(plan.layout.lanes)
 
     def resume(self) -> tuple[int, list[str]]:
         """Go back to the latest whole checkpoint, if there is any.
@@ -124,6 +127,7 @@ class Trainer:
             self._optimizer,
             max_grad_norm=self._train.max_grad_norm,
             lora_plus_ratio=self._train.lora_plus_ratio,
+            lanes=self._lanes,
         )
         self._model.train()
         mx.reset_peak_memory()
@@ -132,7 +136,7 @@ class Trainer:
         if first == 0:
             self._measure()
         with _stop_on_interrupt() as stopping:
-            for batches in self._plan.steps(first, self.total_steps):
+            for batches in ahead(self._plan.steps(first, self.total_steps)):
                 begun = time.perf_counter()
                 rate = self._rate(self._progress.step)
                 result = step_on(batches, rate)
@@ -215,7 +219,8 @@ class Trainer:
             self._model,
             self._held_out,
             batch_size=self._train.batch_size,
-            packing=self._plan.packing,
+            layout=self._plan.layout,
+            lanes=self._lanes,
         )
         now = self._progress
         best = now.best_loss is None or loss < now.best_loss

@@ -16,12 +16,14 @@ import mlxtune
 from mlxtune.adapters.store import load_adapter
 from mlxtune.arrays import flat
 from mlxtune.data.batches import Plan
+from mlxtune.data.passes import Layout
 from mlxtune.data.render import Renderer
 from mlxtune.data.sources import HUB
-from mlxtune.device import device_name
+from mlxtune.device import device_name, on_cpu
 from mlxtune.errors import ModelError, RecipeError, RunError
 from mlxtune.files import sha256
 from mlxtune.layers.dense import dense_tensors
+from mlxtune.layers.gated import use_gated_activations
 from mlxtune.layers.inject import (
     add_lora,
     dequantize_layers,
@@ -33,10 +35,12 @@ from mlxtune.models.load import DTYPES, LoadedModel, load_model, load_tokenizer
 from mlxtune.models.packed import enable_packs
 from mlxtune.models.resolve import ModelSource, resolve_model
 from mlxtune.models.targets import find_targets
-from mlxtune.recipe.schema import ModelSection, Recipe
+from mlxtune.recipe.schema import ModelSection, Recipe, TrainSection
 from mlxtune.train.blocks import checkpoint_blocks
 from mlxtune.train.corpus import Corpus, check_sources, held_out_source, read_corpus, source_of
+from mlxtune.train.lanes import lanes_of_device
 from mlxtune.train.loop import Interrupted, Trainer
+from mlxtune.train.memory import GB, blocks_to_checkpoint, keep_within, memory_budget
 from mlxtune.train.metrics import Outline, Reporter
 from mlxtune.train.run import Run
 
@@ -70,41 +74,32 @@ def fine_tune(
     # What is wrong with the data is told before a large model is fetched and loaded.
     check_sources(recipe, rows=100)
     corpus = read_corpus(recipe, Renderer(tokenizer_of(recipe.model)), reporter.tokenized)
-    base = load_base(recipe.model)
-    notes = list(corpus.notes())
-    packing = recipe.train.packing
-    if packing:
-        try:
-            enable_packs(base.model)
-        except ModelError as error:
-            packing = False
-            notes.append(f"batches are padded, not packed: {error.what}")
-    mx.random.seed(recipe.seed)
-    targets = find_targets(
-        dict(projections(base.model)),
-        recipe.lora.target_modules,
-        layers=recipe.lora.layers,
-        layer_count=len(base.model.layers),
+    base, packing, notes = adapted_model(recipe)
+    notes = [*corpus.notes(), *notes]
+    plan = Plan(
+        corpus.parts,
+        recipe.train.batch_size,
+        recipe.train.gradient_accumulation_steps,
+        recipe.seed,
+        layout_for(packing),
     )
-    lora = recipe.lora
-    add_lora(base.model, targets, rank=lora.rank, scale=lora.scale, dropout=lora.dropout)
-    if recipe.train.gradient_checkpointing:
-        checkpoint_blocks(base.model)
     facts = _facts(recipe, base.source)
+    before = run.status() if run is not None else {}
+    budget = memory_budget(recipe.train.memory_limit)
+    keep_within(budget)
+    # Blocks computed twice draw their dropout apart, so a resumed run does as it did before.
+    if (twice := before.get("checkpointed_blocks")) is None:
+        twice = blocks_computed_twice(base.model, plan, recipe.train, budget, notes)
+    facts["checkpointed_blocks"] = twice
+    checkpoint_blocks(base.model, twice)
     if run is None:
         run = Run.create(path, recipe, facts, overwrite=overwrite)
     else:
-        _require_same(run.status(), facts)
+        _require_same(before, facts)
     trainer = Trainer(
         base.model,
         run,
-        Plan(
-            corpus.parts,
-            recipe.train.batch_size,
-            recipe.train.gradient_accumulation_steps,
-            recipe.seed,
-            packing,
-        ),
+        plan,
         corpus.held_out,
         train=recipe.train,
         evaluation=recipe.eval,
@@ -131,6 +126,74 @@ def fine_tune(
         raise
     run.write_status(status="finished")
     return run
+
+
+def adapted_model(recipe: Recipe) -> tuple[LoadedModel, bool, list[str]]:
+    """The model that a recipe trains, adapters in place.
+
+    Returns:
+        The model; whether it takes packed batches; and what there is to say about it.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        TargetError: the recipe's targets are not the model's.
+    """
+    base = load_base(recipe.model)
+    notes = []
+    packing = recipe.train.packing
+    if packing:
+        try:
+            enable_packs(base.model)
+        except ModelError as error:
+            packing = False
+            notes.append(f"batches are padded, not packed: {error.what}")
+    use_gated_activations(base.model)
+    mx.random.seed(recipe.seed)
+    targets = find_targets(
+        dict(projections(base.model)),
+        recipe.lora.target_modules,
+        layers=recipe.lora.layers,
+        layer_count=len(base.model.layers),
+    )
+    lora = recipe.lora
+    add_lora(base.model, targets, rank=lora.rank, scale=lora.scale, dropout=lora.dropout)
+    return base, packing, notes
+
+
+def blocks_computed_twice(
+    model: nn.Module, plan: Plan, train: TrainSection, budget: int, notes: list[str]
+) -> list[int]:
+    """Numbers of the blocks to checkpoint; what there is to say of it goes to `notes`.
+
+    `budget` is the memory that a step may take, in bytes.
+    """
+    blocks, wish = list(range(len(model.layers))), train.gradient_checkpointing
+    if wish is False:
+        return []
+    if wish is True:
+        return blocks
+    if wish != "auto":
+        return blocks[::wish]
+    try:
+        count = blocks_to_checkpoint(model, plan.largest(), budget, lanes=plan.layout.lanes)
+    except ModelError as error:
+        notes.append(f"no gradient checkpointing: {error.what}")
+        return []
+    if count:
+        notes.append(
+            f"gradient checkpointing in {count} of {len(blocks)} blocks, to stay within "
+            f"{budget / GB:.1f} GB (train.memory_limit)"
+        )
+    # The first ones: they are computed again when the others have let go of their memory.
+    return blocks[:count]
+
+
+def layout_for(packing: bool) -> Layout:
+    """How passes are laid out on this device."""
+    if on_cpu():
+        return Layout(packing, lanes=lanes_of_device())
+    # Each new shape is traced and compiled anew, and a small pass leaves a GPU idle.
+    return Layout(packing, few_shapes=True, pass_cost=256)
 
 
 def load_base(section: ModelSection, *, for_inference: bool = False) -> LoadedModel:

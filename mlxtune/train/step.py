@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -16,13 +17,14 @@ from mlxtune.data.pack import TARGET_STEP, Batch
 from mlxtune.losses.cross_entropy import chunked_cross_entropy, weighted_cross_entropy
 from mlxtune.models.heads import split_head
 from mlxtune.models.packed import PackCache
+from mlxtune.train.lanes import Lanes
 from mlxtune.train.optim import update
 
 Arrays = dict[str, mx.array]
 
 # Logits to a chunk: 64 MiB of float32. Smaller ones would cost more than they save: on a CPU
 # a packed head is expanded for each, and MLX lays out some ten operations ahead.
-LOGITS_AT_ONCE = 1 << 24
+LOGITS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class LossFunction:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._parts = split_head(model)
+        self._blocks = len(model.layers)
 
     def __call__(self, arrays: Arrays, prefix: int, packed: bool) -> mx.array:
         """The weighted sum as a float32 scalar; arguments come from `batch_arrays`."""
@@ -55,7 +58,7 @@ class LossFunction:
         if packed:
             cache = PackCache(arrays["positions"], arrays["segments"], prefix)
             tokens = tokens.reshape(1, -1)
-            call = {"cache": [cache] * len(self._model.layers)}
+            call = {"cache": [cache] * self._blocks}
         # Without a cache the model masks causally, and padding at the right of a row is
         # never looked at.
         body, head = self._parts or (self._model, None)
@@ -103,6 +106,7 @@ class TrainStep:
         optimizer: its learning rate is set before each step.
         max_grad_norm: clip the gradient of a step to this norm; 0 for no clipping.
         lora_plus_ratio: see `optim.update`.
+        lanes: computes batches side by side where that pays.
         compiled: compile the step; by default wherever that pays.
     """
 
@@ -113,15 +117,17 @@ class TrainStep:
         *,
         max_grad_norm: float,
         lora_plus_ratio: float = 1.0,
+        lanes: Lanes | None = None,
         compiled: bool | None = None,
     ) -> None:
         self._model = model
+        self._lanes = lanes or Lanes()
         self._optimizer = optimizer
         self._max_grad_norm = max_grad_norm
         self._lora_plus_ratio = lora_plus_ratio
         self._gradient = nn.value_and_grad(model, LossFunction(model))
         self._whole: Callable[..., Any] = self._whole_step
-        self._add: Callable[..., Any] = self._add_batch
+        self._one: Callable[..., Any] = self._gradient
         self._finish: Callable[..., Any] = self._update
         if compiled is None:
             # On a CPU compiling is a loss: MLX builds its fused kernels with a C++ compiler
@@ -131,23 +137,28 @@ class TrainStep:
         if compiled:
             state = [model.state, optimizer.state, mx.random.state]
             self._whole = mx.compile(self._whole_step, inputs=state, outputs=state)
-            self._add = mx.compile(self._add_batch, inputs=state, outputs=state)
+            self._one = mx.compile(self._gradient, inputs=state, outputs=state)
             self._finish = mx.compile(self._update, inputs=state, outputs=state)
 
     def __call__(self, batches: list[Batch], learning_rate: float) -> StepResult:
         """Train on the batches of one step."""
         self._optimizer.learning_rate = mx.array(learning_rate)
         weight = sum(batch.weight for batch in batches)
-        if len(batches) == 1:
+        if len(batches) == 1 and self._lanes.count == 1:
             (batch,) = batches
             loss, norm = self._whole(batch_arrays(batch, weight), batch.prefix, batch.packed)
             return StepResult(loss, norm)
         loss, gradients = mx.array(0.0), None
-        for batch in batches:
-            loss, gradients = self._add(
-                batch_arrays(batch, weight), batch.prefix, batch.packed, loss, gradients
-            )
-            # Each batch's activations are released before the next is begun.
+        for at in range(0, len(batches), self._lanes.count):
+            # Each round's activations are released before the next is begun.
+            for more, of_batch in self._lanes(
+                [
+                    partial(self._one, batch_arrays(batch, weight), batch.prefix, batch.packed)
+                    for batch in batches[at : at + self._lanes.count]
+                ]
+            ):
+                loss = loss + more
+                gradients = _sum(gradients, of_batch)
             mx.eval(loss, gradients)
         return StepResult(loss, self._finish(gradients))
 
@@ -157,14 +168,6 @@ class TrainStep:
         loss, gradients = self._gradient(arrays, prefix, packed)
         return loss, self._update(gradients)
 
-    def _add_batch(
-        self, arrays: Arrays, prefix: int, packed: bool, loss: mx.array, gradients: Any
-    ) -> tuple[mx.array, Any]:
-        more_loss, more = self._gradient(arrays, prefix, packed)
-        if gradients is not None:
-            more = tree_map(mx.add, gradients, more)
-        return loss + more_loss, more
-
     def _update(self, gradients: Any) -> mx.array:
         squares = [g.astype(mx.float32).square().sum() for g in flat(gradients).values()]
         norm = mx.sqrt(sum(squares[1:], squares[0]))
@@ -173,3 +176,7 @@ class TrainStep:
             gradients = tree_map(lambda g: g * factor, gradients)
         update(self._optimizer, self._model, gradients, lora_plus_ratio=self._lora_plus_ratio)
         return norm
+
+
+def _sum(gradients: Any, more: Any) -> Any:
+    return more if gradients is None else tree_map(mx.add, gradients, more)

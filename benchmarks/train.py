@@ -1,0 +1,163 @@
+"""Training speed and memory against mlx-lm's own `mlx_lm.lora`.
+
+    python -m mlxtune.device python benchmarks/train.py PAIRS.jsonl [A B C D E] [--rounds 5]
+
+PAIRS.jsonl has one {"prompt", "expected_command"} a line. Both trainers run at the same
+time in processes of their own and take turns, so that a noisy machine is noisy for both.
+They load the same folder and train the same examples in the same batches, with the same
+rank, scale, type and BLAS; medians over the rounds. Keeps all figures in
+benchmarks/results/ and prints the table of benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.utils import load_tokenizer
+from training.models import make_models
+from training.workloads import WORKLOADS, Workload, read_pairs
+
+from mlxtune.device import device_name
+
+HERE = Path(__file__).parent
+TRAINERS = ("mlx-lm", "mlxtune")
+RANK, ALPHA, LEARNING_RATE = 8, 16.0, 2e-4
+
+
+class Worker:
+    """A trainer in its own process, warmed up."""
+
+    def __init__(self, trainer: str, job: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "training.worker", trainer, str(job)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=HERE,
+            env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+        )
+        self.warm_up = self._answer()
+
+    def turn(self) -> dict[str, Any]:
+        """Train the job's steps."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit("a trainer stopped; see above")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def measure(workload: Workload, models: Path, pairs: Path, rounds: int) -> dict[str, Any]:
+    """Figures of both trainers on one workload."""
+    model = models / workload.model
+    with tempfile.TemporaryDirectory() as folder:
+        rows = workload.rows(read_pairs(pairs), load_tokenizer(model))
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        for name, text in (("train", lines), ("valid", lines), ("test", lines)):
+            Path(folder, f"{name}.jsonl").write_text(text, encoding="utf-8")
+        job = Path(folder, "job.json")
+        job.write_text(
+            json.dumps(
+                {
+                    "model": str(model.absolute()),
+                    "data": folder,
+                    "steps": workload.steps,
+                    "batch_size": workload.batch_size,
+                    "max_seq_length": workload.max_seq_length,
+                    "checkpointing": workload.checkpointing,
+                    "masked": workload.masked,
+                    "rank": RANK,
+                    "alpha": ALPHA,
+                    "learning_rate": LEARNING_RATE,
+                }
+            )
+        )
+        workers = {trainer: Worker(trainer, job) for trainer in TRAINERS}
+        turns: dict[str, list[dict[str, Any]]] = {trainer: [] for trainer in TRAINERS}
+        for number in range(rounds):
+            for trainer in TRAINERS if number % 2 else reversed(TRAINERS):
+                turns[trainer].append(workers[trainer].turn())
+                print(workload.name, number, trainer, turns[trainer][-1], file=sys.stderr)
+        for worker in workers.values():
+            worker.stop()
+    examples = workload.steps * workload.batch_size
+    figures: dict[str, Any] = {"what": workload.what, "examples_per_turn": examples}
+    for trainer in TRAINERS:
+        seconds = [turn["seconds"] for turn in turns[trainer]]
+        figures[trainer] = {
+            "examples_per_second": examples / statistics.median(seconds),
+            "peak_memory_bytes": max(turn["peak_memory_bytes"] for turn in turns[trainer]),
+            "seconds": seconds,
+            "warm_up_seconds": workers[trainer].warm_up["seconds"],
+        }
+    theirs, ours = (figures[trainer] for trainer in TRAINERS)
+    # The two take the same batches, so each round is a comparison of its own.
+    ratios = [a / b for a, b in zip(theirs["seconds"], ours["seconds"], strict=True)]
+    figures["speed_ratio"] = statistics.median(ratios)
+    figures["speed_ratios"] = ratios
+    figures["memory_ratio"] = ours["peak_memory_bytes"] / theirs["peak_memory_bytes"]
+    figures["target"] = {"speed_ratio": workload.speed, "memory_ratio": workload.memory}
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pairs", type=Path)
+    parser.add_argument("workloads", nargs="*", default=list(WORKLOADS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--models", type=Path, default=HERE.parent / ".cache" / "benchmarks")
+    given = parser.parse_args()
+    make_models(given.models)
+    results = HERE / "results"
+    device = device_name()
+    name = "".join(c if c.isalnum() else "-" for c in device.lower()).strip("-")
+    path = results / f"train-{name}.json"
+    figures = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    figures |= {
+        "benchmark": "train",
+        "device": device,
+        "machine": platform.platform(),
+        "versions": {p: version(p) for p in ("mlxtune", "mlx", "mlx-lm")},
+    }
+    for letter in given.workloads:
+        measured = measure(WORKLOADS[letter], given.models, given.pairs, given.rounds)
+        figures.setdefault("workloads", {})[letter] = measured
+        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        print(row(letter, measured))
+
+
+def row(letter: str, measured: dict[str, Any]) -> str:
+    """A line of the table."""
+    theirs, ours = measured["mlx-lm"], measured["mlxtune"]
+    target = measured["target"]
+    return (
+        f"| {letter} | {theirs['examples_per_second']:.2f} | {ours['examples_per_second']:.2f} "
+        f"| **{measured['speed_ratio']:.1f} ×** (≥ {target['speed_ratio']:g}) "
+        f"| {theirs['peak_memory_bytes'] / 1e9:.2f} GB | {ours['peak_memory_bytes'] / 1e9:.2f} GB "
+        f"| **{measured['memory_ratio']:.2f}** (≤ {target['memory_ratio']:g}) |"
+    )
+
+
+if __name__ == "__main__":
+    main()

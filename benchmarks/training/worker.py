@@ -1,0 +1,198 @@
+"""One trainer in a process of its own, which trains as many steps as it is told to.
+
+    python -m training.worker {mlx-lm|mlxtune} JOB.json
+
+It loads, trains one step to warm up, and then for each line on standard input trains the
+job's steps and prints what they took as a line of JSON. Both see the batches that mlx-lm
+makes: its own tokens, offsets and order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TextIO
+
+import mlx.core as mx
+import numpy as np
+
+SEED = 0
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+KEYS = [f"self_attn.{name}" for name in PROJECTIONS[:4]] + [f"mlp.{n}" for n in PROJECTIONS[4:]]
+
+
+class Turns:
+    """Stops training after each turn until the next is asked for."""
+
+    def __init__(self, steps: int, told: TextIO) -> None:
+        self._steps = steps
+        self._told = told
+        self._left = 1  # the step to warm up
+        self._begun = time.perf_counter()
+
+    def step_done(self) -> None:
+        self._left -= 1
+        if self._left:
+            return
+        seconds = time.perf_counter() - self._begun
+        figures = {"seconds": seconds, "peak_memory_bytes": mx.get_peak_memory()}
+        print(json.dumps(figures), file=self._told, flush=True)
+        if not sys.stdin.readline():
+            os._exit(0)
+        self._left, self._begun = self._steps, time.perf_counter()
+
+
+def mlx_lm_arguments(job: dict[str, Any]) -> SimpleNamespace:
+    """As `mlx_lm.lora` would have them from its command line and config."""
+    import mlx_lm.lora
+
+    arguments = mlx_lm.lora.CONFIG_DEFAULTS | {
+        "model": job["model"],
+        "data": job["data"],
+        "train": True,
+        "optimizer": "adamw",
+        "num_layers": -1,
+        "batch_size": job["batch_size"],
+        "iters": 10**6,
+        "steps_per_report": 1,
+        "save_every": 10**6,
+        "learning_rate": job["learning_rate"],
+        "max_seq_length": job["max_seq_length"],
+        "grad_checkpoint": job["checkpointing"],
+        "mask_prompt": job["masked"],
+        "seed": SEED,
+        "adapter_path": tempfile.mkdtemp(),
+        "lora_parameters": {
+            "rank": job["rank"],
+            "dropout": 0.0,
+            "scale": job["alpha"] / job["rank"],
+            "keys": KEYS,
+        },
+    }
+    return SimpleNamespace(**arguments)
+
+
+def train_mlx_lm(job: dict[str, Any], turns: Turns) -> None:
+    import mlx_lm.lora
+    from mlx_lm.tuner.datasets import load_dataset
+
+    class Callback(mlx_lm.lora.TrainingCallback):  # type: ignore[misc]
+        def on_train_loss_report(self, _info: dict[str, Any]) -> None:
+            turns.step_done()
+
+    arguments = mlx_lm_arguments(job)
+    model, tokenizer = mlx_lm.lora.load(arguments.model)
+    rows, _, _ = load_dataset(arguments, tokenizer)
+    np.random.seed(SEED)
+    mlx_lm.lora.train_model(arguments, model, rows, [], Callback())
+
+
+@dataclass(frozen=True)
+class MlxLmBatches:
+    """The batches of mlx-lm, as a plan of ours."""
+
+    job: dict[str, Any]
+    layout: Any
+    steps_per_epoch: int = 10**6
+
+    def total_steps(self, **_: Any) -> int:
+        return 10**6
+
+    def steps(self, start: int, _stop: int) -> Iterator[Any]:
+        from mlx_lm.tuner.datasets import CacheDataset, load_dataset
+        from mlx_lm.tuner.trainer import iterate_batches
+        from mlx_lm.utils import load_tokenizer
+
+        from mlxtune.data.passes import passes
+        from mlxtune.data.render import Sample
+
+        assert start == 0
+        arguments = mlx_lm_arguments(self.job)
+        rows, _, _ = load_dataset(arguments, load_tokenizer(Path(arguments.model)))
+        np.random.seed(SEED)
+        batches = iterate_batches(
+            CacheDataset(rows), arguments.batch_size, arguments.max_seq_length, loop=True
+        )
+        for tokens, spans in batches:
+            samples = []
+            for number, (row, (offset, length)) in enumerate(
+                zip(np.array(tokens), np.array(spans), strict=True)
+            ):
+                ids = row[:length].astype(np.int32)
+                weights = (np.arange(length) >= max(1, offset)).astype(np.float32)
+                samples.append(Sample(ids, weights, record=number + 1, where=""))
+            yield passes(samples, len(samples), self.layout)
+
+
+def train_mlxtune(job: dict[str, Any], turns: Turns) -> None:
+    from mlxtune.recipe.load import parse_recipe
+    from mlxtune.train.blocks import checkpoint_blocks
+    from mlxtune.train.loop import Trainer
+    from mlxtune.train.metrics import Silent
+    from mlxtune.train.run import Run
+    from mlxtune.train.session import adapted_model, layout_for
+
+    class Reporter(Silent):
+        def stepped(self, step: int) -> None:
+            turns.step_done()
+
+    recipe = parse_recipe(
+        {
+            "name": "bench",
+            "seed": SEED,
+            "model": {"path": job["model"]},
+            "lora": {"rank": job["rank"], "alpha": job["alpha"], "target_modules": PROJECTIONS},
+            "data": [{"path": f"{job['data']}/train.jsonl"}],
+            "train": {
+                "max_steps": 10**6,
+                "batch_size": job["batch_size"],
+                "learning_rate": job["learning_rate"],
+                "lr_scheduler": "constant",
+                "warmup_ratio": 0.0,
+                "max_grad_norm": 0.0,
+                "max_seq_length": job["max_seq_length"],
+            },
+            "checkpoint": {"steps": 10**6},
+            "log": {"steps": 1},
+        },
+        where="worker",
+    )
+    base, packing, _ = adapted_model(recipe)
+    assert packing
+    if job["checkpointing"]:
+        checkpoint_blocks(base.model, range(len(base.model.layers)))
+    folder = Path(tempfile.mkdtemp()) / "run"
+    trainer = Trainer(
+        base.model,
+        Run.create(folder, recipe, {}, overwrite=False),
+        MlxLmBatches(job, layout_for(packing)),
+        (),
+        train=recipe.train,
+        evaluation=recipe.eval,
+        checkpoint=recipe.checkpoint,
+        log=recipe.log,
+        base="bench",
+        reporter=Reporter(),
+    )
+    trainer()
+
+
+def main() -> None:
+    # What the trainers print goes nowhere.
+    told = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    trainer, path = sys.argv[1:]
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    turns = Turns(job["steps"], told)
+    {"mlx-lm": train_mlx_lm, "mlxtune": train_mlxtune}[trainer](job, turns)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""How much memory training may take, and how many blocks are computed twice to stay in it."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxtune.arrays import flat
+from mlxtune.data.pack import Batch
+from mlxtune.errors import ModelError
+from mlxtune.train.step import LossFunction, batch_arrays
+
+GB = 10**9
+# Of a machine's memory, what is left to others where the device names no limit of its own.
+_OTHERS = 0.2
+# A budget is not used to the last byte: buffers are reused at other sizes, and lanes differ.
+_MARGIN = 0.95
+
+
+def memory_budget(limit: float | None) -> int:
+    """Bytes that training may take.
+
+    Args:
+        limit: GB, as the recipe says; None for what the device recommends: its working set
+            on Metal, four fifths of the memory elsewhere.
+    """
+    if limit is not None:
+        return int(limit * GB)
+    info = mx.device_info()
+    if recommended := info.get("max_recommended_working_set_size"):
+        return int(recommended)
+    total = info.get("memory_size") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int((1 - _OTHERS) * int(total))
+
+
+def keep_within(budget: int) -> None:
+    """Make MLX free its caches before it takes more than `budget` bytes.
+
+    On Metal the memory is also wired, up to what the device allows, so that weights are not
+    paged out between steps; freed buffers are kept for the next step, never cleared.
+    """
+    mx.set_memory_limit(budget)
+    if mx.metal.is_available():
+        allowed = int(mx.device_info()["max_recommended_working_set_size"])
+        mx.set_wired_limit(min(budget, allowed))
+
+
+def blocks_to_checkpoint(model: nn.Module, batch: Batch, budget: int, *, lanes: int) -> int:
+    """The fewest blocks to compute twice so that a step on `batch` stays within `budget`.
+
+    What a block keeps is measured: what the peak of a pass rises by from two of the
+    model's blocks to six. Adapters, gradients and AdamW's two moments are counted in.
+
+    Args:
+        model: with adapters in place.
+        batch: the largest that will come.
+        budget: bytes, of everything.
+        lanes: passes computed at once.
+
+    Raises:
+        ModelError: the model does not run with fewer blocks, so nothing can be measured.
+    """
+    count = len(model.layers)
+    few, more = min(2, count), min(6, count)
+    least, most = (_peak(model, batch, blocks) for blocks in (few, more))
+    kept = max(1, (most - least) // max(1, more - few))
+    # A checkpointed block keeps its input alone; one of them at a time is computed again.
+    saved = max(1, kept - _input_bytes(model, batch))
+    trained = sum(a.nbytes for a in flat(model.trainable_parameters()).values())
+    without = mx.get_active_memory() + 3 * trained + lanes * (least + (count - few) * kept)
+    excess = without - _MARGIN * budget
+    if excess <= 0:
+        return 0
+    return min(count, 1 + math.ceil(excess / (lanes * saved)))
+
+
+def _peak(model: nn.Module, batch: Batch, blocks: int) -> int:
+    """Bytes that a pass through the first blocks takes beside what is there already."""
+    loss = LossFunction(model)
+    arrays = batch_arrays(batch)
+    mx.eval(arrays)
+    body: Any = getattr(model, "model", None)
+    layers = model.layers
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    try:
+        body.layers = layers[:blocks]
+        mx.eval(nn.value_and_grad(model, loss)(arrays, batch.prefix, batch.packed))
+        return max(0, mx.get_peak_memory() - before)
+    except Exception as error:  # whatever an unknown architecture does without its blocks
+        raise ModelError(
+            f"its memory cannot be measured block by block: {type(error).__name__}"
+        ) from error
+    finally:
+        if body is not None:
+            body.layers = layers
+
+
+def _input_bytes(model: nn.Module, batch: Batch) -> int:
+    """What the input of one block takes."""
+    args: Any = getattr(model, "args", None)
+    width = int(getattr(args, "hidden_size", 0))
+    return batch.tokens.size * width * 4

@@ -1,0 +1,95 @@
+"""Gradient checkpointing on demand: as little as fits, and what it is measured by."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from helpers import distance, random_samples, tiny, with_adapters
+
+from mlxtune.data.pack import pack
+from mlxtune.errors import ModelError
+from mlxtune.models.packed import enable_packs
+from mlxtune.train.blocks import checkpoint_blocks
+from mlxtune.train.memory import GB, blocks_to_checkpoint, memory_budget
+from mlxtune.train.step import LossFunction, batch_arrays
+
+BATCH = pack(random_samples([300, 280, 310, 290]))
+KINDS = ("llama", "gemma3_text")
+
+
+def model_of(kind: str = "llama") -> nn.Module:
+    model = with_adapters(tiny(kind, num_hidden_layers=12, intermediate_size=256))
+    enable_packs(model)
+    return model
+
+
+def loss_and_peak(model: nn.Module) -> tuple[mx.array, int]:
+    """Of a pass, weights counted in."""
+    arrays = batch_arrays(BATCH)
+    mx.eval(arrays)
+    step = nn.value_and_grad(model, LossFunction(model))
+    mx.reset_peak_memory()
+    loss, gradients = step(arrays, BATCH.prefix, BATCH.packed)
+    mx.eval(loss, gradients)
+    return loss, mx.get_peak_memory()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_stays_within_the_budget_and_no_block_too_many_is_computed_twice(kind):
+    free, most = (loss_and_peak(model_of(kind)) for _ in range(2))
+    assert distance(free[0], most[0]) < 1e-6
+    everything = model_of(kind)
+    checkpoint_blocks(everything, range(12))
+    _, least = loss_and_peak(everything)
+    assert least < 0.6 * free[1]
+    counts = []
+    for share in (0.25, 0.5, 0.75, 1.5):
+        budget = int(least + share * (free[1] - least))
+        model = model_of(kind)
+        count = blocks_to_checkpoint(model, BATCH, budget, lanes=1)
+        checkpoint_blocks(model, range(count))
+        loss, peak = loss_and_peak(model)
+        assert distance(loss, free[0]) < 1e-5
+        assert peak < 1.02 * budget
+        counts.append(count)
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] == 0
+    # As little as that: what is saved grows with the blocks, but for the margin.
+    assert 6 <= counts[0] < 12
+    assert 1 <= counts[2] <= 6
+
+
+def test_two_lanes_need_twice_as_much():
+    budget = loss_and_peak(model_of())[1]
+    one = blocks_to_checkpoint(model_of(), BATCH, int(1.3 * budget), lanes=1)
+    two = blocks_to_checkpoint(model_of(), BATCH, int(1.3 * budget), lanes=2)
+    assert one == 0 < two
+
+
+def test_the_model_is_left_whole():
+    model = model_of()
+    before = model(mx.array([[1, 2, 3]]))
+    blocks_to_checkpoint(model, BATCH, GB, lanes=1)
+    assert len(model.layers) == 12
+    assert mx.array_equal(model(mx.array([[1, 2, 3]])), before).item()
+
+
+def test_a_model_that_cannot_be_measured_says_so():
+    model = model_of()
+    original = type(model.model)
+
+    class Whole(original):
+        def __call__(self, *args, **kwargs):
+            assert len(self.layers) == 12
+            return original.__call__(self, *args, **kwargs)
+
+    model.model.__class__ = Whole
+    with pytest.raises(ModelError, match="block by block"):
+        blocks_to_checkpoint(model, BATCH, GB, lanes=1)
+    assert len(model.layers) == 12
+
+
+def test_a_budget_is_given_or_taken_from_the_device():
+    assert memory_budget(1.5) == 1_500_000_000
+    assert GB < memory_budget(None) < 10**13

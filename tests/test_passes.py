@@ -1,0 +1,189 @@
+"""A step's samples in passes: the same mathematics, less waste; and what comes is made ahead."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import tiny_llama
+from helpers import distance, random_samples, trainable, with_adapters
+
+from mlxtune.data.ahead import ahead
+from mlxtune.data.pack import pack
+from mlxtune.data.passes import Layout, passes
+from mlxtune.models.packed import enable_packs
+from mlxtune.train.heldout import held_out_loss
+from mlxtune.train.lanes import Lanes
+from mlxtune.train.optim import make_optimizer
+from mlxtune.train.step import TrainStep
+
+SIDE_BY_SIDE = Layout(lanes=2)
+
+
+def area(batches) -> int:
+    return sum(batch.tokens.size for batch in batches)
+
+
+def records(batches) -> list[int]:
+    return sorted(record for batch in batches for record in batch.records)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+@pytest.mark.parametrize("few_shapes", [True, False])
+def test_every_sample_is_in_one_pass_and_no_pass_is_over_the_batch_size(packing, lanes, few_shapes):
+    generator = np.random.default_rng(0)
+    for size in (1, 2, 7, 24):
+        samples = random_samples(generator.integers(4, 90, size), prefix=3)
+        for batch_size in (1, 4, 100):
+            made = passes(samples, batch_size, Layout(packing, lanes, few_shapes))
+            assert records(made) == list(range(1, size + 1))
+            assert all(len(batch.records) <= batch_size for batch in made)
+            # A loss on nothing weighs nothing.
+            total = sum(float(s.weights[1:].sum()) for s in samples)
+            assert sum(batch.weight for batch in made) == pytest.approx(total, rel=1e-6)
+
+
+def test_unequal_lengths_are_not_put_into_one_grid():
+    samples = random_samples([1900, 1400, 1000, 700])
+    assert area([pack(samples)]) > 1.1 * 5000
+    assert area(passes(samples, 4, Layout())) < 1.02 * 5000
+
+
+def test_a_long_shared_beginning_is_computed_once_if_that_costs_less():
+    samples = random_samples([330, 340, 335, 345, 331, 342, 338, 333], prefix=300, untrained=300)
+    assert len(passes(samples, 8, Layout())) == 1
+
+
+def test_samples_with_the_same_beginning_come_together():
+    one = random_samples([330, 340, 335, 345], prefix=300, untrained=300, seed=1)
+    other = random_samples([331, 342, 338, 333], prefix=300, untrained=300, seed=2)
+    mixed = [sample for pair in zip(one, other, strict=True) for sample in pair]
+    made = passes(mixed, 8, Layout())
+    assert [batch.prefix for batch in made] == [300, 300]
+    # Eight computed alone would be five times as many tokens.
+    assert area(made) < 1100 < sum(len(s.tokens) for s in mixed) / 2
+
+
+def test_side_by_side_passes_are_of_like_size():
+    samples = random_samples([80, 20, 70, 30, 60, 40, 50, 50])
+    first, second = passes(samples, 8, SIDE_BY_SIDE)
+    assert first.tokens.size == pytest.approx(second.tokens.size, rel=0.1)
+
+
+def test_few_shapes_occur_where_few_are_asked_for():
+    """Each shape is compiled anew, so that is what a long run pays for."""
+    generator = np.random.default_rng(3)
+    shapes: dict[bool, set] = {True: set(), False: set()}
+    used: dict[bool, int] = {True: 0, False: 0}
+    for seed in range(200):
+        lengths = np.clip(generator.lognormal(4, 0.6, 8), 20, 500).astype(int) + 30
+        samples = random_samples(lengths, prefix=30, untrained=30, seed=seed)
+        for few in shapes:
+            for batch in passes(samples, 8, Layout(few_shapes=few, pass_cost=256)):
+                shapes[few].add((*batch.tokens.shape, batch.prefix, len(batch.targets)))
+                used[few] += batch.tokens.size
+    assert len(shapes[True]) < 0.6 * len(shapes[False])
+    assert used[True] < 1.25 * used[False]
+
+
+def packed_model(**changes) -> nn.Module:
+    model = tiny_llama()
+    enable_packs(model)
+    return with_adapters(model, **changes)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_two_lanes_train_the_same_as_one(dropout):
+    samples = random_samples([40, 25, 31, 60, 12, 33, 47, 19, 22], prefix=9)
+    results = []
+    for lanes in (1, 2, 2):
+        model = packed_model(dropout=dropout)
+        model.train()
+        mx.random.seed(5)
+        step = TrainStep(
+            model,
+            make_optimizer("sgd", model, weight_decay=0.0),
+            max_grad_norm=0.0,
+            lanes=Lanes(lanes),
+            compiled=False,
+        )
+        # The same passes, whether they are computed side by side or not.
+        for _ in range(3):
+            result = step(passes(samples, 3, SIDE_BY_SIDE), 1e-2)
+            mx.eval(model.parameters(), result.loss, result.grad_norm)
+        results.append((result.loss, result.grad_norm, trainable(model)))
+    one, two, again = results
+    assert distance(one[0], two[0]) < 1e-6
+    assert distance(one[1], two[1]) < 1e-6
+    for name in one[2]:
+        assert distance(one[2][name], two[2][name]) < 1e-6
+        assert mx.array_equal(two[2][name], again[2][name]).item()
+
+
+def test_held_out_loss_is_the_same_in_lanes():
+    samples = random_samples(np.random.default_rng(2).integers(10, 60, 21), prefix=9)
+    model = packed_model()
+    plain = held_out_loss(model, samples, batch_size=1, layout=Layout(packing=False))
+    assert held_out_loss(model, samples, batch_size=4, layout=SIDE_BY_SIDE) == pytest.approx(
+        plain, rel=1e-5
+    )
+
+
+def test_what_one_lane_raises_is_raised():
+    def wrong() -> mx.array:
+        raise ValueError("of this lane")
+
+    with pytest.raises(ValueError, match="of this lane"):
+        Lanes(2)([lambda: mx.ones(3), wrong])
+
+
+# ------------------------------------------------------------------------ made ahead
+
+
+def test_items_come_in_order_and_before_they_are_asked_for():
+    made = []
+
+    def items():
+        for number in range(10):
+            made.append(number)
+            yield number
+
+    coming = ahead(items(), depth=3)
+    assert next(coming) == 0
+    deadline = time.monotonic() + 10
+    while len(made) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    # One was taken, three wait, one is in hand.
+    assert len(made) == 5
+    assert list(coming) == list(range(1, 10))
+
+
+def test_an_error_comes_where_its_item_would_have():
+    def items():
+        yield 1
+        raise OSError("the disk is gone")
+
+    coming = ahead(items())
+    assert next(coming) == 1
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(coming)
+
+
+def test_the_thread_ends_when_nobody_asks_any_more():
+    def forever():
+        while True:
+            yield 0
+
+    coming = ahead(forever())
+    next(coming)
+    assert any(thread.name == "ahead" for thread in threading.enumerate())
+    coming.close()
+    deadline = time.monotonic() + 10
+    while any(t.name == "ahead" for t in threading.enumerate()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(thread.name == "ahead" for thread in threading.enumerate())
