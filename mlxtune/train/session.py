@@ -80,14 +80,22 @@ def fine_tune(
             packing = False
             notes.append(f"batches are padded, not packed: {error.what}")
     mx.random.seed(recipe.seed)
+    lora = recipe.lora
     targets = find_targets(
         dict(projections(base.model)),
-        recipe.lora.target_modules,
-        layers=recipe.lora.layers,
+        lora.target_modules,
+        exclude=lora.exclude_modules,
+        layers=lora.layers,
         layer_count=len(base.model.layers),
     )
-    lora = recipe.lora
-    add_lora(base.model, targets, rank=lora.rank, scale=lora.scale, dropout=lora.dropout)
+    add_lora(
+        base.model,
+        targets,
+        rank=lora.rank,
+        scale=lora.scale,
+        dropout=lora.dropout,
+        dora=lora.dora,
+    )
     if recipe.train.gradient_checkpointing:
         checkpoint_blocks(base.model)
     facts = _facts(recipe, base.source)
