@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 import mlxtune
-from mlxtune.adapters.store import load_adapter
+from mlxtune.adapters.store import load_adapter, read_adapter, start_from
 from mlxtune.arrays import flat
 from mlxtune.data.batches import Plan
 from mlxtune.data.render import Renderer
@@ -38,7 +38,7 @@ from mlxtune.train.blocks import checkpoint_blocks
 from mlxtune.train.corpus import Corpus, check_sources, held_out_source, read_corpus, source_of
 from mlxtune.train.loop import Interrupted, Trainer
 from mlxtune.train.metrics import Outline, Reporter
-from mlxtune.train.run import Run
+from mlxtune.train.run import Run, adapter_folder
 
 
 def fine_tune(
@@ -67,7 +67,11 @@ def fine_tune(
     run = _resumable(path, recipe) if resume else None
     if run is None:
         Run.require_free(path, overwrite=overwrite)
-    # What is wrong with the data is told before a large model is fetched and loaded.
+    lora = recipe.lora
+    # What is wrong with adapter and data is told before a large model is fetched and loaded.
+    initial = None
+    if lora.init_from is not None and not resume:  # a checkpoint is further on
+        initial = read_adapter(adapter_folder(Path(lora.init_from)))
     check_sources(recipe, rows=100)
     corpus = read_corpus(recipe, Renderer(tokenizer_of(recipe.model)), reporter.tokenized)
     base = load_base(recipe.model)
@@ -80,7 +84,6 @@ def fine_tune(
             packing = False
             notes.append(f"batches are padded, not packed: {error.what}")
     mx.random.seed(recipe.seed)
-    lora = recipe.lora
     targets = find_targets(
         dict(projections(base.model)),
         lora.target_modules,
@@ -96,6 +99,8 @@ def fine_tune(
         dropout=lora.dropout,
         dora=lora.dora,
     )
+    if initial is not None:
+        start_from(initial, base.model)
     if recipe.train.gradient_checkpointing:
         checkpoint_blocks(base.model)
     facts = _facts(recipe, base.source)
@@ -210,7 +215,11 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
         model = model.model_copy(update={"path": absolute(model.path)})
     if model.chat_template is not None:
         model = model.model_copy(update={"chat_template": absolute(model.chat_template)})
-    return recipe.model_copy(update={"data": data, "eval": evaluation, "model": model})
+    lora = recipe.lora
+    if lora.init_from is not None:
+        lora = lora.model_copy(update={"init_from": absolute(lora.init_from)})
+    changes = {"data": data, "eval": evaluation, "model": model, "lora": lora}
+    return recipe.model_copy(update=changes)
 
 
 def _resumable(path: Path, recipe: Recipe) -> Run:
@@ -254,6 +263,9 @@ def _facts(recipe: Recipe, source: ModelSource) -> dict[str, Any]:
     files = [file for s in sources for file in s.files()]
     if recipe.model.chat_template is not None:
         files.append(Path(recipe.model.chat_template))
+    if recipe.lora.init_from is not None:
+        # When a run goes on from a checkpoint, what it began with may be gone.
+        files += adapter_folder(Path(recipe.lora.init_from)).glob("adapter*.safetensors")
     return {
         "versions": {
             "mlxtune": mlxtune.__version__,
