@@ -196,9 +196,9 @@ def fitted(adapter: SavedAdapter, model: nn.Module) -> SavedAdapter:
     Raises:
         RunError: the model has no such layer.
     """
-    found = projections(model)
+    found = {*projections(model), *dict(lora_layers(model))}
     by_tail: dict[str, list[str]] = {}
-    for path in found:
+    for path in sorted(found):
         by_tail.setdefault(_tail(path), []).append(path)
     here = {}
     for path in adapter.targets:
