@@ -76,7 +76,7 @@ def validate(recipe: Path, overrides: tuple[str, ...]) -> None:
 def lora(
     recipe: Path, overrides: tuple[str, ...], output: Path | None, resume: bool, overwrite: bool
 ) -> None:
-    """Train an adapter as a recipe says: LoRA, or QLoRA on a packed model."""
+    """Train an adapter as a recipe says: LoRA or DoRA, on a packed model too (QLoRA)."""
     from mlxtune.recipe.load import load_recipe
 
     if resume and overwrite:
@@ -166,13 +166,33 @@ def fuse(run: Path, output: Path, dtype: str | None, overwrite: bool, as_json: b
     type=click.Choice(["f16", "q8_0"]),
     help="Type of the weights.  [default: as the recipe says]",
 )
+@click.option("--adapter-only", is_flag=True, help="Write the adapter alone, unfused; with --to.")
+@click.option(
+    "--to",
+    "layout",
+    type=click.Choice(["peft", "mlx-lm"]),
+    help="Library that the adapter is for. RUN may then be any adapter's folder.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def export(
-    run: Path, output: Path | None, quantize: str | None, overwrite: bool, as_json: bool
+    run: Path,
+    output: Path | None,
+    quantize: str | None,
+    adapter_only: bool,
+    layout: str | None,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Write a run as GGUF with a Modelfile, for Ollama, llama.cpp and mistral.rs."""
+    if adapter_only != (layout is not None):
+        raise click.UsageError("--adapter-only and --to go together")
+    if adapter_only and quantize is not None:
+        raise click.UsageError("--quantize is of fused models; an adapter stays float32")
     _prepare()
+    if layout is not None:
+        _export_adapter(run, layout, output, overwrite, as_json)
+        return
     import json
 
     from mlxtune.export.bundle import export_run
@@ -190,6 +210,22 @@ def export(
     click.echo(f"{bundle.folder}: model.gguf ({bundle.gguf_bytes / 1e6:.0f} MB), Modelfile, README")
     for runtime, command in bundle.commands.items():
         click.echo(f"  {runtime:<11}{command}")
+
+
+def _export_adapter(
+    path: Path, layout: str, output: Path | None, overwrite: bool, as_json: bool
+) -> None:
+    import json
+    from dataclasses import asdict
+
+    from mlxtune.export.adapter import export_adapter
+
+    written = export_adapter(path, layout, output=output, overwrite=overwrite)
+    if as_json:
+        click.echo(json.dumps(asdict(written), indent=2, default=str))
+        return
+    click.echo(f"{written.folder}: {written.kind} on {written.layers} layers, for {layout}")
+    click.echo(f"  {written.load}")
 
 
 @cli.command()
