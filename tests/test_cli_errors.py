@@ -233,6 +233,11 @@ def test_a_run_is_not_replaced_by_what_is_made_of_it(fails, world):
             ["export", "model", "--adapter-only", "--to=peft"],
             "model: this folder holds no readable adapter",
         ),
+        (["eval", "runs/tiny", "--adapter=model"], "model: this folder holds no readable adapter"),
+        (
+            ["fuse", "runs/tiny", "--output=out", "--adapter=model"],
+            "model: this folder holds no readable adapter",
+        ),
         (
             ["export", "nope", "--adapter-only", "--to=peft"],
             "nope: there is no such folder",

@@ -13,12 +13,18 @@ import torch
 import transformers
 from cli_tools import mlxtune
 from conftest import write_jsonl
-from helpers import distance
+from helpers import distance, tiny, with_adapters
 
+from mlxtune.adapters.store import save_adapter
+from mlxtune.data.render import Renderer
 from mlxtune.errors import ExportError, OutputExists, RunError
+from mlxtune.evaluate.compare import compare_run
 from mlxtune.export.adapter import export_adapter
+from mlxtune.fuse import fuse_run
 from mlxtune.recipe.load import parse_recipe
+from mlxtune.train.corpus import read_held_out
 from mlxtune.train.metrics import Silent
+from mlxtune.train.run import Run
 from mlxtune.train.session import fine_tune, open_run
 
 IDS = [[5, 17, 99, 3, 42, 64, 7, 1]]
@@ -34,6 +40,7 @@ def run(tiny_folder, tmp_path_factory):
         "model": {"path": str(tiny_folder)},
         "lora": {"rank": 4, "rslora": True, "dora": True, "exclude_modules": ["o_proj"]},
         "data": [{"path": str(data)}],
+        "eval": {"path": str(data)},
         "train": {"max_steps": 3, "learning_rate": 1e-2, "lr_scheduler": "constant"},
     }
     fine_tune(parse_recipe(values, where="test"), folder / "run", Silent())
@@ -121,3 +128,63 @@ def test_the_command_line_says_what_it_wrote_and_how_to_load_it(run, tmp_path):
     told = json.loads(done.stdout)
     assert (told["folder"], told["layout"], told["kind"]) == ("two", "mlx-lm", "dora")
     assert (tmp_path / "two/adapters.safetensors").is_file()
+
+
+# ------------------------------------------------------------ another adapter with a run
+
+
+@pytest.fixture(scope="module")
+def foreign(tiny_folder, tmp_path_factory):
+    """A folder that PEFT wrote, and its model."""
+    base = transformers.LlamaForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    config = peft.LoraConfig(r=6, use_dora=True, target_modules=["q_proj", "up_proj"])
+    model = peft.get_peft_model(base, config).eval()
+    generator = torch.Generator().manual_seed(2)
+    for name, array in model.named_parameters():
+        if "lora_B" in name:
+            array.data = torch.randn(array.shape, generator=generator) * 0.1
+    folder = tmp_path_factory.mktemp("foreign") / "peft"
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def test_an_adapter_of_peft_is_fused_into_a_model_of_transformers(run, foreign, tmp_path):
+    folder, theirs = foreign
+    report = fuse_run(run, tmp_path / "fused", adapter=folder, dtype="float32")
+    assert report.max_logit_difference < 1e-3
+    fused = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "fused", dtype=torch.float32)
+    with torch.no_grad():
+        got, want = (mx.array(m(torch.tensor(IDS)).logits.numpy()) for m in (fused, theirs))
+    assert distance(got, want) < 1e-4
+
+
+def test_another_adapter_is_evaluated_with_the_data_of_a_run(run, foreign):
+    folder, theirs = foreign
+    other, own = (compare_run(run, adapter=a, max_tokens=2) for a in (folder, None))
+    assert other.base == own.base
+    assert other.tuned.held_out_loss != own.tuned.held_out_loss
+    recipe = Run.open(run).recipe()
+    _, loaded = open_run(run)
+    samples = read_held_out(recipe, Renderer(loaded.tokenizer))
+    total = weight = 0.0
+    for sample in samples:
+        with torch.no_grad():
+            logits = theirs(torch.tensor(sample.tokens[None].astype("int64"))).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(
+            logits, torch.tensor(sample.tokens[1:].astype("int64")), reduction="none"
+        )
+        total += float((losses.numpy() * sample.weights[1:]).sum())
+        weight += float(sample.weights[1:].sum())
+    assert other.tuned.held_out_loss == pytest.approx(total / weight, rel=1e-4)
+
+
+def test_an_adapter_of_another_model_is_refused_before_anything_is_computed(run, tmp_path):
+    save_adapter(tmp_path, with_adapters(tiny("llama", num_hidden_layers=3)), base="some/other")
+    said = []
+    with pytest.raises(RunError, match=r"layers\.2\.") as caught:
+        compare_run(run, adapter=tmp_path, progress=said.append)
+    assert "some/other" in caught.value.remedy
+    assert not said
+    with pytest.raises(RunError):
+        fuse_run(run, tmp_path / "fused", adapter=tmp_path)
+    assert not (tmp_path / "fused").exists()

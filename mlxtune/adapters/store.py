@@ -107,7 +107,16 @@ def load_adapter(folder: Path, model: nn.Module) -> None:
     Raises:
         RunError: as `read_adapter`, or it is the adapter of another model.
     """
-    adapter = fitted(read_adapter(folder), model)
+    put_adapter(read_adapter(folder), model)
+
+
+def put_adapter(adapter: SavedAdapter, model: nn.Module) -> None:
+    """Put an adapter on a model that has none.
+
+    Raises:
+        RunError: it is the adapter of another model.
+    """
+    adapter = fitted(adapter, model)
     add_lora(
         model,
         adapter.targets,
@@ -115,7 +124,7 @@ def load_adapter(folder: Path, model: nn.Module) -> None:
         scale=adapter.scale,
         dora=adapter.kind == "dora",
     )
-    set_adapter_arrays(model, adapter.arrays, where=str(folder))
+    set_adapter_arrays(model, adapter.arrays, where=adapter.where)
 
 
 def start_from(adapter: SavedAdapter, model: nn.Module) -> None:

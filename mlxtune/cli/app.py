@@ -19,6 +19,12 @@ from mlxtune.cli.shared import PATH, SET, quieten_libraries
 from mlxtune.errors import MlxtuneError, RecipeError
 
 USER_ERROR, INTERRUPTED = 1, 130
+ADAPTER = click.option(
+    "--adapter",
+    type=PATH,
+    help="Use this instead of the run's own: another run, or an adapter's folder as mlxtune, "
+    "mlx-lm or PEFT writes it.",
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -95,6 +101,7 @@ def lora(
 
 @cli.command(name="eval")
 @click.argument("run", type=PATH)
+@ADAPTER
 @click.option("--data", type=PATH, help="Records to use instead of the held-out ones.")
 @click.option("--limit", type=click.IntRange(1), help="Use the first N records.")
 @click.option(
@@ -106,6 +113,7 @@ def lora(
 @click.option("--json", "as_json", is_flag=True, help="Print figures and answers as JSON.")
 def evaluate(
     run: Path,
+    adapter: Path | None,
     data: Path | None,
     limit: int | None,
     max_tokens: int | None,
@@ -121,7 +129,14 @@ def evaluate(
     from mlxtune.evaluate.compare import compare_run
 
     with status_line("loading") as progress:
-        result = compare_run(run, data=data, limit=limit, max_tokens=max_tokens, progress=progress)
+        result = compare_run(
+            run,
+            adapter=adapter,
+            data=data,
+            limit=limit,
+            max_tokens=max_tokens,
+            progress=progress,
+        )
     if as_json:
         click.echo(json.dumps(asdict(result), indent=2))
     else:
@@ -131,6 +146,7 @@ def evaluate(
 @cli.command()
 @click.argument("run", type=PATH)
 @click.option("-o", "--output", type=PATH, required=True, help="Folder to write.")
+@ADAPTER
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
@@ -138,7 +154,14 @@ def evaluate(
 )
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def fuse(run: Path, output: Path, dtype: str | None, overwrite: bool, as_json: bool) -> None:
+def fuse(
+    run: Path,
+    output: Path,
+    adapter: Path | None,
+    dtype: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """Write a run as a Hugging Face folder, adapter fused in, and measure what it cost."""
     _prepare()
     import json
@@ -146,7 +169,7 @@ def fuse(run: Path, output: Path, dtype: str | None, overwrite: bool, as_json: b
 
     from mlxtune.fuse import fuse_run
 
-    report = fuse_run(run, output, dtype=dtype, overwrite=overwrite)
+    report = fuse_run(run, output, adapter=adapter, dtype=dtype, overwrite=overwrite)
     if as_json:
         click.echo(json.dumps(asdict(report), indent=2))
         return

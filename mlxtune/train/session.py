@@ -185,14 +185,21 @@ def _template_of(section: ModelSection) -> str | None:
         ) from None
 
 
-def open_run(path: Path, *, for_inference: bool = True) -> tuple[Run, LoadedModel]:
-    """A finished run and its model, adapter in place.
+def open_run(
+    path: Path, *, adapter: Path | None = None, for_inference: bool = True
+) -> tuple[Run, LoadedModel]:
+    """A run and its model, adapter in place.
+
+    Args:
+        path: the run.
+        adapter: another run or an adapter's folder; by default the run's own.
+        for_inference: see `load_base`.
 
     Raises:
-        RunError: there is no run, or it has not finished.
+        RunError: there is no run, it has not finished, or the adapter does not fit.
     """
     run = Run.open(path)
-    adapter = run.finished_adapter()
+    adapter = adapter_folder(adapter) if adapter is not None else run.finished_adapter()
     base = load_base(run.recipe().model, for_inference=for_inference)
     load_adapter(adapter, base.model)
     base.model.eval()
