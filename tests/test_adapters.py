@@ -20,6 +20,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlxtune.adapters.peft import write_peft
 from mlxtune.adapters.store import (
     adapter_arrays,
+    fitted,
     load_adapter,
     read_adapter,
     save_adapter,
@@ -191,6 +192,17 @@ def test_paths_before_the_blocks_may_differ(tmp_path):
     assert mx.array_equal(loaded(TOKENS), trained(TOKENS)).item()
 
 
+def test_a_path_that_could_be_several_is_refused(tmp_path):
+    save_adapter(tmp_path, adapted(tiny_llama(), ("q_proj",)), base="tiny")
+    saved = read_adapter(tmp_path)
+    towers = nn.Module()
+    towers.text, towers.vision = tiny_llama().model, tiny_llama().model
+    with pytest.raises(RunError, match=r"model\.layers\.0.*could be several here"):
+        fitted(saved, towers)
+    del towers.vision
+    assert fitted(saved, towers).targets[0] == "text.layers.0.self_attn.q_proj"
+
+
 # ------------------------------------------------------------------ starting from one
 
 
@@ -256,7 +268,9 @@ def test_an_adapter_of_another_model_is_refused_with_the_name_of_its_own(tmp_pat
     assert "somebody/else" in (caught.value.remedy or "")
 
 
-@pytest.mark.parametrize("damage", ["missing", "no json", "a list", "no targets", "bad rank"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "no json", "a list", "no targets", "bad rank", "bad count"]
+)
 def test_a_folder_without_a_readable_config_is_refused(tmp_path, damage):
     save_adapter(tmp_path, adapted(tiny_llama()), base="tiny")
     path = tmp_path / "adapter_config.json"
@@ -269,6 +283,8 @@ def test_a_folder_without_a_readable_config_is_refused(tmp_path, damage):
         path.write_text("[1]")
     elif damage == "no targets":
         path.write_text(json.dumps(config | {"mlxtune": {}}))
+    elif damage == "bad count":
+        path.write_text(json.dumps(config | {"num_layers": "all"}))
     else:
         config["lora_parameters"]["rank"] = "many"
         path.write_text(json.dumps(config))

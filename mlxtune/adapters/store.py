@@ -247,7 +247,9 @@ def _read_mlx_lm(folder: Path, config: dict[str, Any]) -> SavedAdapter:
     try:
         parameters = config["lora_parameters"]
         rank, scale = int(parameters["rank"]), float(parameters["scale"])
+        # mlx-lm's own count is of the blocks it adapted, ours of all there are.
         targets = config["mlxtune"]["targets"] if "mlxtune" in config else None
+        blocks = int(config["num_layers"]) if targets is not None else None
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"this folder holds no readable adapter: {error!r}", where=where) from None
     arrays = {n: a.astype(mx.float32) for n, a in load_arrays(folder / WEIGHTS).items()}
@@ -258,7 +260,7 @@ def _read_mlx_lm(folder: Path, config: dict[str, Any]) -> SavedAdapter:
         scale=scale,
         arrays=arrays,
         base=str(config.get("model", "another model")),
-        blocks=config.get("num_layers") if targets is not None else None,
+        blocks=blocks,
         where=where,
     )
     if targets is not None and sorted(targets) != adapter.targets:
