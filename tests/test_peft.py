@@ -17,8 +17,9 @@ from helpers import with_adapters
 from mlx.utils import tree_flatten
 
 from mlxtune.adapters.peft import write_peft
+from mlxtune.adapters.saved import SavedAdapter
 from mlxtune.adapters.store import load_adapter, read_adapter, save_adapter
-from mlxtune.errors import RunError
+from mlxtune.errors import ExportError, RunError
 from mlxtune.layers.dora import DoRALinear
 from mlxtune.layers.inject import fuse_lora, lora_layers, projections
 from mlxtune.layers.lora import LoRALinear
@@ -240,6 +241,14 @@ def test_an_adapter_of_ours_gives_its_logits_in_peft(kind, names, hf_folder, tmp
     again = our_model(hf_folder)
     load_adapter(tmp_path / "peft", again)
     assert np.array_equal(our_logits(again), our_logits(model))
+
+
+def test_experts_are_not_written_for_peft(tmp_path):
+    arrays = {"model.layers.0.mlp.switch_mlp.up_proj.lora_a": mx.zeros((8, 4, 64))}
+    adapter = SavedAdapter("lora", 4, 2.0, arrays, "some/moe", 1, "here")
+    with pytest.raises(ExportError, match=r"up_proj\.lora_a is of many experts"):
+        write_peft(tmp_path, adapter)
+    assert not list(tmp_path.iterdir())
 
 
 def rewrite(folder, **changes):

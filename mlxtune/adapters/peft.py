@@ -21,7 +21,7 @@ from mlxtune.adapters.saved import (
     save_arrays,
     within_block,
 )
-from mlxtune.errors import RunError
+from mlxtune.errors import ExportError, RunError
 from mlxtune.files import write_json
 
 WEIGHTS = "adapter_model.safetensors"
@@ -90,8 +90,15 @@ def write_peft(folder: Path, adapter: SavedAdapter, *, rslora: bool = False) -> 
         rslora: say the scale as alpha / sqrt(r); it is the same scale.
 
     Raises:
+        ExportError: it goes on layers of experts, which PEFT lays out otherwise.
         StorageError: the disk refuses the write.
     """
+    if experts := sorted(name for name, array in adapter.arrays.items() if array.ndim > 2):
+        raise ExportError(
+            f"{experts[0]} is of many experts at once, which PEFT has no layout for",
+            where=adapter.where,
+            remedy="fuse the run and use the model instead: mlxtune fuse",
+        )
     alpha = adapter.scale * (sqrt(adapter.rank) if rslora else adapter.rank)
     # Undo the root's rounding, so that an alpha of 16 reads 16.
     alpha = round(alpha) if abs(alpha - round(alpha)) < 1e-9 * alpha else alpha
