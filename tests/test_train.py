@@ -20,6 +20,7 @@ from mlxtune.adapters.peft import write_peft
 from mlxtune.adapters.saved import load_arrays
 from mlxtune.adapters.store import read_adapter
 from mlxtune.errors import OutputExists, RecipeError, RunError, TrainingDiverged
+from mlxtune.fuse import fuse_run
 from mlxtune.recipe.load import parse_recipe
 from mlxtune.train.checkpoint import checkpoints
 from mlxtune.train.loop import Interrupted
@@ -172,6 +173,25 @@ def test_an_adapter_to_begin_with_is_looked_at_first(recipe, few, tmp_path):
         fine_tune(broken, tmp_path / "run", Silent())
     assert caught.value.where == str(tmp_path)
     assert not (tmp_path / "run").exists()
+
+
+def test_dora_on_packed_weights_is_interrupted_resumed_and_fused(recipe, few, tmp_path):
+    settings = recipe(
+        few,
+        model={"quantize": 4},
+        lora={"dora": True, "dropout": 0.2},
+        train={"gradient_checkpointing": True, "max_steps": 4, "lora_plus_ratio": 4.0},
+        checkpoint={"steps": 2},
+    )
+    want = fine_tune(settings, tmp_path / "whole", Silent())
+    with pytest.raises(Interrupted):
+        fine_tune(settings, tmp_path / "parts", StopAt(2))
+    again = fine_tune(settings, tmp_path / "parts", Silent(), resume=True)
+    assert same_arrays(adapter(again), adapter(want))
+    assert losses(again) == losses(want)
+    assert sum(name.endswith(".m") for name in adapter(again)) == 14
+    report = fuse_run(again.path, tmp_path / "fused", dtype="float32")
+    assert report.max_logit_difference < 1e-3 and report.top1_agreement == 1
 
 
 def test_gradient_checkpointing_changes_nothing(recipe, few, tmp_path, plain_adapter):
