@@ -52,13 +52,19 @@ class FuseReport:
 
 
 def fuse_run(
-    path: Path, output: Path, *, dtype: str | None = None, overwrite: bool = False
+    path: Path,
+    output: Path,
+    *,
+    adapter: Path | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
 ) -> FuseReport:
     """Write a run's fused model as a Hugging Face folder, and compare it with the adapter.
 
     Args:
         path: the run.
         output: folder to write.
+        adapter: another run, or an adapter's folder, to use instead of the run's own.
         dtype: of the weights; the type that the base stores its own in by default.
         overwrite: replace `output` if it exists.
 
@@ -68,7 +74,7 @@ def fuse_run(
     """
     require_outside(output, path)
     with atomic_folder(output, overwrite=overwrite, marker=REPORT) as folder:
-        run, live = open_run(path, for_inference=False)
+        run, live = open_run(path, adapter=adapter, for_inference=False)
         corpus = read_corpus(run.recipe(), Renderer(live.tokenizer))
         chosen = (corpus.held_out or corpus.parts[0].samples)[:PROOF_CONVERSATIONS]
         prompts = [sample.tokens.tolist() for sample in chosen]

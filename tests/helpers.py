@@ -56,11 +56,16 @@ def tiny(kind: str, **changes: object) -> nn.Module:
 
 
 def with_adapters(
-    model: nn.Module, paths: Iterable[str] | None = None, *, dropout: float = 0.0
+    model: nn.Module,
+    paths: Iterable[str] | None = None,
+    *,
+    dropout: float = 0.0,
+    dora: bool = False,
 ) -> nn.Module:
     """The model with LoRA, on every projection by default, that has an effect."""
     mx.random.seed(3)
-    add_lora(model, paths or projections(model), rank=4, scale=2.0, dropout=dropout)
+    paths = paths or projections(model)
+    add_lora(model, paths, rank=4, scale=2.0, dropout=dropout, dora=dora)
     for _, layer in lora_layers(model):
         layer.lora_b = mx.random.normal(layer.lora_b.shape) * 0.05
     mx.eval(model.parameters())

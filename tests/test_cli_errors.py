@@ -204,6 +204,7 @@ def test_a_model_that_is_nowhere(fails, model, what):
         ["lora", "recipe.toml", "--output=model", "--overwrite"],
         ["fuse", "runs/tiny", "--output=model"],
         ["export", "runs/tiny", "--output=model"],
+        ["export", "runs/tiny", "--adapter-only", "--to=peft", "--output=model"],
         ["init", "recipe.toml"],
     ],
     ids=" ".join,
@@ -228,6 +229,31 @@ def test_a_run_is_not_replaced_by_what_is_made_of_it(fails, world):
     [
         (["eval", "model"], "model: there is no run in this folder"),
         (["export", "model"], "model: there is no run in this folder"),
+        (
+            ["export", "model", "--adapter-only", "--to=peft"],
+            "model: this folder holds no readable adapter",
+        ),
+        (["eval", "runs/tiny", "--adapter=model"], "model: this folder holds no readable adapter"),
+        (
+            ["fuse", "runs/tiny", "--output=out", "--adapter=model"],
+            "model: this folder holds no readable adapter",
+        ),
+        (
+            ["export", "nope", "--adapter-only", "--to=peft"],
+            "nope: there is no such folder",
+        ),
+        (
+            ["export", "runs/tiny/adapter", "--adapter-only", "--to=peft"],
+            "name one with --output",
+        ),
+        (
+            ["lora", "recipe.toml", "--output=x", "--set=lora.init_from=model"],
+            "model: this folder holds no readable adapter",
+        ),
+        (
+            ["lora", "recipe.toml", "-ox", "--set=lora.init_from=runs/tiny", "--set=lora.rank=2"],
+            "set lora.rank = 8",
+        ),
         (["chat", "runs"], "runs: this folder has no config.json"),
         (["fuse", "nope", "--output=out"], "nope: there is no such run"),
         (["lora", "recipe.toml", "--resume", "--output=nope"], "nope: there is no such run"),

@@ -196,9 +196,9 @@ def test_gradients_exist_for_adapters_only(packed):
     assert {name for name, _ in tree_flatten(gradients)} == expected
 
 
-def targets(*names: str, layers: int | None = None) -> list[str]:
+def targets(*names: str, layers=None, exclude=()) -> list[str]:
     found = projections(tiny_llama(tied=False))
-    return find_targets(dict(found), names, layers=layers, layer_count=2)
+    return find_targets(dict(found), names, exclude=exclude, layers=layers, layer_count=2)
 
 
 def test_all_linear_means_every_projection_of_the_blocks_and_not_the_head():
@@ -215,6 +215,53 @@ def test_targets_are_named_by_the_end_of_their_paths():
     assert targets("1.self_attn.q_proj") == both[1:]
     in_order = [p for p in targets("all-linear") if p.endswith((".q_proj", "mlp.up_proj"))]
     assert targets("mlp.up_proj", "q_proj", "q_proj") == in_order
+
+
+def test_patterns_match_whole_paths():
+    attention = [p for p in targets("all-linear") if ".self_attn." in p]
+    assert len(attention) == 8
+    assert targets("*.self_attn.*") == attention
+    assert targets("model.layers.?.self_attn.[qv]_proj") == targets("q_proj", "v_proj")
+    assert targets("*.1.mlp.*_proj", "k_proj") == [
+        p for p in targets("all-linear") if ".1.mlp." in p or p.endswith("k_proj")
+    ]
+    # `q*` would be all paths that begin so, and none does.
+    for pattern in ("q*", "*.SELF_ATTN.*", "lm_*"):
+        with pytest.raises(TargetError, match="no layer of this model") as caught:
+            targets(pattern)
+        assert "paths such as model.layers.0." in caught.value.remedy
+
+
+def test_excluded_modules_are_left_out_again():
+    everything = targets("all-linear")
+    assert targets("all-linear", exclude=("down_proj",)) == [
+        p for p in everything if not p.endswith("down_proj")
+    ]
+    assert targets("all-linear", exclude=("*.mlp.*", "0.self_attn.q_proj")) == [
+        p for p in everything if ".self_attn." in p and not p.endswith("0.self_attn.q_proj")
+    ]
+    with pytest.raises(TargetError) as caught:
+        targets("all-linear", exclude=("donw_proj",))
+    assert caught.value.where == "lora.exclude_modules"
+    assert "did you mean down_proj?" in caught.value.remedy
+    with pytest.raises(TargetError, match="leave nothing of q_proj"):
+        targets("q_proj", exclude=("*.self_attn.*",))
+
+
+def test_layers_takes_a_list_of_numbers_and_ranges():
+    paths = [f"model.layers.{n}.mlp.up_proj" for n in range(12)]
+    layers = dict.fromkeys(paths)
+
+    def chosen(*parts):
+        found = find_targets(layers, ("up_proj",), layers=parts, layer_count=12)
+        return [paths.index(path) for path in found]
+
+    assert chosen(0, 1, "8-11") == [0, 1, 8, 9, 10, 11]
+    assert chosen("3-3", 5, "4 - 6") == [3, 4, 5, 6]
+    for part in (12, "8-12", "0-999999999999"):
+        with pytest.raises(TargetError, match="12 layers are numbered 0 to 11") as caught:
+            chosen(0, part)
+        assert caught.value.where == "lora.layers"
 
 
 def test_layers_takes_the_last_blocks():

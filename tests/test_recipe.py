@@ -38,8 +38,11 @@ DEFAULTS = {
         "alpha": 16.0,
         "dropout": 0.0,
         "target_modules": ("all-linear",),
+        "exclude_modules": (),
         "layers": None,
         "rslora": False,
+        "dora": False,
+        "init_from": None,
     },
     "data": (
         {
@@ -135,6 +138,9 @@ def test_a_recipe_without_a_name_is_called_after_its_file(recipe_file):
             ("q_proj", "v_proj"),
         ),
         ("train.lr_scheduler=linear", "train", "lr_scheduler", "linear"),
+        ("lora.layers=4", "lora", "layers", 4),
+        ('lora.layers=[0, 1, "8-15"]', "lora", "layers", (0, 1, "8-15")),
+        ("lora.init_from=runs/earlier", "lora", "init_from", "runs/earlier"),
     ],
 )
 def test_set_overrides_a_key(recipe_file, override, section, key, value):
@@ -166,6 +172,10 @@ texts = st.text(min_size=1, max_size=12)
 positive = st.floats(min_value=1e-12, max_value=1e12)
 counts = st.integers(min_value=1, max_value=2**31)
 shares = st.floats(min_value=0, max_value=1, exclude_max=True)
+blocks = st.one_of(
+    st.integers(0, 99),
+    st.tuples(st.integers(0, 9), st.integers(10, 99)).map("{0[0]}-{0[1]}".format),
+)
 recipes = st.fixed_dictionaries(
     {
         "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True),
@@ -185,7 +195,11 @@ recipes = st.fixed_dictionaries(
             {"rank": counts, "alpha": positive, "dropout": shares},
             optional={
                 "target_modules": st.lists(texts, min_size=1, max_size=3),
+                "exclude_modules": st.lists(texts, max_size=3),
+                "layers": st.one_of(counts, st.lists(blocks, min_size=1, max_size=3)),
                 "rslora": st.booleans(),
+                "dora": st.booleans(),
+                "init_from": texts,
             },
         ),
         "train": st.fixed_dictionaries(

@@ -114,6 +114,9 @@ def test_a_wrong_key_in_a_data_table_is_the_only_problem(problems):
         ("checkpoint", "save_total_limit", "checkpoint.keep"),
         ("eval", "val_set_size", "eval.val_size"),
         ("train", "type", "[[data]] format"),
+        ("lora", "use_dora", "lora.dora"),
+        ("lora", "layers_to_transform", "lora.layers"),
+        ("lora", "resume_adapter_file", "lora.init_from (its folder)"),
     ],
 )
 def test_the_names_of_other_trainers_are_known(problems, table, foreign, ours):
@@ -149,6 +152,10 @@ def test_a_key_in_the_wrong_table_is_sent_to_its_own(problems):
         ("model.revision", "3"),
         ("lora.target_modules", '"q_proj"'),
         ("lora.layers", '"all"'),
+        ("lora.layers", "0"),
+        ("lora.layers", "true"),
+        ("lora.layers", "[]"),
+        ("lora.layers", "{last = 4}"),
         ("name", "3"),
     ],
 )
@@ -156,6 +163,25 @@ def test_a_wrong_type_is_told_with_its_key_and_value(problems, key, value):
     [(where, (what, _))] = problems(MINIMAL, f"{key}={value}").items()
     assert where == key
     assert repr(tomllib.loads(f"v = {value}")["v"]) in what
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        ("[0, -1]", "-1 is neither a block number nor a range"),
+        ("[0, 1.5]", "1.5 is neither a block number nor a range"),
+        ("[true]", "true is neither a block number nor a range"),
+        ('["8"]', "'8' is neither a block number nor a range"),
+        ('["8-"]', "'8-' is neither a block number nor a range"),
+        ('["8..15"]', "'8..15' is neither a block number nor a range"),
+        ('["0-1-2"]', "'0-1-2' is neither a block number nor a range"),
+        ('[3, "15-8"]', "'15-8' runs backwards"),
+    ],
+)
+def test_a_wrong_block_in_a_list_is_named(problems, value, what):
+    [(where, (told, _))] = problems(MINIMAL, f"lora.layers={value}").items()
+    assert where == "lora.layers"
+    assert what in told
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,11 @@ import mlx.core as mx
 import pytest
 from conftest import SHELL_HELDOUT, SHELL_TRAIN, SMOLLM2, write_jsonl
 
-from mlxtune.adapters.store import load_arrays
+from mlxtune.adapters.peft import write_peft
+from mlxtune.adapters.saved import load_arrays
+from mlxtune.adapters.store import read_adapter
 from mlxtune.errors import OutputExists, RecipeError, RunError, TrainingDiverged
+from mlxtune.fuse import fuse_run
 from mlxtune.recipe.load import parse_recipe
 from mlxtune.train.checkpoint import checkpoints
 from mlxtune.train.loop import Interrupted
@@ -104,6 +108,10 @@ def test_accumulation_is_the_same_mathematics(recipe, few, tmp_path):
         {"lora": {"dropout": 0.5}},
         {"lora": {"rslora": True}},
         {"lora": {"layers": 1}},
+        {"lora": {"layers": [0]}},
+        {"lora": {"target_modules": ["*.self_attn.*"]}},
+        {"lora": {"exclude_modules": ["down_proj"]}},
+        {"lora": {"dora": True}},
         {"train": {"lr_scheduler": "constant"}},
         {"train": {"lr_scheduler": "linear"}},
         {"train": {"warmup_ratio": 0.5}},
@@ -127,6 +135,63 @@ def plain_adapter(recipe, few, tmp_path_factory):
 def test_the_same_recipe_gives_the_same_bits(recipe, few, tmp_path, plain_adapter):
     again = fine_tune(recipe(few), tmp_path / "again", Silent())
     assert same_arrays(adapter(again), plain_adapter)
+
+
+def test_a_run_begins_where_an_adapter_is(recipe, few, tmp_path):
+    first = fine_tune(recipe(few, lora={"dora": True}), tmp_path / "first", Silent())
+    # Of the run, and of its adapter in PEFT's layout; a rate of almost nothing keeps it.
+    (tmp_path / "peft").mkdir()
+    write_peft(tmp_path / "peft", read_adapter(first.adapter))
+    for number, start in enumerate((first.path, tmp_path / "peft")):
+        lora = {"dora": True, "init_from": str(start)}
+        again = fine_tune(
+            recipe(few, lora=lora, train={"learning_rate": 1e-30, "max_steps": 1}),
+            tmp_path / str(number),
+            Silent(),
+        )
+        got, want = adapter(again), adapter(first)
+        assert got.keys() == want.keys()
+        assert all(mx.allclose(got[n], want[n], rtol=1e-6, atol=1e-9).item() for n in want)
+        (weights,) = (p for p in again.status()["hashes"] if "adapter" in Path(p).name)
+        assert Path(weights).is_relative_to(start)
+
+
+def test_a_run_that_began_with_an_adapter_goes_on_without_it(recipe, few, tmp_path):
+    first = fine_tune(recipe(few), tmp_path / "first", Silent())
+    begun = recipe(few, lora={"init_from": str(first.path)}, checkpoint={"steps": 3})
+    want = fine_tune(begun, tmp_path / "whole", Silent())
+    with pytest.raises(Interrupted):
+        fine_tune(begun, tmp_path / "parts", StopAt(4))
+    shutil.rmtree(first.path)
+    again = fine_tune(begun, tmp_path / "parts", Silent(), resume=True)
+    assert same_arrays(adapter(again), adapter(want))
+
+
+def test_an_adapter_to_begin_with_is_looked_at_first(recipe, few, tmp_path):
+    broken = recipe(few, lora={"init_from": str(tmp_path)}, model={"path": str(tmp_path / "no")})
+    with pytest.raises(RunError, match="no readable adapter") as caught:
+        fine_tune(broken, tmp_path / "run", Silent())
+    assert caught.value.where == str(tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_dora_on_packed_weights_is_interrupted_resumed_and_fused(recipe, few, tmp_path):
+    settings = recipe(
+        few,
+        model={"quantize": 4},
+        lora={"dora": True, "dropout": 0.2},
+        train={"gradient_checkpointing": True, "max_steps": 4, "lora_plus_ratio": 4.0},
+        checkpoint={"steps": 2},
+    )
+    want = fine_tune(settings, tmp_path / "whole", Silent())
+    with pytest.raises(Interrupted):
+        fine_tune(settings, tmp_path / "parts", StopAt(2))
+    again = fine_tune(settings, tmp_path / "parts", Silent(), resume=True)
+    assert same_arrays(adapter(again), adapter(want))
+    assert losses(again) == losses(want)
+    assert sum(name.endswith(".m") for name in adapter(again)) == 14
+    report = fuse_run(again.path, tmp_path / "fused", dtype="float32")
+    assert report.max_logit_difference < 1e-3 and report.top1_agreement == 1
 
 
 def test_gradient_checkpointing_changes_nothing(recipe, few, tmp_path, plain_adapter):

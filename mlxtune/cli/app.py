@@ -19,6 +19,12 @@ from mlxtune.cli.shared import PATH, SET, quieten_libraries
 from mlxtune.errors import MlxtuneError, RecipeError
 
 USER_ERROR, INTERRUPTED = 1, 130
+ADAPTER = click.option(
+    "--adapter",
+    type=PATH,
+    help="Use this instead of the run's own: another run, or an adapter's folder as mlxtune, "
+    "mlx-lm or PEFT writes it.",
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -76,7 +82,7 @@ def validate(recipe: Path, overrides: tuple[str, ...]) -> None:
 def lora(
     recipe: Path, overrides: tuple[str, ...], output: Path | None, resume: bool, overwrite: bool
 ) -> None:
-    """Train an adapter as a recipe says: LoRA, or QLoRA on a packed model."""
+    """Train an adapter as a recipe says: LoRA or DoRA, on a packed model too (QLoRA)."""
     from mlxtune.recipe.load import load_recipe
 
     if resume and overwrite:
@@ -95,6 +101,7 @@ def lora(
 
 @cli.command(name="eval")
 @click.argument("run", type=PATH)
+@ADAPTER
 @click.option("--data", type=PATH, help="Records to use instead of the held-out ones.")
 @click.option("--limit", type=click.IntRange(1), help="Use the first N records.")
 @click.option(
@@ -106,6 +113,7 @@ def lora(
 @click.option("--json", "as_json", is_flag=True, help="Print figures and answers as JSON.")
 def evaluate(
     run: Path,
+    adapter: Path | None,
     data: Path | None,
     limit: int | None,
     max_tokens: int | None,
@@ -121,7 +129,14 @@ def evaluate(
     from mlxtune.evaluate.compare import compare_run
 
     with status_line("loading") as progress:
-        result = compare_run(run, data=data, limit=limit, max_tokens=max_tokens, progress=progress)
+        result = compare_run(
+            run,
+            adapter=adapter,
+            data=data,
+            limit=limit,
+            max_tokens=max_tokens,
+            progress=progress,
+        )
     if as_json:
         click.echo(json.dumps(asdict(result), indent=2))
     else:
@@ -131,6 +146,7 @@ def evaluate(
 @cli.command()
 @click.argument("run", type=PATH)
 @click.option("-o", "--output", type=PATH, required=True, help="Folder to write.")
+@ADAPTER
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
@@ -138,7 +154,14 @@ def evaluate(
 )
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def fuse(run: Path, output: Path, dtype: str | None, overwrite: bool, as_json: bool) -> None:
+def fuse(
+    run: Path,
+    output: Path,
+    adapter: Path | None,
+    dtype: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """Write a run as a Hugging Face folder, adapter fused in, and measure what it cost."""
     _prepare()
     import json
@@ -146,7 +169,7 @@ def fuse(run: Path, output: Path, dtype: str | None, overwrite: bool, as_json: b
 
     from mlxtune.fuse import fuse_run
 
-    report = fuse_run(run, output, dtype=dtype, overwrite=overwrite)
+    report = fuse_run(run, output, adapter=adapter, dtype=dtype, overwrite=overwrite)
     if as_json:
         click.echo(json.dumps(asdict(report), indent=2))
         return
@@ -166,13 +189,33 @@ def fuse(run: Path, output: Path, dtype: str | None, overwrite: bool, as_json: b
     type=click.Choice(["f16", "q8_0"]),
     help="Type of the weights.  [default: as the recipe says]",
 )
+@click.option("--adapter-only", is_flag=True, help="Write the adapter alone, unfused; with --to.")
+@click.option(
+    "--to",
+    "layout",
+    type=click.Choice(["peft", "mlx-lm"]),
+    help="Library that the adapter is for. RUN may then be any adapter's folder.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 def export(
-    run: Path, output: Path | None, quantize: str | None, overwrite: bool, as_json: bool
+    run: Path,
+    output: Path | None,
+    quantize: str | None,
+    adapter_only: bool,
+    layout: str | None,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Write a run as GGUF with a Modelfile, for Ollama, llama.cpp and mistral.rs."""
+    if adapter_only != (layout is not None):
+        raise click.UsageError("--adapter-only and --to go together")
+    if adapter_only and quantize is not None:
+        raise click.UsageError("--quantize is of fused models; an adapter stays float32")
     _prepare()
+    if layout is not None:
+        _export_adapter(run, layout, output, overwrite, as_json)
+        return
     import json
 
     from mlxtune.export.bundle import export_run
@@ -190,6 +233,22 @@ def export(
     click.echo(f"{bundle.folder}: model.gguf ({bundle.gguf_bytes / 1e6:.0f} MB), Modelfile, README")
     for runtime, command in bundle.commands.items():
         click.echo(f"  {runtime:<11}{command}")
+
+
+def _export_adapter(
+    path: Path, layout: str, output: Path | None, overwrite: bool, as_json: bool
+) -> None:
+    import json
+    from dataclasses import asdict
+
+    from mlxtune.export.adapter import export_adapter
+
+    written = export_adapter(path, layout, output=output, overwrite=overwrite)
+    if as_json:
+        click.echo(json.dumps(asdict(written), indent=2, default=str))
+        return
+    click.echo(f"{written.folder}: {written.kind} on {written.layers} layers, for {layout}")
+    click.echo(f"  {written.load}")
 
 
 @cli.command()

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxtune.adapters.store import load_adapter
+from mlxtune.adapters.store import fitted, put_adapter, read_adapter
 from mlxtune.data.records import Conversation
 from mlxtune.data.render import Renderer
 from mlxtune.errors import DataError, ModelError
@@ -17,7 +17,7 @@ from mlxtune.models.packed import enable_packs
 from mlxtune.recipe.schema import EvalSection
 from mlxtune.train.corpus import conversations_of, read_held_out
 from mlxtune.train.heldout import held_out_loss
-from mlxtune.train.run import Run
+from mlxtune.train.run import Run, adapter_folder
 from mlxtune.train.session import layout_for, load_base
 
 
@@ -74,6 +74,7 @@ class Comparison:
 def compare_run(
     path: Path,
     *,
+    adapter: Path | None = None,
     data: Path | None = None,
     limit: int | None = None,
     max_tokens: int | None = None,
@@ -83,6 +84,7 @@ def compare_run(
 
     Args:
         path: the run.
+        adapter: another run, or an adapter's folder, to use instead of the run's own.
         data: records to use instead of the recipe's held-out ones.
         limit: use the first so many.
         max_tokens: answers are cut off there; by default a little beyond the longest
@@ -90,16 +92,17 @@ def compare_run(
         progress: is told what is being done.
 
     Raises:
-        RunError: there is no finished run.
+        RunError: there is no finished run, or the adapter does not fit its model.
         DataError: there are no held-out records.
     """
     run = Run.open(path)
-    adapter = run.finished_adapter()
+    saved = read_adapter(adapter_folder(adapter) if adapter else run.finished_adapter())
     recipe = run.recipe()
     if data is not None:  # as if the recipe named it
         section = EvalSection(path=str(data))
         recipe = recipe.model_copy(update={"eval": section})
     model = load_base(recipe.model, for_inference=True)
+    saved = fitted(saved, model.model)  # before minutes are spent on the base
     renderer = Renderer(model.tokenizer)
     samples = read_held_out(recipe, renderer)
     if not samples:
@@ -136,7 +139,7 @@ def compare_run(
         return Scores(loss, right), said
 
     base, base_said = score("base")
-    load_adapter(adapter, model.model)
+    put_adapter(saved, model.model)
     model.model.eval()
     if model.dtype == "float32":
         # Nothing is lost, and an answer is a third faster without the adapters' products.

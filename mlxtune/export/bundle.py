@@ -97,16 +97,17 @@ def model_card(
     """README.md of an exported model: what it is, how it was made, how to run it."""
     train = [entry for entry in run.metrics() if "loss" in entry]
     held_out = [entry["held_out_loss"] for entry in run.metrics() if "held_out_loss" in entry]
+    method = "DoRA" if recipe.lora.dora else "LoRA"
     lines = [
         "---",
         f"base_model: {recipe.model.path}",
         "library_name: gguf",
-        "tags: [mlxtune, lora]",
+        f"tags: [mlxtune, {method.lower()}]",
         "---",
         "",
         f"# {recipe.name}",
         "",
-        f"A LoRA fine-tune of `{recipe.model.path}`, fused and converted to GGUF "
+        f"A {method} fine-tune of `{recipe.model.path}`, fused and converted to GGUF "
         f"({file_type.upper()}).",
         "",
         "## How it was made",

@@ -1,1 +1,1 @@
-"""Our own layers: quantized projections, LoRA over them, and how they enter a model."""
+"""Our own layers: quantized projections, adapters over them, and how they enter a model."""

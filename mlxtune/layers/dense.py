@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxtune.layers.lora import LoRALinear
+from mlxtune.layers.adapter import Adapter
 from mlxtune.layers.quantized import QuantizedLinear
 
 
@@ -33,7 +33,7 @@ def dense_tensors(model: nn.Module) -> Iterator[DenseTensor]:
     for path, layer in sorted(model.named_modules()):
         if any(path.startswith(f"{owner}.") for owner in owned):
             continue
-        if isinstance(layer, LoRALinear):
+        if isinstance(layer, Adapter):
             owned.add(path)
             yield from _projection(path, layer.linear, layer.fused_weight)
         elif isinstance(layer, QuantizedLinear):

@@ -9,6 +9,8 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlxtune.errors import ModelError
+from mlxtune.layers.adapter import Adapter
+from mlxtune.layers.dora import DoRALinear
 from mlxtune.layers.lora import LoRALinear
 from mlxtune.layers.quantized import QuantizedEmbedding, QuantizedLinear
 
@@ -79,22 +81,29 @@ def dequantize_layers(model: nn.Module, dtype: mx.Dtype) -> None:
 
 
 def add_lora(
-    model: nn.Module, paths: Iterable[str], *, rank: int, scale: float, dropout: float = 0.0
+    model: nn.Module,
+    paths: Iterable[str],
+    *,
+    rank: int,
+    scale: float,
+    dropout: float = 0.0,
+    dora: bool = False,
 ) -> None:
-    """Freeze the model and put a `LoRALinear` on each path. Only the adapters train."""
+    """Freeze the model and put an adapter on each path: LoRA, or DoRA. Only they train."""
     model.freeze()
     found = projections(model)
+    kind = DoRALinear if dora else LoRALinear
     replace_layers(
         model,
         [
-            (path, LoRALinear.from_base(found[path], rank=rank, scale=scale, dropout=dropout))
+            (path, kind.from_base(found[path], rank=rank, scale=scale, dropout=dropout))
             for path in paths
         ],
     )
 
 
 def fuse_lora(model: nn.Module) -> None:
-    """Replace each adapter by the plain float32 projection that it amounts to."""
+    """Replace each adapter by the plain float32 layer that it amounts to."""
     for path, layer in list(lora_layers(model)):
         fused = layer.fuse()
         mx.eval(fused.weight)
@@ -111,10 +120,10 @@ def projections(model: nn.Module) -> dict[str, Projection]:
     }
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     """Path and layer of each adapter in the model."""
     for path, layer in model.named_modules():
-        if isinstance(layer, LoRALinear):
+        if isinstance(layer, Adapter):
             yield path, layer
 
 

@@ -10,10 +10,12 @@ its base computes.
 from __future__ import annotations
 
 import math
+from typing import Self
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxtune.layers.adapter import Adapter
 from mlxtune.layers.quantized import QuantizedLinear
 
 
@@ -45,7 +47,7 @@ class Dropout(nn.Module):
         return mx.where(kept, x / (1 - self.p), mx.zeros_like(x))
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(Adapter):
     """A frozen projection plus a trained low-rank update.
 
     Parameters are stored as mlx-lm stores them: `lora_a` (in, rank), `lora_b`
@@ -59,6 +61,8 @@ class LoRALinear(nn.Module):
         scale: factor on the update.
         dropout: probability of dropping an input feature of the update, in training.
     """
+
+    kind = "lora"
 
     def __init__(
         self,
@@ -81,9 +85,18 @@ class LoRALinear(nn.Module):
     @classmethod
     def from_base(
         cls, base: nn.Linear | QuantizedLinear, *, rank: int, scale: float, dropout: float = 0.0
-    ) -> LoRALinear:
+    ) -> Self:
         """Wrap `base`."""
         return cls(base, rank=rank, scale=scale, dropout=dropout)
+
+    @property
+    def rank(self) -> int:
+        """Width of the update."""
+        return int(self.lora_a.shape[1])
+
+    def trained(self) -> tuple[str, ...]:
+        """`lora_a` and `lora_b`."""
+        return ("lora_a", "lora_b")
 
     def _extra_repr(self) -> str:
         in_dims, rank = self.lora_a.shape
@@ -97,9 +110,8 @@ class LoRALinear(nn.Module):
 
     def fused_weight(self) -> mx.array:
         """W + scale * (A B)^T, (out, in) in float32."""
-        base = self.linear
-        weight = base.dequantized() if isinstance(base, QuantizedLinear) else base.weight
-        return weight.astype(mx.float32) + self.scale * (self.lora_a @ self.lora_b).T
+        weight = self._base_weight().astype(mx.float32)
+        return weight + self.scale * (self.lora_a @ self.lora_b).T
 
     def fuse(self) -> nn.Linear:
         """A plain projection that computes what this layer computes, in float32.
@@ -114,3 +126,8 @@ class LoRALinear(nn.Module):
         if has_bias:
             fused.bias = self.linear.bias
         return fused
+
+    def _base_weight(self) -> mx.array:
+        """The base's (out, in) weight, expanded if it is packed."""
+        base = self.linear
+        return base.dequantized() if isinstance(base, QuantizedLinear) else base.weight

@@ -1,8 +1,15 @@
-"""Which projections of a model an adapter goes on: names to layers."""
+"""Which projections of a model an adapter goes on: names to layers.
+
+A name is the last part of a path (`q_proj`), a longer end of one (`mlp.up_proj`), or a
+shell pattern of whole paths (`*.self_attn.*`), in which `*` stands for anything, dots
+too, `?` for one character and `[…]` for one of several. Capitals count.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from itertools import pairwise
 
 import mlx.nn as nn
@@ -14,9 +21,10 @@ ALL_LINEAR = "all-linear"
 
 def find_targets(
     projections: dict[str, nn.Module],
-    names: tuple[str, ...],
+    names: Sequence[str],
     *,
-    layers: int | None = None,
+    exclude: Sequence[str] = (),
+    layers: int | Sequence[int | str] | None = None,
     layer_count: int,
 ) -> list[str]:
     """Paths of the projections that `names` mean, in the model's order.
@@ -24,44 +32,79 @@ def find_targets(
     Args:
         projections: path to layer, for every projection that can carry an adapter
             (such as `model.layers.0.self_attn.q_proj`).
-        names: last parts of paths (`q_proj`), longer ends of them (`mlp.up_proj`), or
-            `all-linear` for every projection inside the blocks.
-        layers: adapt the last `layers` blocks only; all of them when None.
+        names: names or patterns as above, or `all-linear` for every projection inside
+            the blocks.
+        exclude: names or patterns of those to leave out again.
+        layers: adapt the last so many blocks only, or those of these numbers and ranges
+            (`[0, 1, "8-15"]`, from 0, both ends in); all of them when None.
         layer_count: how many blocks the model has.
 
     Raises:
-        TargetError: a name matches nothing, or the model has fewer blocks than asked for.
+        TargetError: a name matches nothing, nothing is left, or the model has no such
+            blocks.
     """
-    if layers is not None and layers > layer_count:
-        raise TargetError(
-            f"{layers} layers were asked for, and the model has {layer_count}",
-            where="lora.layers",
-            remedy=f"set it to {layer_count} or less, or leave it out for all layers",
-        )
-    first = 0 if layers is None else layer_count - layers
+    chosen = _chosen_blocks(layers, layer_count)
     in_blocks = {path: block for path in projections if (block := _block_of(path)) is not None}
-    found: set[str] = set()
-    for name in names:
-        matching = [
-            path for path in in_blocks if name == ALL_LINEAR or f".{path}".endswith(f".{name}")
-        ]
-        if not matching:
-            have = sorted({path.rsplit(".", 1)[-1] for path in in_blocks})
-            close = get_close_matches(name, have, n=1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise TargetError(
-                f"no layer of this model is called {name!r}",
-                where="lora.target_modules",
-                remedy=f"{hint}the model has: {', '.join(have)}; or {ALL_LINEAR} for all",
-            )
-        found.update(path for path in matching if in_blocks[path] >= first)
-    if not found:
+    found = {path for name in names for path in _matching(name, in_blocks, "target_modules")}
+    out = {path for name in exclude for path in _matching(name, in_blocks, "exclude_modules")}
+    if not (found := {path for path in found if in_blocks[path] in chosen}):
+        where = f"the last {layers} layers" if isinstance(layers, int) else "the layers asked for"
         raise TargetError(
-            f"{', '.join(names)} lie in none of the last {layers} layers",
+            f"{', '.join(names)} lie in none of {where}",
             where="lora.target_modules",
-            remedy="raise lora.layers, or leave it out for all layers",
+            remedy="widen lora.layers, or leave it out for all layers",
+        )
+    if not (found := found - out):
+        raise TargetError(
+            f"{', '.join(exclude)} leave nothing of {', '.join(names)}",
+            where="lora.exclude_modules",
         )
     return [path for path in in_blocks if path in found]
+
+
+def _matching(name: str, paths: dict[str, int], key: str) -> list[str]:
+    """Those of the paths that a name means; there is at least one."""
+    if name == ALL_LINEAR:
+        matching = list(paths)
+    elif any(sign in name for sign in "*?["):
+        matching = [path for path in paths if fnmatchcase(path, name)]
+    else:
+        matching = [path for path in paths if f".{path}".endswith(f".{name}")]
+    if matching:
+        return matching
+    have = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    close = get_close_matches(name, have, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    example = f", in paths such as {next(iter(paths))}" if paths else ""
+    raise TargetError(
+        f"no layer of this model is called {name!r}",
+        where=f"lora.{key}",
+        remedy=f"{hint}the model has: {', '.join(have)}{example}; or {ALL_LINEAR} for all",
+    )
+
+
+def _chosen_blocks(layers: int | Sequence[int | str] | None, count: int) -> set[int]:
+    """Numbers of the blocks that `layers` means."""
+    if layers is None:
+        return set(range(count))
+    if isinstance(layers, int):
+        if layers > count:
+            raise TargetError(
+                f"{layers} layers were asked for, and the model has {count}",
+                where="lora.layers",
+                remedy=f"set it to {count} or less, or leave it out for all layers",
+            )
+        return set(range(count - layers, count))
+    ends = [str(part).partition("-") for part in layers]
+    ranges = [(int(first), int(last or first)) for first, _, last in ends]
+    if (highest := max(last for _, last in ranges)) >= count:
+        raise TargetError(
+            f"layer {highest} was asked for, and the model's {count} layers are numbered "
+            f"0 to {count - 1}",
+            where="lora.layers",
+            remedy="correct the list, or leave it out for all layers",
+        )
+    return {block for first, last in ranges for block in range(first, last + 1)}
 
 
 def _block_of(path: str) -> int | None:

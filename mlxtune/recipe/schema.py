@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    field_validator,
+    model_validator,
+)
 
 # Strict: a quoted number is a mistake to be told about, not to be guessed at.
 _CONFIG = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -17,6 +24,26 @@ def _whole_above_one(value: float) -> float:
     if value >= 1 and value != int(value):
         raise ValueError("is a share below 1 or a whole number of records")
     return value
+
+
+def _blocks(value: object) -> object:
+    """What `lora.layers` may be; told in one sentence rather than a type at a time."""
+    if value is None or (type(value) is int and value >= 1):
+        return value
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError('is a number of blocks or a list such as [0, 1, "8-15"]')
+    for part in value:
+        if type(part) is int and part >= 0:
+            continue
+        ends = part.split("-") if isinstance(part, str) else []
+        if len(ends) != 2 or not all(end.strip().isdecimal() for end in ends):
+            raise ValueError(f'{part!r} is neither a block number nor a range such as "8-15"')
+        if int(ends[0]) > int(ends[1]):
+            raise ValueError(f"{part!r} runs backwards")
+    return tuple(value)
+
+
+Blocks = Annotated[int | tuple[int | str, ...] | None, PlainValidator(_blocks)]
 
 
 class Section(BaseModel):
@@ -49,14 +76,23 @@ class ModelSection(Section):
 
 
 class LoraSection(Section):
-    """`[lora]`: the adapter. Its scale is alpha / rank, or alpha / sqrt(rank) with rslora."""
+    """`[lora]`: the adapter. Its scale is alpha / rank, or alpha / sqrt(rank) with rslora.
+
+    `target_modules` and `exclude_modules` name projections as `models.targets` reads
+    them. `layers` is how many of the last blocks are adapted, or a list of their numbers
+    from 0 and ranges such as "8-15", both ends in. With `init_from`, a run or an adapter's
+    folder, training starts from that adapter.
+    """
 
     rank: PositiveInt = 8
     alpha: float = Field(default=16.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: Names = ("all-linear",)
-    layers: PositiveInt | None = None
+    exclude_modules: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    layers: Blocks = None
     rslora: bool = False
+    dora: bool = False
+    init_from: str | None = Field(default=None, min_length=1)
 
     @property
     def scale(self) -> float:

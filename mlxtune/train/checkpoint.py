@@ -12,12 +12,8 @@ import mlx.nn as nn
 import mlx.optimizers
 from mlx.utils import tree_unflatten
 
-from mlxtune.adapters.store import (
-    adapter_arrays,
-    load_arrays,
-    save_arrays,
-    set_adapter_arrays,
-)
+from mlxtune.adapters.saved import load_arrays, save_arrays
+from mlxtune.adapters.store import adapter_arrays, set_adapter_arrays
 from mlxtune.arrays import flat, random_key, set_random_key
 from mlxtune.errors import RunError
 from mlxtune.files import atomic_folder, sha256, write_json

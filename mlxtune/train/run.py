@@ -169,3 +169,12 @@ class Run:
         """Drop what metrics.jsonl says of steps after `step`, which will be run again."""
         kept = [entry for entry in self.metrics() if entry["step"] <= step]
         write_text(self.path / METRICS, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+def adapter_folder(path: Path) -> Path:
+    """The folder of an adapter: that of a finished run, or the one given.
+
+    Raises:
+        RunError: it is a run that has not come to its end.
+    """
+    return Run(path).finished_adapter() if (path / STATUS).is_file() else path

@@ -13,7 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 import mlxtune
-from mlxtune.adapters.store import load_adapter
+from mlxtune.adapters.saved import SavedAdapter
+from mlxtune.adapters.store import load_adapter, read_adapter, start_from
 from mlxtune.arrays import flat
 from mlxtune.data.batches import Plan
 from mlxtune.data.passes import Layout
@@ -42,7 +43,7 @@ from mlxtune.train.lanes import lanes_of_device
 from mlxtune.train.loop import Interrupted, Trainer
 from mlxtune.train.memory import GB, blocks_to_checkpoint, keep_within, memory_budget
 from mlxtune.train.metrics import Outline, Reporter
-from mlxtune.train.run import Run
+from mlxtune.train.run import Run, adapter_folder
 
 
 def fine_tune(
@@ -71,10 +72,14 @@ def fine_tune(
     run = _resumable(path, recipe) if resume else None
     if run is None:
         Run.require_free(path, overwrite=overwrite)
-    # What is wrong with the data is told before a large model is fetched and loaded.
+    # What is wrong with adapter and data is told before a large model is fetched and loaded.
+    initial = None
+    if (path_of_initial := recipe.lora.init_from) is not None and not resume:
+        # A checkpoint is further on.
+        initial = read_adapter(adapter_folder(Path(path_of_initial)))
     check_sources(recipe, rows=100)
     corpus = read_corpus(recipe, Renderer(tokenizer_of(recipe.model)), reporter.tokenized)
-    base, packing, notes = adapted_model(recipe)
+    base, packing, notes = adapted_model(recipe, initial)
     notes = [*corpus.notes(), *notes]
     plan = Plan(
         corpus.parts,
@@ -128,8 +133,14 @@ def fine_tune(
     return run
 
 
-def adapted_model(recipe: Recipe) -> tuple[LoadedModel, bool, list[str]]:
+def adapted_model(
+    recipe: Recipe, initial: SavedAdapter | None = None
+) -> tuple[LoadedModel, bool, list[str]]:
     """The model that a recipe trains, adapters in place.
+
+    Args:
+        recipe: checked.
+        initial: what the adapters start from.
 
     Returns:
         The model; whether it takes packed batches; and what there is to say about it.
@@ -149,14 +160,24 @@ def adapted_model(recipe: Recipe) -> tuple[LoadedModel, bool, list[str]]:
             notes.append(f"batches are padded, not packed: {error.what}")
     use_gated_activations(base.model)
     mx.random.seed(recipe.seed)
+    lora = recipe.lora
     targets = find_targets(
         dict(projections(base.model)),
-        recipe.lora.target_modules,
-        layers=recipe.lora.layers,
+        lora.target_modules,
+        exclude=lora.exclude_modules,
+        layers=lora.layers,
         layer_count=len(base.model.layers),
     )
-    lora = recipe.lora
-    add_lora(base.model, targets, rank=lora.rank, scale=lora.scale, dropout=lora.dropout)
+    add_lora(
+        base.model,
+        targets,
+        rank=lora.rank,
+        scale=lora.scale,
+        dropout=lora.dropout,
+        dora=lora.dora,
+    )
+    if initial is not None:
+        start_from(initial, base.model)
     return base, packing, notes
 
 
@@ -235,14 +256,21 @@ def _template_of(section: ModelSection) -> str | None:
         ) from None
 
 
-def open_run(path: Path, *, for_inference: bool = True) -> tuple[Run, LoadedModel]:
-    """A finished run and its model, adapter in place.
+def open_run(
+    path: Path, *, adapter: Path | None = None, for_inference: bool = True
+) -> tuple[Run, LoadedModel]:
+    """A run and its model, adapter in place.
+
+    Args:
+        path: the run.
+        adapter: another run or an adapter's folder; by default the run's own.
+        for_inference: see `load_base`.
 
     Raises:
-        RunError: there is no run, or it has not finished.
+        RunError: there is no run, it has not finished, or the adapter does not fit.
     """
     run = Run.open(path)
-    adapter = run.finished_adapter()
+    adapter = adapter_folder(adapter) if adapter is not None else run.finished_adapter()
     base = load_base(run.recipe().model, for_inference=for_inference)
     load_adapter(adapter, base.model)
     base.model.eval()
@@ -265,7 +293,11 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
         model = model.model_copy(update={"path": absolute(model.path)})
     if model.chat_template is not None:
         model = model.model_copy(update={"chat_template": absolute(model.chat_template)})
-    return recipe.model_copy(update={"data": data, "eval": evaluation, "model": model})
+    lora = recipe.lora
+    if lora.init_from is not None:
+        lora = lora.model_copy(update={"init_from": absolute(lora.init_from)})
+    changes = {"data": data, "eval": evaluation, "model": model, "lora": lora}
+    return recipe.model_copy(update=changes)
 
 
 def _resumable(path: Path, recipe: Recipe) -> Run:
@@ -309,6 +341,9 @@ def _facts(recipe: Recipe, source: ModelSource) -> dict[str, Any]:
     files = [file for s in sources for file in s.files()]
     if recipe.model.chat_template is not None:
         files.append(Path(recipe.model.chat_template))
+    if recipe.lora.init_from is not None:
+        # When a run goes on from a checkpoint, what it began with may be gone.
+        files += adapter_folder(Path(recipe.lora.init_from)).glob("adapter*.safetensors")
     return {
         "versions": {
             "mlxtune": mlxtune.__version__,

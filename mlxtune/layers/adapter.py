@@ -1,0 +1,42 @@
+"""What every kind of adapter layer has in common, whatever it wraps."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+class Adapter(nn.Module):
+    """A frozen layer and the few arrays trained beside it.
+
+    Saving, fusing and counting ask for nothing more than this, so a new kind of adapter
+    is a new subclass and nothing else.
+
+    Attributes:
+        kind: name of the method, as mlx-lm's `fine_tune_type` has it.
+        linear: the frozen layer, under the name that mlx-lm gives it.
+        scale: factor on the update.
+    """
+
+    kind: ClassVar[str]
+    linear: Any  # each kind wraps layers of its own
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """Width of the update."""
+        raise NotImplementedError
+
+    def trained(self) -> tuple[str, ...]:
+        """Names of the arrays that are trained, which are all that is saved of it."""
+        raise NotImplementedError
+
+    def fused_weight(self) -> mx.array:
+        """The weight in float32, in the shape of the base's own, that computes the same."""
+        raise NotImplementedError
+
+    def fuse(self) -> nn.Module:
+        """A plain float32 layer that computes what this one computes."""
+        raise NotImplementedError
