@@ -40,6 +40,8 @@ class Plan:
         accumulation: forward passes to a step.
         seed: of the shuffle.
         packing: pack the samples of a batch instead of padding them.
+        rank, ranks: of several workers, which one this is: the order is the same for all,
+            and each sees its share of every step.
     """
 
     parts: Sequence[Part]
@@ -47,12 +49,19 @@ class Plan:
     accumulation: int
     seed: int
     packing: bool
+    rank: int = 0
+    ranks: int = 1
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples that all workers together see in a step."""
+        return self.batch_size * self.accumulation * self.ranks
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps to an epoch; the last may be smaller."""
         total = sum(part.per_epoch for part in self.parts)
-        return -(-total // (self.batch_size * self.accumulation))
+        return -(-total // self.samples_per_step)
 
     def total_steps(self, *, epochs: float, max_steps: int | None) -> int:
         """Steps of a run: `max_steps` if given, else of that many epochs."""
@@ -61,17 +70,19 @@ class Plan:
         return max(1, round(epochs * self.steps_per_epoch))
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
-        """The batches of each step from `start` to `stop`, counted from 0."""
+        """This worker's batches of each step from `start` to `stop`, counted from 0.
+
+        There are none where a small last step has fewer samples than there are workers.
+        """
         order: Order = np.empty((0, 2), np.int32)
         current = -1
         for step in range(start, stop):
             epoch, within = divmod(step, self.steps_per_epoch)
             if epoch != current:
                 order, current = self._order(epoch), epoch
-            group = self.batch_size * self.accumulation
+            group = order[within * self.samples_per_step :][: self.samples_per_step]
             chosen = [
-                self.parts[part].samples[int(at)]
-                for part, at in order[within * group : (within + 1) * group]
+                self.parts[part].samples[int(at)] for part, at in group[self.rank :: self.ranks]
             ]
             yield list(batched(chosen, self.batch_size, packing=self.packing))
 

@@ -16,6 +16,7 @@ from mlxtune.data.pack import TARGET_STEP, Batch
 from mlxtune.losses.cross_entropy import chunked_cross_entropy, weighted_cross_entropy
 from mlxtune.models.heads import split_head
 from mlxtune.models.packed import PackCache
+from mlxtune.train.distributed import Workers
 from mlxtune.train.optim import update
 
 Arrays = dict[str, mx.array]
@@ -96,7 +97,7 @@ class TrainStep:
     """Forward, backward, clip, update; compiled over model, optimizer and RNG state.
 
     The weights of all batches of a step are divided by their sum over the whole step, so
-    8 x 1 and 1 x 8 are the same mathematics whatever the lengths.
+    8 x 1 and 1 x 8 are the same mathematics whatever the lengths, on one worker or many.
 
     Args:
         model: with its adapters in place and all else frozen.
@@ -104,6 +105,7 @@ class TrainStep:
         max_grad_norm: clip the gradient of a step to this norm; 0 for no clipping.
         lora_plus_ratio: see `optim.update`.
         compiled: compile the step; by default wherever that pays.
+        workers: those that each step's batches are spread over.
     """
 
     def __init__(
@@ -114,7 +116,9 @@ class TrainStep:
         max_grad_norm: float,
         lora_plus_ratio: float = 1.0,
         compiled: bool | None = None,
+        workers: Workers | None = None,
     ) -> None:
+        self._workers = workers or Workers()
         self._model = model
         self._optimizer = optimizer
         self._max_grad_norm = max_grad_norm
@@ -134,21 +138,34 @@ class TrainStep:
             self._add = mx.compile(self._add_batch, inputs=state, outputs=state)
             self._finish = mx.compile(self._update, inputs=state, outputs=state)
 
-    def __call__(self, batches: list[Batch], learning_rate: float) -> StepResult:
-        """Train on the batches of one step."""
+    def __call__(
+        self, batches: list[Batch], learning_rate: float, weight: float | None = None
+    ) -> StepResult:
+        """Train on the batches of one step.
+
+        Args:
+            batches: this worker's; none, if the others have some.
+            learning_rate: of this step.
+            weight: sum of all workers' loss weights; by default these batches are all.
+        """
         self._optimizer.learning_rate = mx.array(learning_rate)
-        weight = sum(batch.weight for batch in batches)
-        if len(batches) == 1:
+        if weight is None:
+            weight = sum(batch.weight for batch in batches)
+        if len(batches) == 1 and self._workers.size == 1:
             (batch,) = batches
             loss, norm = self._whole(batch_arrays(batch, weight), batch.prefix, batch.packed)
             return StepResult(loss, norm)
         loss, gradients = mx.array(0.0), None
-        for batch in batches:
-            loss, gradients = self._add(
-                batch_arrays(batch, weight), batch.prefix, batch.packed, loss, gradients
-            )
-            # Each batch's activations are released before the next is begun.
-            mx.eval(loss, gradients)
+        with self._workers.own_randomness():
+            for batch in batches:
+                loss, gradients = self._add(
+                    batch_arrays(batch, weight), batch.prefix, batch.packed, loss, gradients
+                )
+                # Each batch's activations are released before the next is begun.
+                mx.eval(loss, gradients)
+        if gradients is None:
+            gradients = tree_map(mx.zeros_like, self._model.trainable_parameters())
+        loss, gradients = self._workers.sum((loss, gradients))
         return StepResult(loss, self._finish(gradients))
 
     # ------------------------------------------------------------------ the step itself
