@@ -175,9 +175,10 @@ class Workers:
 
     def __enter__(self) -> Workers:
         self._depth += 1
-        if self._depth == 1 and self.size > 1:
+        if self._depth == 1:
             self._asked = self._agreed = False
-            _end_when_told()
+            if self.size > 1:
+                _end_when_told()
         return self
 
     def __exit__(
@@ -192,23 +193,26 @@ class Workers:
         _end_in_peace()
         if isinstance(error, WorkerLost | KeyboardInterrupt):
             return
+        told = None
         if isinstance(error, Exception) and not isinstance(error, WorkerFailed | Stopped):
-            self._fail(error)
+            told = self._fail(error)
         # The launcher ends the others when one leaves with an error: the first may still
         # have something to write.
         with suppress(WorkerLost):
             self.barrier()
+        if told is not None:
+            raise told from error
 
-    def _fail(self, error: Exception) -> None:
-        """Tell the others; of several that fail together, the first speaks for all."""
-        try:
-            self._meet(0, failure=str(error))
-        except WorkerFailed as told:
-            if told.rank != self.rank:
-                raise told from error
-            error.add_note(f"  on worker {self.rank} of {self.size}")
-        except WorkerLost:
-            error.add_note(f"  on worker {self.rank} of {self.size}")
+    def _fail(self, error: Exception) -> WorkerFailed | None:
+        """Tell the others; what to raise instead, if one before this one fails with it."""
+        with suppress(WorkerLost):
+            try:
+                self._meet(failure=str(error))
+            except WorkerFailed as told:
+                if told.rank != self.rank:
+                    return told
+        error.add_note(f"  on worker {self.rank} of {self.size}")
+        return None
 
     # --------------------------------------------------------------------------- messages
 

@@ -163,11 +163,12 @@ class Trainer:
                 if step % self._eval_every == 0 or last:
                     self._measure()
                 last = last or self._enough()
-                if step % self._checkpoint.steps == 0 or last or self._workers.stopping:
+                stop = self._workers.stopping
+                if step % self._checkpoint.steps == 0 or last or stop:
                     self._save()
                 if last:
                     break
-                if self._workers.stopping:
+                if stop:
                     raise Interrupted(self._run.checkpoints / f"step-{step}")
         self._keep(self._run.adapter)
 
