@@ -43,6 +43,26 @@ def on_cpu() -> bool:
     return bool(mx.default_device() == mx.cpu)
 
 
+# Where launchers say which of several processes this is, and how many there are.
+_RANKS = (
+    ("MLX_RANK", "MLX_WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+)
+
+
+def worker_rank() -> int | None:
+    """This process's rank among those that a launcher started together; None if alone."""
+    hosts = os.environ.get("MLX_HOSTFILE")
+    # What `mlx.launch -n 1` gives is an empty file.
+    if hosts and Path(hosts).is_file() and not Path(hosts).read_text().strip():
+        return None
+    for rank, size in _RANKS:
+        if os.environ.get(rank, "").isdigit() and os.environ.get(size) != "1":
+            return int(os.environ[rank])
+    return None
+
+
 def device_name() -> str:
     """What MLX runs on, for people: `Apple M2 Pro`, or a CPU's architecture."""
     import mlx.core as mx
@@ -102,7 +122,8 @@ def run_with_blas(command: list[str]) -> None:
             file=sys.stderr,
         )
         return
-    print(f"mlxtune: on the CPU, with {blas.name} ({SWITCH}=off to not)", file=sys.stderr)
+    if not worker_rank():  # the first of several speaks for all
+        print(f"mlxtune: on the CPU, with {blas.name} ({SWITCH}=off to not)", file=sys.stderr)
     preload = " ".join(filter(None, [str(blas), os.environ.get("LD_PRELOAD")]))
     environment = _MALLOC | os.environ | {"LD_PRELOAD": preload, SWITCH: _DONE}
     sys.stderr.flush()

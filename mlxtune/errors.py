@@ -55,6 +55,23 @@ class TrainingDiverged(RunError):
     """The loss or the gradient stopped being a number."""
 
 
+class WorkerLost(RunError):
+    """A worker that this one trains with has ended without a word."""
+
+
+class WorkerFailed(RunError):
+    """Another worker has failed and says so itself; this one ends with it.
+
+    Args:
+        rank: of that worker.
+        text: what it says.
+    """
+
+    def __init__(self, rank: int, text: str) -> None:
+        super().__init__(f"worker {rank} has failed: {text}")
+        self.rank = rank
+
+
 class ExportError(MlxtuneError):
     """A model cannot be written in the form asked for."""
 

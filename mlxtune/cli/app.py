@@ -8,15 +8,20 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import mlxtune
 from mlxtune.cli.data import data
 from mlxtune.cli.shared import PATH, SET, quieten_libraries
-from mlxtune.errors import MlxtuneError, RecipeError
+from mlxtune.device import run_with_blas, worker_rank
+from mlxtune.errors import MlxtuneError, RecipeError, WorkerFailed
+
+if TYPE_CHECKING:
+    from mlxtune.train.distributed import Workers
 
 USER_ERROR, INTERRUPTED = 1, 130
 ADAPTER = click.option(
@@ -87,14 +92,19 @@ def lora(
 
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
-    checked = load_recipe(recipe, overrides)
-    _prepare()
-    from mlxtune.cli.display import training_display
-    from mlxtune.train.session import fine_tune
+    with _joined() as workers:
+        checked = load_recipe(recipe, overrides)
+        _prepare()
+        from mlxtune.cli.display import training_display
+        from mlxtune.train.metrics import Silent
+        from mlxtune.train.session import fine_tune
 
-    folder = output or Path("runs") / checked.name
-    with training_display() as display:
-        fine_tune(checked, folder, display, resume=resume, overwrite=overwrite)
+        folder = output or Path("runs") / checked.name
+        silent = workers is not None and not workers.first
+        with nullcontext(Silent()) if silent else training_display() as display:
+            fine_tune(checked, folder, display, resume=resume, overwrite=overwrite, workers=workers)
+    if silent:
+        return
     click.echo(f"adapter: {folder / 'adapter'}")
     click.echo(f"next: mlxtune eval {folder}   mlxtune export {folder}")
 
@@ -273,6 +283,8 @@ def main() -> None:
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:
         result = cli.main(args=arguments, prog_name="mlxtune", standalone_mode=False)
+    except WorkerFailed:
+        sys.exit(USER_ERROR)  # it says itself what went wrong
     except MlxtuneError as error:
         if debug:
             traceback.print_exc()
@@ -282,7 +294,8 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        print("interrupted", file=sys.stderr)
+        if not worker_rank():
+            print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output has gone, as in `mlxtune … | head`.
@@ -294,7 +307,7 @@ def main() -> None:
         if debug:
             raise
         print(
-            f"error: {type(error).__name__}: {error}\n"
+            f"error: {type(error).__name__}: {error}{_notes(error)}\n"
             "  this is a bug in mlxtune; --debug shows where it happened",
             file=sys.stderr,
         )
@@ -304,7 +317,7 @@ def main() -> None:
 
 def _block(error: MlxtuneError) -> str:
     """An error as people read it: what, where, how to mend it."""
-    lines = [f"error: {error}"]
+    lines = [f"error: {error}{_notes(error)}"]
     if isinstance(error, RecipeError):
         for problem in error.problems:
             remedy = f" ({problem.remedy})" if problem.remedy else ""
@@ -312,11 +325,18 @@ def _block(error: MlxtuneError) -> str:
     return "\n".join(lines)
 
 
+def _notes(error: Exception) -> str:
+    """What was added to an error on its way: on which of several workers it occurred."""
+    return "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+
+
 def _say_interrupted(error: Exception) -> bool:
     """Tell how to go on after Ctrl-C, if that is what this is."""
     loop: Any = sys.modules.get("mlxtune.train.loop")
     if loop is None or not isinstance(error, loop.Interrupted):
         return False
+    if worker_rank():
+        return True  # the first worker tells it
     checkpoint = error.checkpoint
     run = checkpoint.parent.parent
     print(
@@ -327,9 +347,17 @@ def _say_interrupted(error: Exception) -> bool:
     return True
 
 
+def _joined() -> AbstractContextManager[Workers | None]:
+    """The workers that a launcher started with this process, who end together; or nobody."""
+    if worker_rank() is None:
+        return nullcontext()
+    _prepare()
+    from mlxtune.train.distributed import join
+
+    return join()
+
+
 def _prepare() -> None:
     """What every verb that computes needs before MLX is used."""
-    from mlxtune.device import run_with_blas
-
     run_with_blas([sys.executable, "-m", "mlxtune", *sys.argv[1:]])
     quieten_libraries()

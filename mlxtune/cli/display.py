@@ -204,6 +204,8 @@ def _describe(outline: Outline) -> list[str]:
         f"{'packed' if outline.packed else 'padded'} batches",
         f"run      {outline.run}",
     ]
+    if outline.workers > 1:
+        lines.append(f"workers  {outline.workers}, each with its share of every step's records")
     lines += [f"note     {note}" for note in outline.notes]
     if outline.first_step:
         lines.append(f"resumed  at step {outline.first_step}")

@@ -42,6 +42,8 @@ class Plan:
         accumulation: times that many samples are a step.
         seed: of the shuffle.
         layout: how a step's samples are laid out.
+        rank, ranks: of several workers, which one this is: the order is the same for all,
+            and each sees its share of every step.
     """
 
     parts: Sequence[Part]
@@ -49,17 +51,19 @@ class Plan:
     accumulation: int
     seed: int
     layout: Layout = field(default_factory=Layout)
+    rank: int = 0
+    ranks: int = 1
 
     @property
-    def group(self) -> int:
-        """Samples to a step."""
-        return self.batch_size * self.accumulation
+    def samples_per_step(self) -> int:
+        """Samples that all workers together see in a step."""
+        return self.batch_size * self.accumulation * self.ranks
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps to an epoch; the last may be smaller."""
         total = sum(part.per_epoch for part in self.parts)
-        return -(-total // self.group)
+        return -(-total // self.samples_per_step)
 
     def total_steps(self, *, epochs: float, max_steps: int | None) -> int:
         """Steps of a run: `max_steps` if given, else of that many epochs."""
@@ -68,25 +72,29 @@ class Plan:
         return max(1, round(epochs * self.steps_per_epoch))
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
-        """The batches of each step from `start` to `stop`, counted from 0."""
+        """This worker's batches of each step from `start` to `stop`, counted from 0.
+
+        There are none where a small last step has fewer samples than there are workers.
+        """
         order: Order = np.empty((0, 2), np.int32)
         current = -1
         for step in range(start, stop):
             epoch, within = divmod(step, self.steps_per_epoch)
             if epoch != current:
                 order, current = self._order(epoch), epoch
+            group = order[within * self.samples_per_step :][: self.samples_per_step]
             chosen = [
-                self.parts[part].samples[int(at)]
-                for part, at in order[within * self.group : (within + 1) * self.group]
+                self.parts[part].samples[int(at)] for part, at in group[self.rank :: self.ranks]
             ]
             yield passes(chosen, self.batch_size, self.layout)
 
     def largest(self) -> Batch:
         """A pass of the longest samples that there are: no other takes more memory."""
+        count = self.batch_size * self.accumulation
         lengths = [lengths_of(part.samples) for part in self.parts]
-        places = [(p, at) for p, own in enumerate(lengths) for at in _longest(own, self.group)]
+        places = [(p, at) for p, own in enumerate(lengths) for at in _longest(own, count)]
         places.sort(key=lambda place: -lengths[place[0]][place[1]])
-        chosen = [self.parts[part].samples[at] for part, at in places[: self.group]]
+        chosen = [self.parts[part].samples[at] for part, at in places[:count]]
         return max(passes(chosen, self.batch_size, self.layout), key=lambda b: b.tokens.size)
 
     def _order(self, epoch: int) -> Order:

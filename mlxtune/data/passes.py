@@ -39,6 +39,8 @@ def passes(samples: Sequence[Sample], batch_size: int, layout: Layout) -> list[B
     More and smaller passes waste less on unequal lengths, keep fewer activations, and can
     be computed side by side; fewer ones compute a shared prefix less often.
     """
+    if not samples:
+        return []
     fewest = -(-len(samples) // batch_size)
     if not layout.packing:
         # Equal lengths together, to pad little.

@@ -17,6 +17,7 @@ from mlxtune.adapters.store import adapter_arrays, set_adapter_arrays
 from mlxtune.arrays import flat, random_key, set_random_key
 from mlxtune.errors import RunError
 from mlxtune.files import atomic_folder, sha256, write_json
+from mlxtune.train.distributed import Workers
 
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
 
@@ -101,6 +102,42 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: mlx.optimizers.Opti
     optimizer.state = tree_unflatten(list(state.items()))
     set_random_key(arrays["random"])
     return progress
+
+
+def share_state(
+    workers: Workers,
+    model: nn.Module,
+    optimizer: mlx.optimizers.Optimizer,
+    progress: Progress,
+) -> Progress:
+    """Give all workers what the first one has: adapter, optimizer, random state, progress.
+
+    Only the first needs the run's folder. Nothing changes where all are alike already, as
+    they are if the engine's sums are the same to the last bit on every worker; not all
+    engines promise that for more than two, and small differences would add up.
+    """
+    if workers.size == 1:
+        return progress
+    adapter, state = flat(model.trainable_parameters()), flat(optimizer.state)
+    arrays = {f"adapter.{name}": array for name, array in adapter.items()}
+    arrays |= {f"optimizer.{name}": array for name, array in state.items()}
+    taken = workers.from_first(arrays | {"random": random_key()})
+    if not workers.first:
+        model.update(tree_unflatten([(name, taken[f"adapter.{name}"]) for name in adapter]))
+        new = tree_unflatten([(name, taken[f"optimizer.{name}"]) for name in state])
+        _put(new, optimizer.state)
+        set_random_key(taken["random"])
+    [given, *_] = workers.texts(json.dumps(asdict(progress)))
+    return Progress(**json.loads(given))
+
+
+def _put(new: Any, tree: Any) -> None:
+    """Replace the leaves of a tree in place: a compiled step holds on to the tree itself."""
+    for key, value in new.items() if isinstance(new, dict) else enumerate(new):
+        if isinstance(value, dict | list):
+            _put(value, tree[key])
+        else:
+            tree[key] = value
 
 
 def checkpoints(folder: Path) -> list[Path]:

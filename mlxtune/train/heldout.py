@@ -11,6 +11,7 @@ from mlxtune.arrays import scalar
 from mlxtune.data.passes import Layout, passes
 from mlxtune.data.render import Sample
 from mlxtune.models.heads import evaluating
+from mlxtune.train.distributed import Workers
 from mlxtune.train.lanes import Lanes
 from mlxtune.train.step import LossFunction, batch_arrays
 
@@ -22,17 +23,23 @@ def held_out_loss(
     batch_size: int,
     layout: Layout,
     lanes: Lanes | None = None,
+    workers: Workers | None = None,
 ) -> float:
-    """Mean loss over all supervised tokens of the samples, nats; dropout is off."""
+    """Mean loss over all supervised tokens of the samples, nats; dropout is off.
+
+    Of several workers, which all have all samples, each computes its share.
+    """
+    workers = workers or Workers()
     loss_of = LossFunction(model)
     lanes = lanes or Lanes(layout.lanes)
     total = weight = 0.0
     # Samples of similar length together waste the least; a sum has no order.
     ordered = sorted(samples, key=lambda s: len(s.tokens))
+    share = ordered[workers.rank :: workers.size]
     group = batch_size * lanes.count
     with evaluating(model):
-        for at in range(0, len(ordered), group):
-            batches = passes(ordered[at : at + group], batch_size, layout)
+        for at in range(0, len(share), group):
+            batches = passes(share[at : at + group], batch_size, layout)
             for first in range(0, len(batches), lanes.count):
                 losses = lanes(
                     [
@@ -42,4 +49,5 @@ def held_out_loss(
                 )
                 total += sum(map(scalar, losses))
             weight += sum(batch.weight for batch in batches)
+    total, weight = workers.totals(total, weight)
     return total / weight

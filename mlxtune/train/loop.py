@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -29,7 +29,9 @@ from mlxtune.train.checkpoint import (
     checkpoints,
     load_checkpoint,
     save_checkpoint,
+    share_state,
 )
+from mlxtune.train.distributed import Stopped, Workers
 from mlxtune.train.heldout import held_out_loss
 from mlxtune.train.lanes import Lanes
 from mlxtune.train.metrics import Report, Reporter
@@ -39,7 +41,7 @@ from mlxtune.train.schedule import learning_rate
 from mlxtune.train.step import TrainStep
 
 
-class Interrupted(Exception):
+class Interrupted(Stopped):
     """Training was stopped by the user; everything is saved in `checkpoint`."""
 
     def __init__(self, checkpoint: Path) -> None:
@@ -58,6 +60,7 @@ class Trainer:
         train, evaluation, checkpoint, log: sections of the recipe.
         base: name of the base model, kept with the adapters.
         reporter: is told how it goes.
+        workers: those it trains with. Only the first one writes.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Trainer:
         log: LogSection,
         base: str,
         reporter: Reporter,
+        workers: Workers,
     ) -> None:
         self._model = model
         self._run = run
@@ -84,6 +88,7 @@ class Trainer:
         self._log = log
         self._base = base
         self._reporter = reporter
+        self._workers = workers
         self.total_steps = plan.total_steps(epochs=train.epochs, max_steps=train.max_steps)
         self._eval_every = evaluation.steps or plan.steps_per_epoch
         self._optimizer = make_optimizer(train.optimizer, model, weight_decay=train.weight_decay)
@@ -93,12 +98,16 @@ class Trainer:
     def resume(self) -> tuple[int, list[str]]:
         """Go back to the latest whole checkpoint, if there is any.
 
+        Only the first worker reads it; the others are given its state when training begins.
+
         Returns:
             The steps done, and what there is to say of damaged checkpoints after it.
 
         Raises:
             DamagedCheckpoint: there are checkpoints, and none is whole.
         """
+        if not self._workers.first:
+            return 0, []
         notes = []
         found = checkpoints(self._run.checkpoints)
         for path in reversed(found):
@@ -128,24 +137,27 @@ class Trainer:
             max_grad_norm=self._train.max_grad_norm,
             lora_plus_ratio=self._train.lora_plus_ratio,
             lanes=self._lanes,
+            workers=self._workers,
         )
+        self._share_state()
         self._model.train()
         mx.reset_peak_memory()
         since = _Since(self._progress)
         first = self._progress.step
         if first == 0:
             self._measure()
-        with _stop_on_interrupt() as stopping:
+        with _stop_on_interrupt(self._workers):
             for batches in ahead(self._plan.steps(first, self.total_steps)):
                 begun = time.perf_counter()
                 rate = self._rate(self._progress.step)
-                result = step_on(batches, rate)
+                seen = self._seen(batches)
+                result = step_on(batches, rate, seen.weight)
                 mx.eval(self._model.state, self._optimizer.state, result.loss, result.grad_norm)
                 loss, norm = scalar(result.loss), scalar(result.grad_norm)
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     raise self._diverged(batches, loss)
-                self._advance(batches, time.perf_counter() - begun)
-                since.add(loss, batches)
+                self._advance(seen, time.perf_counter() - begun)
+                since.add(loss, seen.weight)
                 step = self._progress.step
                 last = step == self.total_steps
                 self._reporter.stepped(step)
@@ -155,14 +167,14 @@ class Trainer:
                 if step % self._eval_every == 0 or last:
                     self._measure()
                 last = last or self._enough()
-                if step % self._checkpoint.steps == 0 or last or stopping():
+                stop = self._workers.stopping
+                if step % self._checkpoint.steps == 0 or last or stop:
                     self._save()
                 if last:
                     break
-                if stopping():
+                if stop:
                     raise Interrupted(self._run.checkpoints / f"step-{step}")
-        with atomic_folder(self._run.adapter, overwrite=True) as folder:
-            save_adapter(folder, self._model, base=self._base)
+        self._keep(self._run.adapter)
 
     def _enough(self) -> bool:
         """Whether the held-out loss has stopped getting better (early stopping)."""
@@ -180,20 +192,33 @@ class Trainer:
             decay_steps=round(self._train.decay_ratio * self.total_steps),
         )
 
-    def _advance(self, batches: list[Batch], seconds: float) -> None:
+    def _seen(self, batches: list[Batch]) -> _Seen:
+        """What all workers together see in a step."""
+        weight, *counts = self._workers.totals(
+            sum(b.weight for b in batches),
+            sum(b.token_count for b in batches),
+            sum(b.supervised for b in batches),
+            sum(len(b.records) for b in batches),
+        )
+        return _Seen(weight, *map(int, counts))
+
+    def _advance(self, seen: _Seen, seconds: float) -> None:
         before = self._progress
         self._progress = replace(
             before,
             step=before.step + 1,
-            tokens=before.tokens + sum(b.token_count for b in batches),
-            supervised_tokens=before.supervised_tokens + sum(b.supervised for b in batches),
-            examples=before.examples + sum(len(b.records) for b in batches),
+            tokens=before.tokens + seen.tokens,
+            supervised_tokens=before.supervised_tokens + seen.supervised,
+            examples=before.examples + seen.examples,
             seconds=before.seconds + seconds,
         )
 
     def _report(self, since: _Since, rate: float, norm: float) -> None:
         now = self._progress
         seconds = max(now.seconds - since.start.seconds, 1e-9)
+        peak = self._workers.largest(mx.get_peak_memory())
+        if not self._workers.first:
+            return
         report = Report(
             step=now.step,
             epoch=now.step / self._plan.steps_per_epoch,
@@ -205,7 +230,7 @@ class Trainer:
             examples=now.examples,
             tokens_per_second=(now.tokens - since.start.tokens) / seconds,
             examples_per_second=(now.examples - since.start.examples) / seconds,
-            peak_memory_bytes=mx.get_peak_memory(),
+            peak_memory_bytes=int(peak),
             seconds=now.seconds,
         )
         self._run.log(report.as_entry())
@@ -221,6 +246,7 @@ class Trainer:
             batch_size=self._train.batch_size,
             layout=self._plan.layout,
             lanes=self._lanes,
+            workers=self._workers,
         )
         now = self._progress
         best = now.best_loss is None or loss < now.best_loss
@@ -229,13 +255,26 @@ class Trainer:
         else:
             self._progress = replace(now, best_loss=loss, no_better=0)
             if now.step:
-                with atomic_folder(self._run.best_adapter, overwrite=True) as folder:
-                    save_adapter(folder, self._model, base=self._base)
+                self._keep(self._run.best_adapter)
+        if not self._workers.first:
+            return
         epoch = now.step / self._plan.steps_per_epoch
         self._run.log({"step": now.step, "epoch": epoch, "held_out_loss": loss})
         self._reporter.measured(now.step, loss, best)
 
+    def _keep(self, path: Path) -> None:
+        """Write the adapter."""
+        if self._workers.first:
+            with atomic_folder(path, overwrite=True) as folder:
+                save_adapter(folder, self._model, base=self._base)
+
+    def _share_state(self) -> None:
+        self._progress = share_state(self._workers, self._model, self._optimizer, self._progress)
+
     def _save(self) -> None:
+        self._share_state()
+        if not self._workers.first:
+            return
         path = save_checkpoint(
             self._run.checkpoints,
             self._model,
@@ -246,7 +285,8 @@ class Trainer:
         self._reporter.saved(path)
 
     def _diverged(self, batches: list[Batch], loss: float) -> TrainingDiverged:
-        records = sorted(r for b in batches for r in b.records)
+        own = " ".join(str(r) for b in batches for r in b.records)
+        records = sorted(int(r) for text in self._workers.texts(own) for r in text.split())
         good = checkpoints(self._run.checkpoints)
         what = f"the loss became {loss}" if not math.isfinite(loss) else "the gradient overflowed"
         return TrainingDiverged(
@@ -257,6 +297,16 @@ class Trainer:
         )
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What a step sees, over all workers: loss weights, tokens and samples."""
+
+    weight: float
+    tokens: int
+    supervised: int
+    examples: int
+
+
 class _Since:
     """Losses since the last report."""
 
@@ -265,8 +315,7 @@ class _Since:
         self._sum = 0.0
         self._weight = 0.0
 
-    def add(self, loss: float, batches: list[Batch]) -> None:
-        weight = sum(batch.weight for batch in batches)
+    def add(self, loss: float, weight: float) -> None:
         self._sum += loss * weight
         self._weight += weight
 
@@ -276,25 +325,24 @@ class _Since:
 
 
 @contextmanager
-def _stop_on_interrupt() -> Iterator[_Stopping]:
-    """The first Ctrl-C asks for a stop after this step; the second stops at once."""
-    stopping = _Stopping()
+def _stop_on_interrupt(workers: Workers) -> Iterator[None]:
+    """The first Ctrl-C asks for a stop after this step; the second stops at once.
 
-    def handle(_signal: int, _frame: FrameType | None) -> None:
-        if stopping.asked:
+    To workers on another machine Ctrl-C comes as the loss of their terminal (SIGHUP).
+    """
+    asked = False
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        stopping.asked = True
+        asked = asked or number == signal.SIGINT
+        workers.ask_to_stop()
 
-    before = signal.signal(signal.SIGINT, handle)
+    numbers = [signal.SIGINT] if workers.size == 1 else [signal.SIGINT, signal.SIGHUP]
+    before = [signal.signal(number, ask) for number in numbers]
     try:
-        yield stopping
+        yield
     finally:
-        signal.signal(signal.SIGINT, before)
-
-
-class _Stopping:
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __call__(self) -> bool:
-        return self.asked
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

@@ -59,6 +59,7 @@ class Outline:
     held_out: int
     first_step: int
     total_steps: int
+    workers: int = 1
 
 
 class Reporter(Protocol):

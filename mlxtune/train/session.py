@@ -5,7 +5,10 @@ The one place that knows the whole recipe; each room below is given its own part
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +39,15 @@ from mlxtune.models.load import DTYPES, LoadedModel, load_model, load_tokenizer
 from mlxtune.models.packed import enable_packs
 from mlxtune.models.resolve import ModelSource, resolve_model
 from mlxtune.models.targets import find_targets
+from mlxtune.recipe.load import dump_recipe
 from mlxtune.recipe.schema import ModelSection, Recipe, TrainSection
 from mlxtune.train.blocks import checkpoint_blocks
 from mlxtune.train.corpus import Corpus, check_sources, held_out_source, read_corpus, source_of
+from mlxtune.train.distributed import Workers, join
 from mlxtune.train.lanes import lanes_of_device
 from mlxtune.train.loop import Interrupted, Trainer
 from mlxtune.train.memory import GB, blocks_to_checkpoint, keep_within, memory_budget
-from mlxtune.train.metrics import Outline, Reporter
+from mlxtune.train.metrics import Outline, Reporter, Silent
 from mlxtune.train.run import Run, adapter_folder
 
 
@@ -53,6 +58,7 @@ def fine_tune(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    workers: Workers | None = None,
 ) -> Run:
     """Train what a recipe says, in the run folder `path`.
 
@@ -62,15 +68,26 @@ def fine_tune(
         reporter: is told how it goes.
         resume: go on from the run's latest checkpoint.
         overwrite: replace a run that is there.
+        workers: those to train with; by default the ones that the launcher started
+            together with this process, if any. The first one alone writes.
 
     Raises:
         MlxtuneError: whatever is wrong with the recipe's model, data or targets, before
             anything is written; or with the disk or the numbers while training.
         Interrupted: after Ctrl-C, with everything saved.
     """
-    recipe = _with_absolute_paths(recipe)
-    run = _resumable(path, recipe) if resume else None
-    if run is None:
+    workers = workers or join()
+    with workers:
+        workers.require_same({"recipe": dump_recipe(recipe)})
+        reporter = reporter if workers.first else Silent()
+        return _fine_tune(_with_absolute_paths(recipe), path, reporter, resume, overwrite, workers)
+
+
+def _fine_tune(
+    recipe: Recipe, path: Path, reporter: Reporter, resume: bool, overwrite: bool, workers: Workers
+) -> Run:
+    run = _resumable(path, recipe) if resume and workers.first else None
+    if run is None and workers.first:
         Run.require_free(path, overwrite=overwrite)
     # What is wrong with adapter and data is told before a large model is fetched and loaded.
     initial = None
@@ -78,7 +95,10 @@ def fine_tune(
         # A checkpoint is further on.
         initial = read_adapter(adapter_folder(Path(path_of_initial)))
     check_sources(recipe, rows=100)
-    corpus = read_corpus(recipe, Renderer(tokenizer_of(recipe.model)), reporter.tokenized)
+    workers.barrier()
+    renderer = Renderer(tokenizer_of(recipe.model))
+    corpus = read_corpus(recipe, renderer, reporter.tokenized)
+    workers.barrier()
     base, packing, notes = adapted_model(recipe, initial)
     notes = [*corpus.notes(), *notes]
     plan = Plan(
@@ -87,17 +107,23 @@ def fine_tune(
         recipe.train.gradient_accumulation_steps,
         recipe.seed,
         layout_for(packing),
+        workers.rank,
+        workers.size,
     )
-    facts = _facts(recipe, base.source)
+    facts = _facts(recipe, base.source, workers)
+    workers.require_same(_shared_facts(facts, renderer))
     before = run.status() if run is not None else {}
     budget = memory_budget(recipe.train.memory_limit)
     keep_within(budget)
     # Blocks computed twice draw their dropout apart, so a resumed run does as it did before.
     if (twice := before.get("checkpointed_blocks")) is None:
         twice = blocks_computed_twice(base.model, plan, recipe.train, budget, notes)
+    twice = json.loads(workers.texts(json.dumps(twice))[0])
     facts["checkpointed_blocks"] = twice
     checkpoint_blocks(base.model, twice)
-    if run is None:
+    if not workers.first:
+        run = Run(path)  # which it neither reads nor writes
+    elif run is None:
         run = Run.create(path, recipe, facts, overwrite=overwrite)
     else:
         _require_same(before, facts)
@@ -112,17 +138,26 @@ def fine_tune(
         log=recipe.log,
         base=recipe.model.path,
         reporter=reporter,
+        workers=workers,
     )
     first = 0
     if resume:
         first, damaged = trainer.resume()
         notes += damaged
     reporter.started(
-        _outline(recipe, run, base, corpus, packing, notes, first, trainer.total_steps)
+        _outline(recipe, run, base, corpus, packing, notes, first, trainer.total_steps, workers)
     )
+    with _status_kept(run) if workers.first else nullcontext():
+        trainer()
+    return run
+
+
+@contextmanager
+def _status_kept(run: Run) -> Iterator[None]:
+    """run.json says how it went."""
     run.write_status(status="running")
     try:
-        trainer()
+        yield
     except (Interrupted, KeyboardInterrupt):
         run.write_status(status="interrupted")
         raise
@@ -130,7 +165,6 @@ def fine_tune(
         run.write_status(status="failed")
         raise
     run.write_status(status="finished")
-    return run
 
 
 def adapted_model(
@@ -333,7 +367,7 @@ def _flat(values: dict[str, Any]) -> dict[str, str]:
     return parts
 
 
-def _facts(recipe: Recipe, source: ModelSource) -> dict[str, Any]:
+def _facts(recipe: Recipe, source: ModelSource, workers: Workers) -> dict[str, Any]:
     """What run.json says of the circumstances."""
     sources = [source_of(section) for section in recipe.data]
     if (held_out := held_out_source(recipe.eval)) is not None:
@@ -351,12 +385,24 @@ def _facts(recipe: Recipe, source: ModelSource) -> dict[str, Any]:
             "mlx-lm": _version("mlx-lm"),
         },
         "device": device_name(),
+        "workers": workers.size,
         "seed": recipe.seed,
         "hashes": {
             "model": _fingerprint(source),
             **{str(path): sha256(path) for path in files},
             **{s.path: s.fingerprint() for s in sources if s.path.startswith(HUB)},
         },
+    }
+
+
+def _shared_facts(facts: dict[str, Any], renderer: Renderer) -> dict[str, str]:
+    """What all workers need to have alike, wherever it lies on their disks."""
+    model, *data = facts["hashes"].values()
+    return {
+        "versions of mlxtune, MLX and mlx-lm": str(facts["versions"]),
+        "model": model,
+        "tokenizer": renderer.identity(),
+        "data": " ".join(data),
     }
 
 
@@ -374,6 +420,12 @@ def _fingerprint(source: ModelSource) -> str:
 
 
 def _require_same(status: dict[str, Any], facts: dict[str, Any]) -> None:
+    if (before := status.get("workers", 1)) != facts["workers"]:
+        raise RunError(
+            f"the run was begun with {before} workers, and there are {facts['workers']} now: its "
+            "steps would not be what they were",
+            remedy=f"go on with {before}, or start anew with --overwrite",
+        )
     for name, value in facts["hashes"].items():
         if status.get("hashes", {}).get(name) != value:
             raise RunError(
@@ -397,6 +449,7 @@ def _outline(
     notes: list[str],
     first: int,
     total: int,
+    workers: Workers,
 ) -> Outline:
     return Outline(
         run=run.path,
@@ -411,6 +464,7 @@ def _outline(
         held_out=len(corpus.held_out),
         first_step=first,
         total_steps=total,
+        workers=workers.size,
     )
 
 

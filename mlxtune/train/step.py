@@ -17,6 +17,7 @@ from mlxtune.data.pack import TARGET_STEP, Batch
 from mlxtune.losses.cross_entropy import chunked_cross_entropy, weighted_cross_entropy
 from mlxtune.models.heads import split_head
 from mlxtune.models.packed import PackCache
+from mlxtune.train.distributed import Workers
 from mlxtune.train.lanes import Lanes
 from mlxtune.train.optim import update
 
@@ -99,7 +100,7 @@ class TrainStep:
     """Forward, backward, clip, update; compiled over model, optimizer and RNG state.
 
     The weights of all batches of a step are divided by their sum over the whole step, so
-    8 x 1 and 1 x 8 are the same mathematics whatever the lengths.
+    8 x 1 and 1 x 8 are the same mathematics whatever the lengths, on one worker or many.
 
     Args:
         model: with its adapters in place and all else frozen.
@@ -108,6 +109,7 @@ class TrainStep:
         lora_plus_ratio: see `optim.update`.
         lanes: computes batches side by side where that pays.
         compiled: compile the step; by default wherever that pays.
+        workers: those that each step's batches are spread over.
     """
 
     def __init__(
@@ -119,7 +121,9 @@ class TrainStep:
         lora_plus_ratio: float = 1.0,
         lanes: Lanes | None = None,
         compiled: bool | None = None,
+        workers: Workers | None = None,
     ) -> None:
+        self._workers = workers or Workers()
         self._model = model
         self._lanes = lanes or Lanes()
         self._optimizer = optimizer
@@ -140,26 +144,39 @@ class TrainStep:
             self._one = mx.compile(self._gradient, inputs=state, outputs=state)
             self._finish = mx.compile(self._update, inputs=state, outputs=state)
 
-    def __call__(self, batches: list[Batch], learning_rate: float) -> StepResult:
-        """Train on the batches of one step."""
+    def __call__(
+        self, batches: list[Batch], learning_rate: float, weight: float | None = None
+    ) -> StepResult:
+        """Train on the batches of one step.
+
+        Args:
+            batches: this worker's; none, if the others have some.
+            learning_rate: of this step.
+            weight: sum of all workers' loss weights; by default these batches are all.
+        """
         self._optimizer.learning_rate = mx.array(learning_rate)
-        weight = sum(batch.weight for batch in batches)
-        if len(batches) == 1 and self._lanes.count == 1:
+        if weight is None:
+            weight = sum(batch.weight for batch in batches)
+        if len(batches) == 1 and self._lanes.count == 1 and self._workers.size == 1:
             (batch,) = batches
             loss, norm = self._whole(batch_arrays(batch, weight), batch.prefix, batch.packed)
             return StepResult(loss, norm)
         loss, gradients = mx.array(0.0), None
-        for at in range(0, len(batches), self._lanes.count):
-            # Each round's activations are released before the next is begun.
-            for more, of_batch in self._lanes(
-                [
-                    partial(self._one, batch_arrays(batch, weight), batch.prefix, batch.packed)
-                    for batch in batches[at : at + self._lanes.count]
-                ]
-            ):
-                loss = loss + more
-                gradients = _sum(gradients, of_batch)
-            mx.eval(loss, gradients)
+        with self._workers.own_randomness():
+            for at in range(0, len(batches), self._lanes.count):
+                # Each round's activations are released before the next is begun.
+                for more, of_batch in self._lanes(
+                    [
+                        partial(self._one, batch_arrays(batch, weight), batch.prefix, batch.packed)
+                        for batch in batches[at : at + self._lanes.count]
+                    ]
+                ):
+                    loss = loss + more
+                    gradients = _sum(gradients, of_batch)
+                mx.eval(loss, gradients)
+        if gradients is None:
+            gradients = tree_map(mx.zeros_like, self._model.trainable_parameters())
+        loss, gradients = self._workers.sum((loss, gradients))
         return StepResult(loss, self._finish(gradients))
 
     # ------------------------------------------------------------------ the step itself
