@@ -146,7 +146,8 @@ class TrainSection(Section):
     """`[train]`: how it is trained.
 
     `decay_ratio` is the share of all steps over which `warmup_stable_decay` goes to zero.
-    With `lora_plus_ratio` the B matrices of adapters learn that many times faster.
+    With `lora_plus_ratio` the B matrices of adapters learn that many times faster. The
+    `adam_` keys take the place of the optimizer's own values, where it has them.
     """
 
     epochs: float = Field(default=3.0, gt=0)
@@ -159,11 +160,26 @@ class TrainSection(Section):
     decay_ratio: float = Field(default=0.1, gt=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, ge=0)
-    optimizer: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "lion", "muon", "sgd"] = "adamw"
+    adam_beta1: float | None = Field(default=None, ge=0, lt=1)
+    adam_beta2: float | None = Field(default=None, ge=0, lt=1)
+    adam_epsilon: float | None = Field(default=None, gt=0)
     lora_plus_ratio: float = Field(default=1.0, gt=0)
     max_seq_length: PositiveInt = 2048
     packing: bool = True
     gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _has_moments(self) -> TrainSection:
+        owners = {
+            "adam_beta1": ("adamw", "adamw_8bit", "lion"),
+            "adam_beta2": ("adamw", "adamw_8bit", "lion"),
+            "adam_epsilon": ("adamw", "adamw_8bit"),
+        }
+        for key, optimizers in owners.items():
+            if getattr(self, key) is not None and self.optimizer not in optimizers:
+                raise ValueError(f"{key} goes with {', '.join(optimizers)}, not {self.optimizer}")
+        return self
 
 
 class EvalSection(Section):

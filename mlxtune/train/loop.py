@@ -84,7 +84,14 @@ class Trainer:
         self._reporter = reporter
         self.total_steps = plan.total_steps(epochs=train.epochs, max_steps=train.max_steps)
         self._eval_every = evaluation.steps or plan.steps_per_epoch
-        self._optimizer = make_optimizer(train.optimizer, model, weight_decay=train.weight_decay)
+        self._optimizer = make_optimizer(
+            train.optimizer,
+            model,
+            weight_decay=train.weight_decay,
+            beta1=train.adam_beta1,
+            beta2=train.adam_beta2,
+            epsilon=train.adam_epsilon,
+        )
         self._progress = Progress()
 
     def resume(self) -> tuple[int, list[str]]:
