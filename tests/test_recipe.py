@@ -73,6 +73,7 @@ DEFAULTS = {
         "adam_beta2": None,
         "adam_epsilon": None,
         "lora_plus_ratio": 1.0,
+        "neftune_noise_alpha": 0.0,
         "max_seq_length": 2048,
         "packing": True,
         "gradient_checkpointing": False,

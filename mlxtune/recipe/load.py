@@ -52,6 +52,7 @@ FOREIGN_NAMES = {
     "lr_schedule": "train.lr_scheduler",
     "warmup_steps": "train.warmup_ratio (a share of all steps)",
     "optim": "train.optimizer",
+    "neftune_alpha": "train.neftune_noise_alpha",
     "gradient_clipping": "train.max_grad_norm",
     "sequence_len": "train.max_seq_length",
     "max_length": "train.max_seq_length",

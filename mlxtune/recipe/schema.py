@@ -147,7 +147,8 @@ class TrainSection(Section):
 
     `decay_ratio` is the share of all steps over which `warmup_stable_decay` goes to zero.
     With `lora_plus_ratio` the B matrices of adapters learn that many times faster. The
-    `adam_` keys take the place of the optimizer's own values, where it has them.
+    `adam_` keys take the place of the optimizer's own values, where it has them. With
+    `neftune_noise_alpha` embeddings carry noise in training (NEFTune).
     """
 
     epochs: float = Field(default=3.0, gt=0)
@@ -165,6 +166,7 @@ class TrainSection(Section):
     adam_beta2: float | None = Field(default=None, ge=0, lt=1)
     adam_epsilon: float | None = Field(default=None, gt=0)
     lora_plus_ratio: float = Field(default=1.0, gt=0)
+    neftune_noise_alpha: float = Field(default=0.0, ge=0)
     max_seq_length: PositiveInt = 2048
     packing: bool = True
     gradient_checkpointing: bool = False

@@ -38,6 +38,7 @@ from mlxtune.train.blocks import checkpoint_blocks
 from mlxtune.train.corpus import Corpus, check_sources, held_out_source, read_corpus, source_of
 from mlxtune.train.loop import Interrupted, Trainer
 from mlxtune.train.metrics import Outline, Reporter
+from mlxtune.train.neftune import add_embedding_noise
 from mlxtune.train.run import Run
 
 
@@ -90,6 +91,8 @@ def fine_tune(
     add_lora(base.model, targets, rank=lora.rank, scale=lora.scale, dropout=lora.dropout)
     if recipe.train.gradient_checkpointing:
         checkpoint_blocks(base.model)
+    if recipe.train.neftune_noise_alpha:
+        add_embedding_noise(base.model, recipe.train.neftune_noise_alpha)
     facts = _facts(recipe, base.source)
     if run is None:
         run = Run.create(path, recipe, facts, overwrite=overwrite)

@@ -16,6 +16,7 @@ from mlxtune.data.pack import TARGET_STEP, Batch
 from mlxtune.losses.cross_entropy import chunked_cross_entropy, weighted_cross_entropy
 from mlxtune.models.heads import split_head
 from mlxtune.models.packed import PackCache
+from mlxtune.train.neftune import embedding_noise, noise_sizes
 from mlxtune.train.optim import update
 
 Arrays = dict[str, mx.array]
@@ -59,7 +60,8 @@ class LossFunction:
         # Without a cache the model masks causally, and padding at the right of a row is
         # never looked at.
         body, head = self._parts or (self._model, None)
-        hidden = body(tokens, **call)
+        with embedding_noise(self._model, arrays["noise"]):
+            hidden = body(tokens, **call)
         chosen = hidden.reshape(-1, hidden.shape[-1])[arrays["sources"]]
         targets, weights = arrays["targets"], arrays["weights"]
         if head is None:  # the body gave logits already
@@ -83,6 +85,7 @@ def batch_arrays(batch: Batch, weight: float = 1.0) -> Arrays:
         "sources": mx.array(batch.sources),
         "targets": mx.array(batch.targets),
         "weights": mx.array(batch.weights / weight),
+        "noise": mx.array(noise_sizes(batch)),
     }
     if batch.packed:
         arrays |= {
