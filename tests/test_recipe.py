@@ -66,6 +66,7 @@ DEFAULTS = {
         "lr_scheduler": "cosine",
         "warmup_ratio": 0.03,
         "decay_ratio": 0.1,
+        "min_lr_ratio": 0.0,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "optimizer": "adamw",

@@ -145,7 +145,8 @@ class PrepSection(Section):
 class TrainSection(Section):
     """`[train]`: how it is trained.
 
-    `decay_ratio` is the share of all steps over which `warmup_stable_decay` goes to zero.
+    `decay_ratio` is the share of all steps over which `warmup_stable_decay` goes to zero,
+    and `min_lr_ratio` the share of the rate that schedules end at instead of zero.
     With `lora_plus_ratio` the B matrices of adapters learn that many times faster. The
     `adam_` keys take the place of the optimizer's own values, where it has them. With
     `neftune_noise_alpha` embeddings carry noise in training (NEFTune).
@@ -159,6 +160,7 @@ class TrainSection(Section):
     lr_scheduler: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "cosine"
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     decay_ratio: float = Field(default=0.1, gt=0, le=1)
+    min_lr_ratio: float = Field(default=0.0, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, ge=0)
     optimizer: Literal["adamw", "adamw_8bit", "adafactor", "lion", "muon", "sgd"] = "adamw"
@@ -170,6 +172,12 @@ class TrainSection(Section):
     max_seq_length: PositiveInt = 2048
     packing: bool = True
     gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _has_an_end(self) -> TrainSection:
+        if self.min_lr_ratio and self.lr_scheduler == "constant":
+            raise ValueError("min_lr_ratio goes with a lr_scheduler that decays, not constant")
+        return self
 
     @model_validator(mode="after")
     def _has_moments(self) -> TrainSection:

@@ -181,6 +181,7 @@ class Trainer:
             warmup_steps=warmup,
             kind=self._train.lr_scheduler,
             decay_steps=round(self._train.decay_ratio * self.total_steps),
+            min_ratio=self._train.min_lr_ratio,
         )
 
     def _advance(self, batches: list[Batch], seconds: float) -> None:
