@@ -42,6 +42,8 @@ class StepResult:
 class LossFunction:
     """Sum of weighted losses of a batch, logits computed only where there is a loss.
 
+    In training the embeddings carry noise if the model was given any (`neftune`).
+
     Args:
         model: an mlx-lm model; for packed batches `enable_packs` must have been called.
     """
