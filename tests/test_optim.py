@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -92,7 +94,14 @@ def adafactor(w, gradients):
     return w
 
 
-PAPERS = {"adamw": adamw, "lion": lion, "sgd": sgd, "muon": muon, "adafactor": adafactor}
+PAPERS = {
+    "adamw": adamw,
+    "adamw_8bit": adamw,  # at this size its moments are kept in full
+    "lion": lion,
+    "sgd": sgd,
+    "muon": muon,
+    "adafactor": adafactor,
+}
 
 
 def test_these_are_all_that_a_recipe_can_name():
@@ -113,6 +122,102 @@ def test_a_few_steps_are_those_of_the_paper(name):
         update(optimizer, model, {"weight": mx.array(gradient.astype(np.float32))})
     expected = PAPERS[name](weight, gradients)
     assert np.abs(np.array(model.weight) - expected).max() < 2e-5
+
+
+class Two(dict):
+    """A 'model' of a matrix and a vector."""
+
+    def __init__(self) -> None:
+        super().__init__(matrix=mx.full((64, 64), 2.0), vector=mx.full((4096,), 2.0))
+
+    def trainable_parameters(self) -> dict[str, mx.array]:
+        return self
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_decay_reaches_matrices_and_not_vectors(name):
+    moved = {}
+    for decay in (0.0, 0.5):
+        model = Two()
+        optimizer = make_optimizer(name, model, weight_decay=decay)
+        optimizer.learning_rate = mx.array(RATE)
+        rising = {n: mx.arange(v.size).reshape(v.shape) / v.size for n, v in model.items()}
+        update(optimizer, model, rising)
+        moved[decay] = dict(model)
+    assert mx.array_equal(moved[0.0]["vector"], moved[0.5]["vector"]).item()
+    assert not mx.allclose(moved[0.0]["vector"], mx.array(2.0)).item()
+    lost = moved[0.0]["matrix"] - moved[0.5]["matrix"]
+    assert mx.abs(lost).max().item() > 1e-4
+    if name not in ("muon", "sgd"):  # a share of the weights
+        assert mx.allclose(lost, mx.array(RATE * 0.5 * 2.0), rtol=1e-3).item()
+
+
+def torch_adamw(weight, gradients, **options):
+    torch = pytest.importorskip("torch")
+    parameter = torch.nn.Parameter(torch.tensor(weight))
+    optimizer = torch.optim.AdamW([parameter], lr=RATE, weight_decay=DECAY, **options)
+    for gradient in gradients:
+        parameter.grad = torch.tensor(gradient)
+        optimizer.step()
+    return parameter.detach().numpy()
+
+
+def lion_with(beta1, beta2):
+    def run(w, gradients):
+        m = np.zeros_like(w)
+        for g in gradients:
+            w = w * (1 - RATE * DECAY) - RATE * np.sign(beta1 * m + (1 - beta1) * g)
+            m = beta2 * m + (1 - beta2) * g
+        return w
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "want"),
+    [
+        ("adamw", {"beta1": 0.5}, lambda *a: torch_adamw(*a, betas=(0.5, 0.999))),
+        ("adamw", {"beta2": 0.9}, lambda *a: torch_adamw(*a, betas=(0.9, 0.9))),
+        ("adamw", {"epsilon": 0.1}, lambda *a: torch_adamw(*a, eps=0.1)),
+        (
+            "adamw_8bit",
+            {"beta1": 0.5, "beta2": 0.9, "epsilon": 0.1},
+            lambda *a: torch_adamw(*a, betas=(0.5, 0.9), eps=0.1),
+        ),
+        ("lion", {"beta1": 0.3}, lion_with(0.3, 0.99)),
+        ("lion", {"beta2": 0.5}, lion_with(0.9, 0.5)),
+    ],
+    ids=str,
+)
+def test_betas_and_epsilon_are_those_that_are_given(name, options, want):
+    generator = np.random.default_rng(0)
+    weight = generator.normal(size=(4, 6)).astype(np.float32)
+    gradients = generator.normal(size=(STEPS, 4, 6)).astype(np.float32)
+
+    def ours(**given):
+        model = One(weight)
+        optimizer = make_optimizer(name, model, weight_decay=DECAY, **given)
+        optimizer.learning_rate = mx.array(RATE)
+        for gradient in gradients:
+            update(optimizer, model, {"weight": mx.array(gradient)})
+        return np.array(model.weight)
+
+    assert np.abs(ours(**options) - want(weight, gradients)).max() < 2e-5
+    assert np.abs(ours(**options) - ours()).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("lion", "adam_epsilon"),
+        *product(["adafactor", "muon", "sgd"], ["adam_beta1", "adam_beta2", "adam_epsilon"]),
+    ],
+)
+def test_what_an_optimizer_does_not_have_is_refused(name, key):
+    with pytest.raises(ValueError, match=f"{key} goes with adamw, adamw_8bit.*not {name}"):
+        TrainSection.model_validate({"optimizer": name, key: 0.5})
+    with pytest.raises(ValueError, match=f"{name} has no"):
+        make_optimizer(name, Two(), weight_decay=0.0, **{key.removeprefix("adam_"): 0.5})
 
 
 def trained(**settings):

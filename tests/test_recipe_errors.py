@@ -7,7 +7,7 @@ import tomllib
 import pytest
 
 from mlxtune.errors import RecipeError
-from mlxtune.recipe.load import FOREIGN_NAMES, load_recipe
+from mlxtune.recipe.load import FOREIGN_NAMES, FOREIGN_VALUES, load_recipe
 
 MINIMAL = """
 name = "minimal"
@@ -133,6 +133,36 @@ def test_every_foreign_name_leads_to_a_key_there_is(recipe_file):
     keys = {f"{table}.{key}" for table, v in values.items() if isinstance(v, dict) for key in v}
     keys |= {f"[{table}]" for table in values} | {"[[data]]", *values}
     assert {ours.split()[0] for ours in FOREIGN_NAMES.values()} <= keys
+
+
+@pytest.mark.parametrize(
+    ("key", "foreign", "ours"),
+    [
+        (key, foreign, ours)
+        for key, values in FOREIGN_VALUES.items()
+        for foreign, ours in values.items()
+    ],
+)
+def test_the_values_of_other_trainers_are_known(problems, recipe_file, key, foreign, ours):
+    assert problems(MINIMAL, f"{key}={foreign}")[key][1] == f"here it is called {ours}"
+    load_recipe(recipe_file(MINIMAL), [f"{key}={ours.partition(',')[0]}"])
+
+
+def test_other_wrong_values_are_answered_with_those_there_are(problems):
+    what, remedy = problems(MINIMAL, "train.optimizer=adagrad")["train.optimizer"]
+    assert "'adamw_8bit'" in what and remedy is None
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        ("train.optimizer=sgd", "train.adam_beta1=0.5", "adam_beta1 goes with adamw,"),
+        ("train.optimizer=lion", "train.adam_epsilon=1e-6", "adam_epsilon goes with adamw,"),
+        ("train.lr_scheduler=constant", "train.min_lr_ratio=0.1", "min_lr_ratio goes with"),
+    ],
+)
+def test_a_key_without_effect_is_refused(problems, first, second, told):
+    assert problems(MINIMAL, first, second)["train"][0].startswith(told)
 
 
 def test_a_key_in_the_wrong_table_is_sent_to_its_own(problems):

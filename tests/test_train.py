@@ -115,8 +115,13 @@ def test_accumulation_is_the_same_mathematics(recipe, few, tmp_path):
         {"train": {"lr_scheduler": "constant"}},
         {"train": {"lr_scheduler": "linear"}},
         {"train": {"warmup_ratio": 0.5}},
+        {"train": {"min_lr_ratio": 0.5}},
         {"train": {"weight_decay": 0.5}},
         {"train": {"max_grad_norm": 0.01}},
+        {"train": {"adam_beta1": 0.5}},
+        {"train": {"adam_beta2": 0.9}},
+        {"train": {"adam_epsilon": 1e-3}},
+        {"train": {"neftune_noise_alpha": 5.0}},
         {"seed": 1},
     ],
     ids=str,
@@ -214,7 +219,11 @@ class StopAt(Silent):
 
 def test_interrupted_and_resumed_is_the_uninterrupted_run(recipe, few, tmp_path):
     settings = recipe(
-        few, lora={"dropout": 0.1}, checkpoint={"steps": 2}, eval={"path": str(few), "steps": 3}
+        few,
+        lora={"dropout": 0.1},
+        train={"neftune_noise_alpha": 5.0},
+        checkpoint={"steps": 2},
+        eval={"path": str(few), "steps": 3},
     )
     straight = fine_tune(settings, tmp_path / "straight", Silent())
     with pytest.raises(Interrupted):

@@ -58,8 +58,11 @@ FOREIGN_NAMES = {
     "lr": "train.learning_rate",
     "lr_scheduler_type": "train.lr_scheduler",
     "lr_schedule": "train.lr_scheduler",
+    "min_lr_rate": "train.min_lr_ratio",
+    "cosine_min_lr_ratio": "train.min_lr_ratio",
     "warmup_steps": "train.warmup_ratio (a share of all steps)",
     "optim": "train.optimizer",
+    "neftune_alpha": "train.neftune_noise_alpha",
     "gradient_clipping": "train.max_grad_norm",
     "sequence_len": "train.max_seq_length",
     "max_length": "train.max_seq_length",
@@ -77,6 +80,30 @@ FOREIGN_NAMES = {
     "logging_steps": "log.steps",
     "steps_per_report": "log.steps",
     "output_dir": "name (runs go to runs/<name>)",
+}
+
+# What they call values of ours.
+FOREIGN_VALUES = {
+    "train.optimizer": {
+        "adam": "adamw",
+        "adamw_torch": "adamw",
+        "adamw_torch_fused": "adamw",
+        "adamw_hf": "adamw",
+        "paged_adamw": "adamw",
+        "paged_adamw_32bit": "adamw",
+        "adamw8bit": "adamw_8bit",
+        "adamw_bnb_8bit": "adamw_8bit",
+        "adamw_torch_8bit": "adamw_8bit",
+        "paged_adamw_8bit": "adamw_8bit",
+        "lion_32bit": "lion",
+        "paged_lion_32bit": "lion",
+    },
+    "train.lr_scheduler": {
+        "constant_with_warmup": "constant, with warmup_ratio",
+        "cosine_decay": "cosine",
+        "cosine_with_min_lr": "cosine, with min_lr_ratio",
+        "wsd": "warmup_stable_decay",
+    },
 }
 
 
@@ -236,8 +263,12 @@ def _problem(detail: Any) -> MlxtuneError:
     if location == ("data",) and isinstance(detail["input"], dict):
         return MlxtuneError("is a single table", where=where, remedy="write [[data]]")
     message = _IN_TOML_WORDS.get(detail["type"], str(detail["msg"]).removeprefix("Value error, "))
+    value = detail["input"]
+    ours = FOREIGN_VALUES.get(where, {}).get(value) if isinstance(value, str) else None
     return MlxtuneError(
-        f"{message[0].lower()}{message[1:]} (it is {detail['input']!r})", where=where
+        f"{message[0].lower()}{message[1:]} (it is {value!r})",
+        where=where,
+        remedy=f"here it is called {ours}" if ours else None,
     )
 
 

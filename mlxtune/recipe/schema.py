@@ -181,8 +181,11 @@ class PrepSection(Section):
 class TrainSection(Section):
     """`[train]`: how it is trained.
 
-    `decay_ratio` is the share of all steps over which `warmup_stable_decay` goes to zero.
-    With `lora_plus_ratio` the B matrices of adapters learn that many times faster.
+    `decay_ratio` is the share of all steps over which `warmup_stable_decay` goes to zero,
+    and `min_lr_ratio` the share of the rate that schedules end at instead of zero.
+    With `lora_plus_ratio` the B matrices of adapters learn that many times faster. The
+    `adam_` keys take the place of the optimizer's own values, where it has them. With
+    `neftune_noise_alpha` embeddings carry noise in training (NEFTune).
     `gradient_checkpointing` computes blocks a second time instead of keeping what they
     computed: all of them, every k-th, or with `auto` no more than `memory_limit` asks for
     (GB; by default what the device recommends).
@@ -196,14 +199,37 @@ class TrainSection(Section):
     lr_scheduler: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "cosine"
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     decay_ratio: float = Field(default=0.1, gt=0, le=1)
+    min_lr_ratio: float = Field(default=0.0, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, ge=0)
-    optimizer: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "lion", "muon", "sgd"] = "adamw"
+    adam_beta1: float | None = Field(default=None, ge=0, lt=1)
+    adam_beta2: float | None = Field(default=None, ge=0, lt=1)
+    adam_epsilon: float | None = Field(default=None, gt=0)
     lora_plus_ratio: float = Field(default=1.0, gt=0)
+    neftune_noise_alpha: float = Field(default=0.0, ge=0)
     max_seq_length: PositiveInt = 2048
     packing: bool = True
     gradient_checkpointing: bool | Literal["auto"] | PositiveInt = "auto"
     memory_limit: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _has_an_end(self) -> TrainSection:
+        if self.min_lr_ratio and self.lr_scheduler == "constant":
+            raise ValueError("min_lr_ratio goes with a lr_scheduler that decays, not constant")
+        return self
+
+    @model_validator(mode="after")
+    def _has_moments(self) -> TrainSection:
+        owners = {
+            "adam_beta1": ("adamw", "adamw_8bit", "lion"),
+            "adam_beta2": ("adamw", "adamw_8bit", "lion"),
+            "adam_epsilon": ("adamw", "adamw_8bit"),
+        }
+        for key, optimizers in owners.items():
+            if getattr(self, key) is not None and self.optimizer not in optimizers:
+                raise ValueError(f"{key} goes with {', '.join(optimizers)}, not {self.optimizer}")
+        return self
 
 
 class EvalSection(Section):

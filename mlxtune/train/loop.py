@@ -91,7 +91,14 @@ class Trainer:
         self._workers = workers
         self.total_steps = plan.total_steps(epochs=train.epochs, max_steps=train.max_steps)
         self._eval_every = evaluation.steps or plan.steps_per_epoch
-        self._optimizer = make_optimizer(train.optimizer, model, weight_decay=train.weight_decay)
+        self._optimizer = make_optimizer(
+            train.optimizer,
+            model,
+            weight_decay=train.weight_decay,
+            beta1=train.adam_beta1,
+            beta2=train.adam_beta2,
+            epsilon=train.adam_epsilon,
+        )
         self._progress = Progress()
         self._lanes = Lanes(plan.layout.lanes)
 
@@ -190,6 +197,7 @@ class Trainer:
             warmup_steps=warmup,
             kind=self._train.lr_scheduler,
             decay_steps=round(self._train.decay_ratio * self.total_steps),
+            min_ratio=self._train.min_lr_ratio,
         )
 
     def _seen(self, batches: list[Batch]) -> _Seen:

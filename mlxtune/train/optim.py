@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -10,41 +11,98 @@ import mlx.nn as nn
 import mlx.optimizers
 from mlx.utils import tree_map_with_path
 
+from mlxtune.train.adamw8bit import AdamW8bit
+
 Optimizer = mlx.optimizers.Optimizer
 
 
-def make_optimizer(name: str, model: nn.Module, *, weight_decay: float) -> Optimizer:
+def make_optimizer(
+    name: str,
+    model: nn.Module,
+    *,
+    weight_decay: float,
+    beta1: float | None = None,
+    beta2: float | None = None,
+    epsilon: float | None = None,
+) -> Optimizer:
     """An optimizer with its state ready for the model's trainable parameters.
 
     The learning rate is given at each step. Decay is decoupled (a share of the weights,
     times the learning rate) in all but `muon` and `sgd`, where it is added to the gradient.
+    It reaches matrices only: vectors (biases, norms, DoRA's magnitudes) are not decayed.
 
     `adamw`: Loshchilov & Hutter 2017 (arXiv:1711.05101), betas 0.9 and 0.999, eps 1e-8,
-    with bias correction as in the paper. `adafactor`: Shazeer & Stern 2018
+    with bias correction as in the paper. `adamw_8bit`: the same with moments of a byte
+    each (Dettmers et al. 2021, arXiv:2110.02861). `adafactor`: Shazeer & Stern 2018
     (arXiv:1804.04235), second moments of a matrix kept as one row and one column, no
     relative step. `lion`: Chen et al. 2023 (arXiv:2302.06675), betas 0.9 and 0.99; it wants
     a tenth of AdamW's learning rate. `muon`: Jordan et al. 2024, momentum 0.95, updates made
     orthogonal by Newton-Schulz iterations. `sgd`: momentum 0.9.
 
+    Args:
+        name: one of these.
+        model: with its adapters in place and all else frozen.
+        weight_decay: 0 for none.
+        beta1, beta2: other decay rates of the moments, of those that have two.
+        epsilon: another term in the denominator of AdamW.
+
     Raises:
-        ValueError: no optimizer has that name.
+        ValueError: no optimizer has that name, or it has no such betas or epsilon.
     """
     if name not in _MAKERS:
         raise ValueError(f"no optimizer is called {name!r}")
-    optimizer = _MAKERS[name](weight_decay)
+    options: dict[str, Any] = {}
+    if name in _BETAS:
+        usual1, usual2 = _BETAS[name]
+        options["betas"] = [
+            usual1 if beta1 is None else beta1,
+            usual2 if beta2 is None else beta2,
+        ]
+    elif beta1 is not None or beta2 is not None:
+        raise ValueError(f"{name} has no two betas")
+    if epsilon is not None:
+        if name not in ("adamw", "adamw_8bit"):
+            raise ValueError(f"{name} has no epsilon that can be chosen")
+        options["eps"] = epsilon
+    optimizer = _MAKERS[name](0.0, weight_decay=weight_decay, **options)
     optimizer.init(model.trainable_parameters())
     return optimizer
 
 
-_MAKERS: dict[str, Callable[[float], Optimizer]] = {
-    "adamw": lambda decay: mlx.optimizers.AdamW(0.0, weight_decay=decay, bias_correction=True),
-    "adafactor": lambda decay: mlx.optimizers.Adafactor(
-        0.0, weight_decay=decay, relative_step=False, scale_parameter=False
+class _DecaysMatrices(Optimizer):
+    """Put before an optimizer's own class, it keeps decay from vectors and scalars."""
+
+    weight_decay: float
+
+    def apply_single(
+        self, gradient: mx.array, parameter: mx.array, state: dict[str, Any]
+    ) -> mx.array:
+        decay = self.weight_decay
+        self.weight_decay = decay if parameter.ndim >= 2 else 0.0
+        try:
+            updated: mx.array = super().apply_single(gradient, parameter, state)
+        finally:
+            self.weight_decay = decay
+        return updated
+
+
+def _matrices(kind: type[Optimizer]) -> Callable[..., Optimizer]:
+    """An optimizer's class whose decay reaches matrices only."""
+    return type(kind.__name__, (_DecaysMatrices, kind), {})
+
+
+_MAKERS: dict[str, Callable[..., Optimizer]] = {
+    "adamw": partial(_matrices(mlx.optimizers.AdamW), bias_correction=True),
+    "adamw_8bit": partial(_matrices(AdamW8bit), bias_correction=True),
+    "adafactor": partial(
+        _matrices(mlx.optimizers.Adafactor), relative_step=False, scale_parameter=False
     ),
-    "lion": lambda decay: mlx.optimizers.Lion(0.0, weight_decay=decay),
-    "muon": lambda decay: mlx.optimizers.Muon(0.0, weight_decay=decay),
-    "sgd": lambda decay: mlx.optimizers.SGD(0.0, momentum=0.9, weight_decay=decay),
+    "lion": _matrices(mlx.optimizers.Lion),
+    "muon": _matrices(mlx.optimizers.Muon),
+    "sgd": partial(_matrices(mlx.optimizers.SGD), momentum=0.9),
 }
+
+_BETAS = {"adamw": (0.9, 0.999), "adamw_8bit": (0.9, 0.999), "lion": (0.9, 0.99)}
 
 
 def update(

@@ -48,6 +48,7 @@ from mlxtune.train.lanes import lanes_of_device
 from mlxtune.train.loop import Interrupted, Trainer
 from mlxtune.train.memory import GB, blocks_to_checkpoint, keep_within, memory_budget
 from mlxtune.train.metrics import Outline, Reporter, Silent
+from mlxtune.train.neftune import add_embedding_noise
 from mlxtune.train.run import Run, adapter_folder
 
 
@@ -121,6 +122,8 @@ def _fine_tune(
     twice = json.loads(workers.texts(json.dumps(twice))[0])
     facts["checkpointed_blocks"] = twice
     checkpoint_blocks(base.model, twice)
+    if recipe.train.neftune_noise_alpha:
+        add_embedding_noise(base.model, recipe.train.neftune_noise_alpha)
     if not workers.first:
         run = Run(path)  # which it neither reads nor writes
     elif run is None:

@@ -19,6 +19,7 @@ from mlxtune.models.heads import split_head
 from mlxtune.models.packed import PackCache
 from mlxtune.train.distributed import Workers
 from mlxtune.train.lanes import Lanes
+from mlxtune.train.neftune import embedding_noise, noise_sizes
 from mlxtune.train.optim import update
 
 Arrays = dict[str, mx.array]
@@ -44,6 +45,8 @@ class StepResult:
 class LossFunction:
     """Sum of weighted losses of a batch, logits computed only where there is a loss.
 
+    In training the embeddings carry noise if the model was given any (`neftune`).
+
     Args:
         model: an mlx-lm model; for packed batches `enable_packs` must have been called.
     """
@@ -63,7 +66,8 @@ class LossFunction:
         # Without a cache the model masks causally, and padding at the right of a row is
         # never looked at.
         body, head = self._parts or (self._model, None)
-        hidden = body(tokens, **call)
+        with embedding_noise(self._model, arrays["noise"]):
+            hidden = body(tokens, **call)
         chosen = hidden.reshape(-1, hidden.shape[-1])[arrays["sources"]]
         targets, weights = arrays["targets"], arrays["weights"]
         if head is None:  # the body gave logits already
@@ -87,6 +91,7 @@ def batch_arrays(batch: Batch, weight: float = 1.0) -> Arrays:
         "sources": mx.array(batch.sources),
         "targets": mx.array(batch.targets),
         "weights": mx.array(batch.weights / weight),
+        "noise": mx.array(noise_sizes(batch)),
     }
     if batch.packed:
         arrays |= {
