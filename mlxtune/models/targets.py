@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from itertools import pairwise
 
@@ -25,7 +26,7 @@ def find_targets(
         projections: path to layer, for every projection that can carry an adapter
             (such as `model.layers.0.self_attn.q_proj`).
         names: last parts of paths (`q_proj`), longer ends of them (`mlp.up_proj`), or
-            `all-linear` for every projection inside the blocks.
+            `all-linear` for every projection inside the blocks but their routers.
         layers: adapt the last `layers` blocks only; all of them when None.
         layer_count: how many blocks the model has.
 
@@ -40,10 +41,13 @@ def find_targets(
         )
     first = 0 if layers is None else layer_count - layers
     in_blocks = {path: block for path in projections if (block := _block_of(path)) is not None}
+    usual = in_blocks.keys() - routers(projections)
     found: set[str] = set()
     for name in names:
         matching = [
-            path for path in in_blocks if name == ALL_LINEAR or f".{path}".endswith(f".{name}")
+            path
+            for path in in_blocks
+            if (path in usual if name == ALL_LINEAR else f".{path}".endswith(f".{name}"))
         ]
         if not matching:
             have = sorted({path.rsplit(".", 1)[-1] for path in in_blocks})
@@ -62,6 +66,28 @@ def find_targets(
             remedy="raise lora.layers, or leave it out for all layers",
         )
     return [path for path in in_blocks if path in found]
+
+
+def routers(projections: Mapping[str, nn.Module]) -> set[str]:
+    """Paths of the plain projections that choose or weigh experts.
+
+    They stand in the same module as the experts' own, as `mlp.gate` and
+    `mlp.shared_expert_gate` do beside `mlp.switch_mlp`, or somewhere in it with an output
+    for each expert.
+    """
+    experts = {
+        path.rsplit(".", 2)[0]: layer.num_experts
+        for path, layer in projections.items()
+        if hasattr(layer, "num_experts")
+    }
+    return {
+        path
+        for path, layer in projections.items()
+        for owner, count in experts.items()
+        if path.startswith(f"{owner}.")
+        and not hasattr(layer, "num_experts")
+        and (path.rpartition(".")[0] == owner or layer.weight.shape[0] == count)
+    }
 
 
 def _block_of(path: str) -> int | None:

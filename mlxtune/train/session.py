@@ -29,6 +29,8 @@ from mlxtune.layers.inject import (
     projections,
     quantize_projections,
 )
+from mlxtune.layers.quantized import packing_named
+from mlxtune.layers.routes import choose_routes, fix_routes
 from mlxtune.models.load import DTYPES, LoadedModel, load_model, load_tokenizer
 from mlxtune.models.packed import enable_packs
 from mlxtune.models.resolve import ModelSource, resolve_model
@@ -71,6 +73,10 @@ def fine_tune(
     check_sources(recipe, rows=100)
     corpus = read_corpus(recipe, Renderer(tokenizer_of(recipe.model)), reporter.tokenized)
     base = load_base(recipe.model)
+    routes = {}
+    if recipe.model.quantized_matmul == "auto":
+        recorded = run.status().get("quantized_matmul") if run is not None else None
+        routes = choose_routes(base.model, DTYPES[base.dtype], recorded)
     notes = list(corpus.notes())
     packing = recipe.train.packing
     if packing:
@@ -90,7 +96,7 @@ def fine_tune(
     add_lora(base.model, targets, rank=lora.rank, scale=lora.scale, dropout=lora.dropout)
     if recipe.train.gradient_checkpointing:
         checkpoint_blocks(base.model)
-    facts = _facts(recipe, base.source)
+    facts = _facts(recipe, base.source) | {"quantized_matmul": routes}
     if run is None:
         run = Run.create(path, recipe, facts, overwrite=overwrite)
     else:
@@ -144,11 +150,14 @@ def load_base(section: ModelSection, *, for_inference: bool = False) -> LoadedMo
     template = _template_of(section)
     source = resolve_model(section.path, revision=section.revision)
     base = load_model(source, dtype=section.dtype, chat_template=template)
-    own_quantized_layers(base.model)
+    own_quantized_layers(base.model, DTYPES[base.dtype])
     if section.quantize is not None:
-        quantize_projections(base.model, bits=section.quantize)
+        packing = packing_named(section.quantize, double_quantization=section.double_quantization)
+        quantize_projections(base.model, packing)
     if section.dequantize or (for_inference and mx.default_device() == mx.cpu):
         dequantize_layers(base.model, DTYPES[base.dtype])
+    if section.quantized_matmul != "auto":
+        fix_routes(base.model, section.quantized_matmul == "expand")
     mx.eval(base.model.parameters())
     return base
 

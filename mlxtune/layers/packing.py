@@ -1,0 +1,157 @@
+"""Ways to pack a frozen weight: MLX's own modes, and NF4.
+
+A packing turns a weight of (…, out, in) into a few named arrays and back. Where MLX
+multiplies by the packed form itself it offers that product too. Layers hold the arrays
+and know nothing of what is in them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import mlx.core as mx
+
+Arrays = dict[str, mx.array]
+# What selects rows of a weight: the same rows of all its arrays.
+Rows = slice | mx.array
+
+# Bits, and the weights that share a scale. MLX takes no others in these modes.
+MICROSCALING = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+_E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+_E2M1 += [-value for value in _E2M1]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a weight is packed: by `mx.quantize` in one of MLX's modes, unless derived.
+
+    `affine`: a scale and a bias to a group of 32, 64 or 128 weights of 2, 3, 4, 5, 6 or 8
+    bits. `mxfp4` and `mxfp8` (OCP Microscaling Formats 1.0): E2M1 and E4M3 values, a
+    power of two to 32 of them. `nvfp4`: E2M1 values, an E4M3 scale to 16 of them.
+
+    Args:
+        mode: as MLX calls it.
+        bits: of one weight.
+        group_size: input features that share a scale.
+    """
+
+    mode: str
+    bits: int
+    group_size: int
+
+    # Whether MLX multiplies by the packed weight.
+    has_product: ClassVar[bool] = True
+    # Of the arrays, in the order in which `mx.quantize` gives them; the first is uint32
+    # of (…, out, in * bits / 32).
+    names: ClassVar[tuple[str, ...]] = ("weight", "scales", "biases")
+
+    def __str__(self) -> str:
+        return f"{self.mode} {self.bits}/{self.group_size}"
+
+    def pack(self, weight: mx.array) -> Arrays:
+        """Pack (…, out, in), `in` a multiple of the group size."""
+        packed = mx.quantize(weight, **self._options)
+        return dict(zip(self.names, packed, strict=False))  # only affine has biases
+
+    def expand(self, arrays: Arrays, dtype: mx.Dtype) -> mx.array:
+        """The weight of (…, out, in); on a CPU with the numbers of `mx.dequantize`, sooner."""
+        on_cpu = mx.default_device() == mx.cpu
+        if on_cpu and self.mode == "affine" and self.bits in _SPREADS:
+            return _expand_affine(self.bits, arrays).astype(dtype)
+        if on_cpu and self.mode == "mxfp4":
+            return by_codebook(arrays["weight"], _powers(arrays["scales"]), _E2M1).astype(dtype)
+        if on_cpu and self.mode == "nvfp4":
+            scales = mx.from_fp8(arrays["scales"], mx.float32)
+            return by_codebook(arrays["weight"], scales, _E2M1).astype(dtype)
+        full = mx.dequantize(
+            arrays["weight"],
+            arrays["scales"],
+            arrays.get("biases"),
+            dtype=None if self.mode == "affine" else dtype,
+            **self._options,
+        )
+        return full.astype(dtype)
+
+    def rows(self, arrays: Arrays, rows: Rows) -> Arrays:
+        """The same packing of some of the first axis' entries."""
+        return {name: array[rows] for name, array in arrays.items()}
+
+    def product(self, x: mx.array, arrays: Arrays, *, transpose: bool) -> mx.array:
+        """`x @ weight.T`, or `x @ weight`, by the packed weight of (out, in)."""
+        return mx.quantized_matmul(
+            x,
+            arrays["weight"],
+            arrays["scales"],
+            arrays.get("biases"),
+            transpose=transpose,
+            **self._options,
+        )
+
+    def gathered_product(
+        self, x: mx.array, arrays: Arrays, indices: mx.array, *, transpose: bool, ordered: bool
+    ) -> mx.array:
+        """As `product`, each matrix of `x` by the weight that its index says."""
+        return mx.gather_qmm(
+            x,
+            arrays["weight"],
+            arrays["scales"],
+            arrays.get("biases"),
+            rhs_indices=indices,
+            transpose=transpose,
+            sorted_indices=ordered,
+            **self._options,
+        )
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+
+def by_codebook(
+    weight: mx.array, scales: mx.array, levels: list[float], *, high_first: bool = False
+) -> mx.array:
+    """Codes of four bits, looked up two at a time, times their group's scale.
+
+    Args:
+        weight: uint32 (…, out, in / 8).
+        scales: float32 (…, out, groups).
+        levels: what the 16 codes stand for.
+        high_first: whether a byte's first code is in its high half.
+
+    Returns:
+        float32 (…, out, in).
+    """
+    pairs = [[levels[byte & 15], levels[byte >> 4]] for byte in range(256)]
+    table = mx.array([pair[::-1] for pair in pairs] if high_first else pairs)
+    values = table[weight.view(mx.uint8)].reshape(*scales.shape, -1)
+    return (values * scales[..., None]).reshape(*weight.shape[:-1], -1)
+
+
+# Bits to the shift and mask that bring two codes of so many bits from one byte into two.
+_SPREADS: dict[int, list[tuple[int, int]]] = {
+    8: [],
+    4: [(4, 0x0F0F)],
+    2: [(4, 0x0F0F), (6, 0x0303)],
+}
+
+
+def _expand_affine(bits: int, arrays: Arrays) -> mx.array:
+    """`scales * codes + biases` in the type of the scales.
+
+    Codes are spread as bytes, so that nothing of the weight's full size exists but the
+    result: 1.5 times its bytes at the most, where `mx.dequantize` takes 2, and about half
+    the time.
+    """
+    scales, biases = arrays["scales"], arrays["biases"]
+    codes = arrays["weight"].view(mx.uint8)
+    for shift, mask in _SPREADS[bits]:
+        wide = codes.astype(mx.uint16)
+        codes = ((wide | (wide << shift)) & mask).view(mx.uint8)
+    groups = codes.reshape(*scales.shape, -1).astype(scales.dtype)
+    return (groups * scales[..., None] + biases[..., None]).reshape(*codes.shape)
+
+
+def _powers(exponents: mx.array) -> mx.array:
+    """E8M0 to float32: 2 ** (exponent - 127), by putting it where float32 has its own."""
+    return (exponents.astype(mx.uint32) << 23).view(mx.float32)
