@@ -83,6 +83,7 @@ def expanded_product(x: mx.array, packing: Packing, arrays: Arrays, *, transpose
     if step >= outputs:
         full = packing.expand(arrays, x.dtype)
         return x @ (full.T if transpose else full)
+    arrays = packing.rows(arrays, slice(None))  # what all slices need, once
     done: list[mx.array] = []
     for start in range(0, outputs, step):
         part = packing.rows(arrays, slice(start, start + step))

@@ -31,9 +31,9 @@ CACHE = "quantized_matmul.json"
 Routes = dict[str, tuple[int | None, int | None]]
 
 # Rows that are tried, in this order, until expanding wins. A CPU multiplies packed weights
-# so slowly that it always does soon, and that more than that would take long to measure.
-_CPU_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
-_GPU_ROWS = (1, 16, 64, 256, 1024, 4096)
+# so slowly that it does soon; more rows than that would take long to measure.
+_CPU_ROWS = (1, 4, 16, 64, 256)
+_GPU_ROWS = (16, 64, 256, 1024, 4096)
 # Weights of the part that is measured. Both ways cost in proportion to the outputs; a GPU
 # needs enough of them to be busy.
 _CPU_WEIGHTS, _GPU_WEIGHTS = 1 << 18, 1 << 22
