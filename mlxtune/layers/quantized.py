@@ -170,7 +170,9 @@ class PackedLayer(nn.Module):
     @classmethod
     def from_mlx(cls, layer: nn.Module, dtype: mx.Dtype | None = None) -> Self:
         """Take over the arrays of MLX's or mlx-lm's own layer, uncopied."""
-        packing = Packing(layer.mode, layer.bits, layer.group_size)
+        # mlx-lm's experts may leave bits and group size to what MLX has for the mode.
+        bits, group_size = MICROSCALING.get(layer.mode, (4, 64))
+        packing = Packing(layer.mode, layer.bits or bits, layer.group_size or group_size)
         arrays = {name: layer[name] for name in packing.names if layer.get(name) is not None}
         return cls(packing, arrays, bias=layer.get("bias"), dtype=dtype)
 
