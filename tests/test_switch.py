@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm.utils
 import pytest
+from conftest import SHELL_TRAIN, write_jsonl
 from helpers import (
     distance,
     loss_of_batch,
@@ -22,6 +29,7 @@ from mlx_lm.tuner.lora import LoRASwitchLinear as MlxLoRASwitchLinear
 
 from mlxtune.data.pack import pack
 from mlxtune.errors import ModelError
+from mlxtune.fuse import fuse_run
 from mlxtune.layers.dense import dense_tensors
 from mlxtune.layers.inject import (
     dequantize_layers,
@@ -34,7 +42,10 @@ from mlxtune.layers.quantized import PackedLayer, QuantizedLinear, Route, packin
 from mlxtune.layers.switch import LoRASwitchLinear, QuantizedSwitchLinear
 from mlxtune.models.packed import enable_packs
 from mlxtune.models.targets import find_targets
+from mlxtune.recipe.load import parse_recipe
 from mlxtune.train.blocks import checkpoint_blocks
+from mlxtune.train.metrics import Silent
+from mlxtune.train.session import fine_tune, open_run
 
 EXPERTS, OUT, IN, TOKENS, EACH = 6, 48, 64, 40, 3
 PACKINGS = (4, "mxfp4", "mxfp8", "nvfp4", "nf4")
@@ -247,8 +258,6 @@ def test_packed_samples_give_the_loss_and_gradients_of_each_alone(name):
     samples = random_samples((31, 32, 41, 29, 36, 30), prefix=24, untrained=25)
     want, of_each = value_and_gradients(model, lambda: loss_of_each_alone(model, samples))
     enable_packs(model)
-    model.eval()
-    model.train()
     batch = pack(samples)
     assert batch.packed and batch.prefix == 24
     got, of_batch = value_and_gradients(model, lambda: loss_of_batch(model, batch))
@@ -317,3 +326,50 @@ def test_a_fused_model_computes_what_the_adapters_compute(name):
     assert distance(fresh(IDS), want) < 1e-4
     fuse_lora(model)
     assert distance(model(IDS), want) < 1e-4
+
+
+# ------------------------------------------------------------------------ in a run
+
+
+@pytest.fixture(scope="module")
+def moe_folder(tiny_folder, tmp_path_factory) -> Path:
+    """A random two-block qwen3_moe with a tokenizer of bytes, as a folder."""
+    folder = tmp_path_factory.mktemp("models") / "moe"
+    shutil.copytree(tiny_folder, folder)
+    model = moe(vocab_size=258)
+    model.save_weights(str(folder / "model.safetensors"))
+    config = {name: value for name, value in asdict(model.args).items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 257}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "train"),
+    [({}, {}), ({"quantize": 4}, {"gradient_checkpointing": True}), ({"quantize": "nf4"}, {})],
+    ids=str,
+)
+def test_a_mixture_of_experts_trains_and_goes_to_mlx_lm(moe_folder, tmp_path, model, train):
+    lines = SHELL_TRAIN.read_text().splitlines()[::60]
+    data = write_jsonl(tmp_path / "few.jsonl", map(json.loads, lines))
+    values = {
+        "name": "moe",
+        "model": {"path": str(moe_folder)} | model,
+        "lora": {"rank": 4},
+        "data": [{"path": str(data)}],
+        "train": {"batch_size": 4, "max_steps": 5, "learning_rate": 1e-2} | train,
+        "log": {"steps": 1},
+    }
+    run = fine_tune(parse_recipe(values, where="test"), tmp_path / "run", Silent())
+    losses = [entry["loss"] for entry in run.metrics()]
+    assert losses[-1] < 0.95 * losses[0]
+    report = fuse_run(run.path, tmp_path / "fused")
+    assert report.max_logit_difference < 1e-3
+    _, live = open_run(run.path)
+    want = live.model(IDS)
+    fused, _ = mlx_lm.utils.load_model(tmp_path / "fused")
+    assert distance(fused(IDS), want) < 1e-3
+    if not model:
+        theirs, _ = mlx_lm.utils.load_model(moe_folder)
+        theirs = mlx_lm.utils.load_adapters(theirs, str(run.adapter))
+        theirs.eval()
+        assert distance(theirs(IDS), want) < 1e-4
