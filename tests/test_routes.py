@@ -148,6 +148,16 @@ def test_a_cache_folder_that_takes_no_files_does_no_harm(tmp_path, monkeypatch):
     assert set(choose_routes(packed_llama(), mx.float32).values()) == {(3, None)}
 
 
+def test_measuring_ends_after_a_while_and_the_rest_is_not_remembered(cache, monkeypatch):
+    monkeypatch.setattr(routes, "measure", lambda *_: (3, None))
+    clock = iter(range(100))
+    monkeypatch.setattr(routes.time, "perf_counter", lambda: next(clock))
+    chosen = choose_routes(packed_llama(), mx.float32)
+    prior = Route.prior()
+    assert list(chosen.values()) == [(3, None)] + [(prior.forward, prior.backward)] * 3
+    assert list(json.loads(cache.read_text())[device_key()]) == list(chosen)[:1]
+
+
 def test_fixed_routes_go_one_way_whatever_the_rows():
     model = packed_llama()
     for expand in (True, False):

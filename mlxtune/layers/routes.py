@@ -38,6 +38,8 @@ _GPU_ROWS = (16, 64, 256, 1024, 4096)
 # needs enough of them to be busy.
 _CPU_WEIGHTS, _GPU_WEIGHTS = 1 << 18, 1 << 22
 _EXPERTS = 4
+# On a machine that is busy with other things, shapes not measured by then go by `Route.prior`.
+_AT_MOST = 2.0
 
 
 def fix_routes(model: nn.Module, expand: bool) -> None:
@@ -55,6 +57,7 @@ def choose_routes(model: nn.Module, dtype: mx.Dtype, recorded: Any = None) -> Ro
         model: its packed layers are ours.
         dtype: of the activations.
         recorded: what this function returned for a run that is to be continued.
+            Nothing in it is measured again.
 
     Returns:
         The routes taken, by class of shapes; also those of `recorded`, unchanged.
@@ -64,12 +67,17 @@ def choose_routes(model: nn.Module, dtype: mx.Dtype, recorded: Any = None) -> Ro
     known = _valid(cached.get(device)) | _valid(recorded)
     routes: Routes = {}
     measured: Routes = {}
+    begun = time.perf_counter()
     for layer in _packed(model):
         name = _class_of(layer, dtype)
         if name not in routes:
-            if name not in known:
-                measured[name] = measure(layer, dtype)
-            routes[name] = (known | measured)[name]
+            if name in known:
+                routes[name] = known[name]
+            elif time.perf_counter() - begun < _AT_MOST:
+                routes[name] = measured[name] = measure(layer, dtype)
+            else:  # kept with the run, and measured another time
+                prior = Route.prior()
+                routes[name] = prior.forward, prior.backward
         layer.route = Route(*routes[name])
     if measured:
         _remember(file, device, measured)
@@ -113,14 +121,13 @@ def _product(
 
 
 def _seconds(product: Callable[[], mx.array]) -> float:
-    """The best of three, after one to warm up."""
-    best = float("inf")
-    for _ in range(4):
+    """The best of three; the first is never it."""
+    taken = []
+    for _ in range(3):
         begun = time.perf_counter()
         mx.eval(product())
-        taken = time.perf_counter() - begun
-        best = min(best, taken)
-    return best
+        taken.append(time.perf_counter() - begun)
+    return min(taken)
 
 
 def _sample(layer: PackedLayer) -> PackedLayer:
