@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers
 import mlx_lm.utils
 import pytest
 from conftest import SHELL_TRAIN, write_jsonl
@@ -46,6 +47,7 @@ from mlxtune.recipe.load import parse_recipe
 from mlxtune.train.blocks import checkpoint_blocks
 from mlxtune.train.metrics import Silent
 from mlxtune.train.session import fine_tune, open_run
+from mlxtune.train.step import TrainStep
 
 EXPERTS, OUT, IN, TOKENS, EACH = 6, 48, 64, 40, 3
 PACKINGS = (4, "mxfp4", "mxfp8", "nvfp4", "nf4")
@@ -373,3 +375,20 @@ def test_a_mixture_of_experts_trains_and_goes_to_mlx_lm(moe_folder, tmp_path, mo
         theirs = mlx_lm.utils.load_adapters(theirs, str(run.adapter))
         theirs.eval()
         assert distance(theirs(IDS), want) < 1e-4
+
+
+def test_a_compiled_step_with_packed_experts_is_the_plain_step():
+    results = []
+    for compiled in (False, True):
+        model = moe()
+        quantize_projections(model, packing_named("nf4"))
+        with_adapters(model, targets(model, "all-linear"))
+        enable_packs(model)
+        optimizer = mlx.optimizers.SGD(0.1)
+        optimizer.init(model.trainable_parameters())
+        step = TrainStep(model, optimizer, max_grad_norm=1.0, compiled=compiled)
+        model.train()
+        batch = pack(random_samples((31, 32, 41, 29, 36, 30), prefix=24, untrained=25))
+        results.append([step([batch], 0.1).loss.item() for _ in range(3)])
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+    assert results[0][-1] < results[0][0]
