@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,6 +28,7 @@ from mlxtune.train.session import fine_tune
 def cache(tmp_path, monkeypatch):
     """A cache folder of the test's own."""
     monkeypatch.setenv("MLXTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(routes, "_busy", lambda: False)
     return tmp_path / "cache" / CACHE
 
 
@@ -156,6 +158,16 @@ def test_measuring_ends_after_a_while_and_the_rest_is_not_remembered(cache, monk
     prior = Route.prior()
     assert list(chosen.values()) == [(3, None)] + [(prior.forward, prior.backward)] * 3
     assert list(json.loads(cache.read_text())[device_key()]) == list(chosen)[:1]
+
+
+@pytest.mark.parametrize("load", [0.5, 100.0])
+def test_figures_of_a_busy_machine_are_not_remembered(cache, monkeypatch, load):
+    monkeypatch.undo()
+    monkeypatch.setenv("MLXTUNE_CACHE", str(cache.parent))
+    monkeypatch.setattr(routes, "measure", lambda *_: (3, None))
+    monkeypatch.setattr(routes.os, "getloadavg", lambda: (load * (os.cpu_count() or 1), 0, 0))
+    assert set(choose_routes(packed_llama(), mx.float32).values()) == {(3, None)}
+    assert cache.exists() is (load < 1)
 
 
 def test_fixed_routes_go_one_way_whatever_the_rows():

@@ -3,7 +3,8 @@
 Which is faster depends on the device, on the shape of the weight and how it is packed, on
 the number of rows and on the direction. The two round differently, so one run has to go
 one way: routes are chosen before the first step, kept with the run and taken from there
-when it is resumed. What has been measured on a device is remembered in the cache folder.
+when it is resumed. What has been measured on an idle device is remembered in the cache
+folder.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def choose_routes(model: nn.Module, dtype: mx.Dtype, recorded: Any = None) -> Ro
                 prior = Route.prior()
                 routes[name] = prior.forward, prior.backward
         layer.route = Route(*routes[name])
-    if measured:
+    if measured and not _busy():
         _remember(file, device, measured)
     return routes
 
@@ -184,6 +185,15 @@ def _valid(entries: Any) -> Routes:
 
     found = entries.items() if isinstance(entries, dict) else ()
     return {name: (pair[0], pair[1]) for name, pair in found if right(pair)}
+
+
+def _busy() -> bool:
+    """Whether other programs want the processors, so that figures are not to be kept.
+
+    A product on several threads then waits for the one that has none (measured: 1 ms
+    becomes 20).
+    """
+    return os.getloadavg()[0] > 2 * (os.cpu_count() or 1)
 
 
 def _remember(file: Path, device: str, measured: Routes) -> None:
