@@ -11,6 +11,7 @@ Codes, blocks and rounding are those of bitsandbytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import ClassVar
 
@@ -21,17 +22,18 @@ from mlxtune.layers.packing import Arrays, Packing, Rows, by_codebook
 # The paper's appendix E: quantiles of N(0, 1) at even steps of probability, seven from
 # (1/32 + 1/30) / 2 and eight from its complement to a half, which is zero, so that zero
 # is exact; scaled to [-1, 1].
-LEVELS = [
+LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-]  # fmt: skip
+)  # fmt: skip
 BLOCK = 64
 SCALES_TO_BLOCK = 256
 
 
-def dynamic_levels() -> list[float]:
+@cache
+def dynamic_levels() -> tuple[float, ...]:
     """The 256 levels of signed dynamic 8-bit numbers (Dettmers 2022, arXiv:2110.02861).
 
     Seven powers of ten down from 1, the lower half as many steps as the one above it; the
@@ -42,7 +44,7 @@ def dynamic_levels() -> list[float]:
         steps = 2**exponent
         middles = [0.1 + 0.9 * (step + 0.5) / steps for step in range(steps)]
         positive += [10.0 ** (exponent - 6) * middle for middle in middles]
-    return sorted([-level for level in positive] + [0.0] + positive + [1.0])
+    return tuple(sorted([-level for level in positive] + [0.0] + positive + [1.0]))
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def _in_blocks(values: mx.array) -> mx.array:
     return mx.pad(values.reshape(-1), (0, missing)).reshape(-1, SCALES_TO_BLOCK)
 
 
-def _nearest(values: mx.array, levels: list[float]) -> mx.array:
+def _nearest(values: mx.array, levels: tuple[float, ...]) -> mx.array:
     """Index of the nearest level: uint8 in the shape of `values`."""
     codes = mx.zeros(values.shape, mx.uint8)
     for below, above in pairwise(levels):
