@@ -63,6 +63,8 @@ class Packing:
             return _expand_affine(self.bits, arrays).astype(dtype)
         if on_cpu and self.mode == "mxfp4":
             return by_codebook(arrays["weight"], _powers(arrays["scales"]), _E2M1).astype(dtype)
+        if on_cpu and self.mode == "mxfp8":
+            return _expand_fp8(arrays).astype(dtype)
         if on_cpu and self.mode == "nvfp4":
             scales = mx.from_fp8(arrays["scales"], mx.float32)
             return by_codebook(arrays["weight"], scales, _E2M1).astype(dtype)
@@ -163,6 +165,14 @@ def _expand_affine(bits: int, arrays: Arrays) -> mx.array:
         codes = _looked_up(weight, tuple(range(16)), scales.dtype)
     groups = codes.reshape(*scales.shape, -1)
     return (groups * scales[..., None] + biases[..., None]).reshape(*codes.shape)
+
+
+def _expand_fp8(arrays: Arrays) -> mx.array:
+    """E4M3 values times powers of two, in float32."""
+    table = mx.from_fp8(mx.arange(256, dtype=mx.uint8), mx.float32)
+    codes, scales = arrays["weight"].view(mx.uint8), _powers(arrays["scales"])
+    values = mx.take_along_axis(table, codes.reshape(-1), axis=0).reshape(*scales.shape, -1)
+    return (values * scales[..., None]).reshape(*codes.shape)
 
 
 def _powers(exponents: mx.array) -> mx.array:
