@@ -7,6 +7,7 @@ and know nothing of what is in them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -58,16 +59,9 @@ class Packing:
 
     def expand(self, arrays: Arrays, dtype: mx.Dtype) -> mx.array:
         """The weight of (…, out, in); on a CPU with the numbers of `mx.dequantize`, sooner."""
-        on_cpu = mx.default_device() == mx.cpu
-        if on_cpu and self.mode == "affine" and self.bits in (4, 8):
-            return _expand_affine(self.bits, arrays).astype(dtype)
-        if on_cpu and self.mode == "mxfp4":
-            return by_codebook(arrays["weight"], _powers(arrays["scales"]), _E2M1).astype(dtype)
-        if on_cpu and self.mode == "mxfp8":
-            return _expand_fp8(arrays).astype(dtype)
-        if on_cpu and self.mode == "nvfp4":
-            scales = mx.from_fp8(arrays["scales"], mx.float32)
-            return by_codebook(arrays["weight"], scales, _E2M1).astype(dtype)
+        sooner = _ON_CPU.get((self.mode, self.bits))
+        if sooner is not None and mx.default_device() == mx.cpu:
+            return sooner(arrays).astype(dtype)
         full = mx.dequantize(
             arrays["weight"],
             arrays["scales"],
@@ -156,19 +150,32 @@ def _pairs(levels: tuple[float, ...], high_first: bool) -> np.ndarray[Any, Any]:
     return table[:, ::-1].copy() if high_first else table
 
 
-def _expand_affine(bits: int, arrays: Arrays) -> mx.array:
-    """`scales * codes + biases` of 4 or 8 bits, in the type of the scales."""
-    weight, scales, biases = arrays["weight"], arrays["scales"], arrays["biases"]
-    if bits == 8:
-        codes = weight.view(mx.uint8).astype(scales.dtype)
-    else:
-        codes = _looked_up(weight, tuple(range(16)), scales.dtype)
-    groups = codes.reshape(*scales.shape, -1)
-    return (groups * scales[..., None] + biases[..., None]).reshape(*codes.shape)
+def _expand_affine4(arrays: Arrays) -> mx.array:
+    values = _looked_up(arrays["weight"], tuple(range(16)), arrays["scales"].dtype)
+    return _scaled_and_shifted(values, arrays)
 
 
-def _expand_fp8(arrays: Arrays) -> mx.array:
-    """E4M3 values times powers of two, in float32."""
+def _expand_affine8(arrays: Arrays) -> mx.array:
+    values = arrays["weight"].view(mx.uint8).astype(arrays["scales"].dtype)
+    return _scaled_and_shifted(values, arrays)
+
+
+def _scaled_and_shifted(values: mx.array, arrays: Arrays) -> mx.array:
+    scales, biases = arrays["scales"][..., None], arrays["biases"][..., None]
+    groups = values.reshape(*arrays["scales"].shape, -1)
+    return (groups * scales + biases).reshape(*values.shape)
+
+
+def _expand_mxfp4(arrays: Arrays) -> mx.array:
+    return by_codebook(arrays["weight"], _powers(arrays["scales"]), _E2M1)
+
+
+def _expand_nvfp4(arrays: Arrays) -> mx.array:
+    scales = mx.from_fp8(arrays["scales"], mx.float32)
+    return by_codebook(arrays["weight"], scales, _E2M1)
+
+
+def _expand_mxfp8(arrays: Arrays) -> mx.array:
     table = mx.from_fp8(mx.arange(256, dtype=mx.uint8), mx.float32)
     codes, scales = arrays["weight"].view(mx.uint8), _powers(arrays["scales"])
     values = mx.take_along_axis(table, codes.reshape(-1), axis=0).reshape(*scales.shape, -1)
@@ -178,3 +185,14 @@ def _expand_fp8(arrays: Arrays) -> mx.array:
 def _powers(exponents: mx.array) -> mx.array:
     """E8M0 to float32: 2 ** (exponent - 127), by putting it where float32 has its own."""
     return (exponents.astype(mx.uint32) << 23).view(mx.float32)
+
+
+# What is faster on a CPU than `mx.dequantize` (measured on 1536 x 576, processor time: 4 bits
+# 1.1 ms for 2.6, mxfp4 1.1 for 11), by mode and bits; in the type of the scales or float32.
+_ON_CPU: dict[tuple[str, int], Callable[[Arrays], mx.array]] = {
+    ("affine", 4): _expand_affine4,
+    ("affine", 8): _expand_affine8,
+    ("mxfp4", 4): _expand_mxfp4,
+    ("mxfp8", 8): _expand_mxfp8,
+    ("nvfp4", 4): _expand_nvfp4,
+}
