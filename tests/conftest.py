@@ -65,7 +65,7 @@ def recipe_file(tmp_path):
 def smollm2():
     """The real model, packed, with our layers. Do not change it."""
     from mlxtune.recipe.schema import ModelSection
-    from mlxtune.train.session import load_base
+    from mlxtune.train.model import load_base
 
     return load_base(ModelSection(path=SMOLLM2))
 

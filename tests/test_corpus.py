@@ -9,7 +9,7 @@ from mlxtune.data.render import Renderer
 from mlxtune.errors import DataError, RecipeError
 from mlxtune.recipe.load import parse_recipe
 from mlxtune.train.corpus import check_sources, conversations_of, read_corpus
-from mlxtune.train.session import tokenizer_of
+from mlxtune.train.model import tokenizer_of
 
 
 @pytest.fixture

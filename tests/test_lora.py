@@ -20,6 +20,7 @@ from mlxtune.layers.inject import (
     quantize_projections,
 )
 from mlxtune.layers.lora import LoRALinear
+from mlxtune.layers.packing import Packing
 from mlxtune.layers.quantized import QuantizedLinear
 from mlxtune.models.targets import find_targets
 from mlxtune.recipe.schema import LoraSection
@@ -38,7 +39,7 @@ def linear(*, bias: bool, dtype: mx.Dtype = mx.float32) -> nn.Linear:
 
 def bases(bias: bool, dtype: mx.Dtype) -> list[nn.Linear | QuantizedLinear]:
     plain = linear(bias=bias, dtype=dtype)
-    return [plain, QuantizedLinear.from_linear(plain, bits=4)]
+    return [plain, QuantizedLinear.from_weight(plain, Packing("affine", 4, 64))]
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -186,7 +187,7 @@ def test_adapters_go_in_change_nothing_at_first_and_fuse_into_plain_layers():
 def test_gradients_exist_for_adapters_only(packed):
     model = tiny_llama()
     if packed:
-        quantize_projections(model, bits=4, group_size=32)
+        quantize_projections(model, Packing("affine", 4, 32))
     paths = list(projections(model))
     add_lora(model, paths, rank=4, scale=2.0)
     expected = {f"{path}.{name}" for path in paths for name in ("lora_a", "lora_b")}

@@ -30,7 +30,9 @@ DEFAULTS = {
         "revision": None,
         "dtype": "auto",
         "quantize": None,
+        "double_quantization": True,
         "dequantize": False,
+        "quantized_matmul": "auto",
         "chat_template": None,
     },
     "lora": {
@@ -188,7 +190,7 @@ recipes = st.fixed_dictionaries(
             {"path": texts},
             optional={
                 "revision": texts,
-                "quantize": st.sampled_from([2, 3, 4, 5, 6, 8]),
+                "quantize": st.sampled_from([2, 3, 4, 5, 6, 8, "nf4", "mxfp8"]),
                 "chat_template": texts,
             },
         ),

@@ -17,7 +17,7 @@ from mlxtune.data.sources import read_conversations
 from mlxtune.export.bundle import export_run
 from mlxtune.fuse import fuse_run
 from mlxtune.recipe.schema import ModelSection
-from mlxtune.train.session import load_base
+from mlxtune.train.model import load_base
 
 PROMPTS = 20
 BOUND = 2e-2  # of F16's log-probabilities

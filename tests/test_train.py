@@ -376,7 +376,7 @@ def test_val_size_holds_records_out(recipe, few, tmp_path):
 def test_quantize_packs_while_loading(recipe, few, tmp_path, tiny_folder, plain_adapter):
     from mlxtune.layers.quantized import QuantizedLinear
     from mlxtune.recipe.schema import ModelSection
-    from mlxtune.train.session import load_base
+    from mlxtune.train.model import load_base
 
     packed = load_base(ModelSection(path=str(tiny_folder), quantize=4))
     layer = packed.model.model.layers[0].mlp.up_proj
@@ -424,7 +424,7 @@ def test_the_cli_stops_on_ctrl_c_with_130_and_says_how_to_go_on(recipe, few, tmp
 def test_max_samples_takes_the_first_so_many(recipe, few, tmp_path):
     from mlxtune.data.render import Renderer
     from mlxtune.train.corpus import read_corpus
-    from mlxtune.train.session import tokenizer_of
+    from mlxtune.train.model import tokenizer_of
 
     settings = recipe(few, eval={"path": str(few), "max_samples": 3})
     values = settings.model_dump() | {"data": [{"path": str(few), "max_samples": 7}]}
@@ -447,7 +447,7 @@ def test_dequantize_expands_a_packed_model_and_computes_the_same(smollm2):
     import mlx.nn as nn
 
     from mlxtune.recipe.schema import ModelSection
-    from mlxtune.train.session import load_base
+    from mlxtune.train.model import load_base
 
     expanded = load_base(ModelSection(path=SMOLLM2, dequantize=True))
     assert type(expanded.model.model.layers[0].mlp.up_proj) is nn.Linear

@@ -136,8 +136,8 @@ def train_mlxtune(job: dict[str, Any], turns: Turns) -> None:
     from mlxtune.train.blocks import checkpoint_blocks
     from mlxtune.train.loop import Trainer
     from mlxtune.train.metrics import Silent
+    from mlxtune.train.model import adapted_model, layout_for
     from mlxtune.train.run import Run
-    from mlxtune.train.session import adapted_model, layout_for
 
     class Reporter(Silent):
         def stepped(self, step: int) -> None:
@@ -164,15 +164,16 @@ def train_mlxtune(job: dict[str, Any], turns: Turns) -> None:
         },
         where="worker",
     )
-    base, packing, _ = adapted_model(recipe)
-    assert packing
+    adapted = adapted_model(recipe)
+    base = adapted.base
+    assert adapted.packing
     if job["checkpointing"]:
         checkpoint_blocks(base.model, range(len(base.model.layers)))
     folder = Path(tempfile.mkdtemp()) / "run"
     trainer = Trainer(
         base.model,
         Run.create(folder, recipe, {}, overwrite=False),
-        MlxLmBatches(job, layout_for(packing)),
+        MlxLmBatches(job, layout_for(adapted.packing)),
         (),
         train=recipe.train,
         evaluation=recipe.eval,

@@ -12,8 +12,9 @@ from mlxtune.data.render import Renderer
 from mlxtune.evaluate.answers import stream_answer
 from mlxtune.models.load import LoadedModel
 from mlxtune.recipe.schema import ModelSection
+from mlxtune.train.model import load_base
 from mlxtune.train.run import STATUS
-from mlxtune.train.session import load_base, open_run
+from mlxtune.train.session import open_run
 
 
 def talk(model: str, *, prompt: str | None, max_tokens: int) -> None:

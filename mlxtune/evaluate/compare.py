@@ -17,8 +17,8 @@ from mlxtune.models.packed import enable_packs
 from mlxtune.recipe.schema import EvalSection
 from mlxtune.train.corpus import conversations_of, read_held_out
 from mlxtune.train.heldout import held_out_loss
+from mlxtune.train.model import layout_for, load_base
 from mlxtune.train.run import Run, adapter_folder
-from mlxtune.train.session import layout_for, load_base
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxtune.layers.adapter import Adapter
-from mlxtune.layers.quantized import QuantizedLinear
+from mlxtune.layers.quantized import PackedLayer
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,10 @@ class DenseTensor:
 
 
 def dense_tensors(model: nn.Module) -> Iterator[DenseTensor]:
-    """Every parameter of a model as it is after fusing and expanding, in a fixed order."""
+    """Every parameter of a model as it is after fusing and expanding, in a fixed order.
+
+    Experts stay stacked, (experts, out, in), as mlx-lm keeps and loads them.
+    """
     owned: set[str] = set()
     for path, layer in sorted(model.named_modules()):
         if any(path.startswith(f"{owner}.") for owner in owned):
@@ -36,7 +39,7 @@ def dense_tensors(model: nn.Module) -> Iterator[DenseTensor]:
         if isinstance(layer, Adapter):
             owned.add(path)
             yield from _projection(path, layer.linear, layer.fused_weight)
-        elif isinstance(layer, QuantizedLinear):
+        elif isinstance(layer, PackedLayer):
             owned.add(path)
             yield from _projection(path, layer, layer.dequantized)
         else:
@@ -47,9 +50,9 @@ def dense_tensors(model: nn.Module) -> Iterator[DenseTensor]:
 
 
 def _projection(
-    path: str, base: nn.Linear | QuantizedLinear, weight: Callable[[], mx.array]
+    path: str, base: nn.Module, weight: Callable[[], mx.array]
 ) -> Iterator[DenseTensor]:
-    shape = base.shape if isinstance(base, QuantizedLinear) else base.weight.shape
+    shape = base.shape if isinstance(base, PackedLayer) else base.weight.shape
     yield DenseTensor(f"{path}.weight", tuple(shape), weight)
     if "bias" in base:
         yield DenseTensor(f"{path}.bias", base.bias.shape, _given(base.bias))

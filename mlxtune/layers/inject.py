@@ -3,79 +3,103 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear as MlxQuantizedSwitchLinear
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlxtune.errors import ModelError
 from mlxtune.layers.adapter import Adapter
 from mlxtune.layers.dora import DoRALinear
 from mlxtune.layers.lora import LoRALinear
-from mlxtune.layers.quantized import QuantizedEmbedding, QuantizedLinear
+from mlxtune.layers.packing import Packing
+from mlxtune.layers.quantized import PackedLayer, QuantizedEmbedding, QuantizedLinear
+from mlxtune.layers.switch import LoRASwitchLinear, QuantizedSwitchLinear, plain_experts
+from mlxtune.models.targets import routers
 
-Projection = nn.Linear | QuantizedLinear
+_PROJECTIONS = (nn.Linear, QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
+
+_OURS: dict[type[nn.Module], type[PackedLayer]] = {
+    nn.QuantizedLinear: QuantizedLinear,
+    nn.QuantizedEmbedding: QuantizedEmbedding,
+    MlxQuantizedSwitchLinear: QuantizedSwitchLinear,
+}
 
 
-def own_quantized_layers(model: nn.Module) -> None:
-    """Replace MLX's quantized layers by ours, which take over the same arrays.
+def own_quantized_layers(model: nn.Module, dtype: mx.Dtype | None = None) -> None:
+    """Replace MLX's and mlx-lm's quantized layers by ours, which take over the same arrays.
+
+    Args:
+        model: a loaded model.
+        dtype: that it computes in; for embeddings packed in a mode that has no float type
+            of its own.
 
     Raises:
-        ModelError: a layer is packed in a mode other than affine.
+        ModelError: a layer's weights have one more scale over all of them.
     """
     swaps: list[tuple[str, nn.Module]] = []
     for path, layer in model.named_modules():
-        if not isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
+        if type(layer) not in _OURS:
             continue
-        if layer.mode != "affine":
+        if layer.get("global_scale") is not None:
             raise ModelError(
-                f"this layer is packed as {layer.mode}, and only affine packing can be trained on",
+                f"this layer is packed as {layer.mode} with a scale over the whole tensor, "
+                "which cannot be trained on",
                 where=path,
-                remedy="use an affine-quantized or an unquantized copy of the model",
+                remedy="use a copy of the model that is packed without one, or not at all",
             )
-        ours = QuantizedLinear if isinstance(layer, nn.QuantizedLinear) else QuantizedEmbedding
-        swaps.append((path, ours.from_mlx(layer)))
+        swaps.append((path, _OURS[type(layer)].from_mlx(layer, dtype)))
     replace_layers(model, swaps)
 
 
-def quantize_projections(model: nn.Module, *, bits: int, group_size: int = 64) -> None:
+def quantize_projections(model: nn.Module, packing: Packing) -> None:
     """Pack the plain projections of the model's blocks, as QLoRA does.
 
-    Embeddings and the output head keep their precision. Each weight is released as soon
-    as it is packed.
+    Embeddings, routers and the output head keep their precision. Each weight is released
+    as soon as it is packed.
 
     Raises:
         ModelError: a projection's width does not divide into groups.
     """
-    for path, layer in list(projections(model).items()):
-        if isinstance(layer, QuantizedLinear) or ".layers." not in f".{path}":
+    found = projections(model)
+    for path, layer in found.items():
+        in_block = ".layers." in f".{path}" and path not in routers(found)
+        if isinstance(layer, PackedLayer) or not in_block:
             continue
-        if layer.weight.shape[-1] % group_size:
+        width = layer.weight.shape[-1]
+        if width % packing.group_size:
             raise ModelError(
-                f"{layer.weight.shape[-1]} input features do not divide into groups of "
-                f"{group_size}",
+                f"{width} input features do not divide into groups of {packing.group_size}",
                 where=path,
                 remedy="leave model.quantize out for this model",
             )
-        packed = QuantizedLinear.from_linear(layer, group_size=group_size, bits=bits)
-        mx.eval(packed.weight, packed.scales, packed.biases)
+        experts = isinstance(layer, SwitchLinear)
+        ours: type[PackedLayer] = QuantizedSwitchLinear if experts else QuantizedLinear
+        packed = ours.from_weight(layer, packing)
+        mx.eval(packed.arrays)
         replace_layers(model, [(path, packed)])
 
 
 def dequantize_layers(model: nn.Module, dtype: mx.Dtype) -> None:
     """Expand every packed layer into a plain one of type `dtype`, one at a time."""
     for path, layer in list(model.named_modules()):
-        if not isinstance(layer, QuantizedLinear):
+        if not isinstance(layer, PackedLayer):
             continue
-        weight = layer.dequantized().astype(dtype)
+        weight = layer.packing.expand(layer.arrays, dtype)
         plain: nn.Module
         if isinstance(layer, QuantizedEmbedding):
             plain = nn.Embedding(1, 1)
+            plain.weight = weight
+        elif isinstance(layer, QuantizedSwitchLinear):
+            plain = plain_experts(weight, layer.get("bias"))
         else:
             plain = nn.Linear(1, 1, bias="bias" in layer)
+            plain.weight = weight
             if "bias" in layer:
                 plain.bias = layer.bias
-        plain.weight = weight
         mx.eval(weight)
         replace_layers(model, [(path, plain)])
 
@@ -89,17 +113,29 @@ def add_lora(
     dropout: float = 0.0,
     dora: bool = False,
 ) -> None:
-    """Freeze the model and put an adapter on each path: LoRA, or DoRA. Only they train."""
+    """Freeze the model and put an adapter on each path: LoRA, or DoRA. Only they train.
+
+    Raises:
+        ModelError: DoRA was asked for on experts.
+    """
     model.freeze()
     found = projections(model)
-    kind = DoRALinear if dora else LoRALinear
-    replace_layers(
-        model,
-        [
-            (path, kind.from_base(found[path], rank=rank, scale=scale, dropout=dropout))
-            for path in paths
-        ],
-    )
+
+    def adapted(path: str) -> Adapter:
+        base: Any = found[path]
+        kind: Any = DoRALinear if dora else LoRALinear
+        if hasattr(base, "num_experts"):
+            if dora:
+                raise ModelError(
+                    "DoRA goes on projections, and this is a layer of experts",
+                    where=path,
+                    remedy="lora.dora = false, or leave it out by lora.exclude_modules",
+                )
+            kind = LoRASwitchLinear
+        adapter: Adapter = kind.from_base(base, rank=rank, scale=scale, dropout=dropout)
+        return adapter
+
+    replace_layers(model, [(path, adapted(path)) for path in paths])
 
 
 def fuse_lora(model: nn.Module) -> None:
@@ -110,13 +146,12 @@ def fuse_lora(model: nn.Module) -> None:
         replace_layers(model, [(path, fused)])
 
 
-def projections(model: nn.Module) -> dict[str, Projection]:
+def projections(model: nn.Module) -> dict[str, nn.Module]:
     """Path to layer, for each projection that can carry an adapter, in order."""
     return {
         path: layer
         for path, layer in sorted(model.named_modules(), key=lambda item: _natural(item[0]))
-        if isinstance(layer, nn.Linear | QuantizedLinear)
-        and not isinstance(layer, QuantizedEmbedding)
+        if isinstance(layer, _PROJECTIONS) and not isinstance(layer, QuantizedEmbedding)
     }
 
 

@@ -7,7 +7,7 @@ too, `?` for one character and `[…]` for one of several. Capitals count.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -33,7 +33,7 @@ def find_targets(
         projections: path to layer, for every projection that can carry an adapter
             (such as `model.layers.0.self_attn.q_proj`).
         names: names or patterns as above, or `all-linear` for every projection inside
-            the blocks.
+            the blocks but their routers.
         exclude: names or patterns of those to leave out again.
         layers: adapt the last so many blocks only, or those of these numbers and ranges
             (`[0, 1, "8-15"]`, from 0, both ends in); all of them when None.
@@ -45,8 +45,17 @@ def find_targets(
     """
     chosen = _chosen_blocks(layers, layer_count)
     in_blocks = {path: block for path in projections if (block := _block_of(path)) is not None}
-    found = {path for name in names for path in _matching(name, in_blocks, "target_modules")}
-    out = {path for name in exclude for path in _matching(name, in_blocks, "exclude_modules")}
+    usual = in_blocks.keys() - routers(projections)
+
+    def meant(name: str, key: str) -> list[str]:
+        return (
+            [path for path in in_blocks if path in usual]
+            if name == ALL_LINEAR
+            else _matching(name, in_blocks, key)
+        )
+
+    found = {path for name in names for path in meant(name, "target_modules")}
+    out = {path for name in exclude for path in meant(name, "exclude_modules")}
     if not (found := {path for path in found if in_blocks[path] in chosen}):
         where = f"the last {layers} layers" if isinstance(layers, int) else "the layers asked for"
         raise TargetError(
@@ -64,9 +73,7 @@ def find_targets(
 
 def _matching(name: str, paths: dict[str, int], key: str) -> list[str]:
     """Those of the paths that a name means; there is at least one."""
-    if name == ALL_LINEAR:
-        matching = list(paths)
-    elif any(sign in name for sign in "*?["):
+    if any(sign in name for sign in "*?["):
         matching = [path for path in paths if fnmatchcase(path, name)]
     else:
         matching = [path for path in paths if f".{path}".endswith(f".{name}")]
@@ -105,6 +112,28 @@ def _chosen_blocks(layers: int | Sequence[int | str] | None, count: int) -> set[
             remedy="correct the list, or leave it out for all layers",
         )
     return {block for first, last in ranges for block in range(first, last + 1)}
+
+
+def routers(projections: Mapping[str, nn.Module]) -> set[str]:
+    """Paths of the plain projections that choose or weigh experts.
+
+    They stand in the same module as the experts' own, as `mlp.gate` and
+    `mlp.shared_expert_gate` do beside `mlp.switch_mlp`, or somewhere in it with an output
+    for each expert.
+    """
+    experts = {
+        path.rsplit(".", 2)[0]: layer.num_experts
+        for path, layer in projections.items()
+        if hasattr(layer, "num_experts")
+    }
+    return {
+        path
+        for path, layer in projections.items()
+        for owner, count in experts.items()
+        if path.startswith(f"{owner}.")
+        and not hasattr(layer, "num_experts")
+        and (path.rpartition(".")[0] == owner or layer.weight.shape[0] == count)
+    }
 
 
 def _block_of(path: str) -> int | None:

@@ -22,6 +22,8 @@ FOREIGN_NAMES = {
     "model_name_or_path": "model.path",
     "load_in_4bit": "model.quantize = 4",
     "load_in_8bit": "model.quantize = 8",
+    "bnb_4bit_quant_type": "model.quantize",
+    "bnb_4bit_use_double_quant": "model.double_quantization",
     "torch_dtype": "model.dtype",
     "adapter": "[lora]",
     "r": "lora.rank",

@@ -56,22 +56,30 @@ class ModelSection(Section):
     """`[model]`: what is trained.
 
     `path` is a hub id, a folder, a `.gguf` file or `pkg:PACKAGE/FILE`. `quantize` packs
-    the projections to that many bits while loading (QLoRA); `dequantize` does the
-    opposite to a packed model: faster steps, more memory. `chat_template` names a Jinja
-    file that replaces the model's own template.
+    the projections to that many bits, or in that mode, while loading (QLoRA), and
+    `double_quantization` the scales of `nf4`; `dequantize` does the opposite to a packed
+    model: faster steps, more memory. `quantized_matmul` says whether products take packed
+    weights as they are or expand them first. `chat_template` names a Jinja file that
+    replaces the model's own template.
     """
 
     path: str = Field(min_length=1)
     revision: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    quantize: Literal[2, 3, 4, 5, 6, 8] | None = None
+    quantize: Literal[2, 3, 4, 5, 6, 8, "mxfp4", "mxfp8", "nvfp4", "nf4"] | None = None
+    double_quantization: bool = True
     dequantize: bool = False
+    quantized_matmul: Literal["auto", "packed", "expand"] = "auto"
     chat_template: str | None = None
 
     @model_validator(mode="after")
     def _one_way(self) -> ModelSection:
         if self.dequantize and self.quantize is not None:
             raise ValueError("quantize and dequantize exclude each other")
+        if not self.double_quantization and self.quantize != "nf4":
+            raise ValueError('double_quantization goes with quantize = "nf4"')
+        if self.quantized_matmul == "packed" and self.quantize == "nf4":
+            raise ValueError("MLX multiplies by no packed nf4: leave quantized_matmul out")
         return self
 
 

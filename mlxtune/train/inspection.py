@@ -16,7 +16,7 @@ from mlxtune.data.tokens import tokenize
 from mlxtune.errors import DataError
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.corpus import rules_of, source_of
-from mlxtune.train.session import tokenizer_of
+from mlxtune.train.model import tokenizer_of
 
 
 @dataclass(frozen=True)

@@ -12,42 +12,36 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 
 import mlxtune
-from mlxtune.adapters.saved import SavedAdapter
-from mlxtune.adapters.store import load_adapter, read_adapter, start_from
+from mlxtune.adapters.store import load_adapter, read_adapter
 from mlxtune.arrays import flat
 from mlxtune.data.batches import Plan
-from mlxtune.data.passes import Layout
 from mlxtune.data.render import Renderer
 from mlxtune.data.sources import HUB
-from mlxtune.device import device_name, on_cpu
-from mlxtune.errors import ModelError, RecipeError, RunError
+from mlxtune.device import device_name
+from mlxtune.errors import RecipeError, RunError
 from mlxtune.files import sha256
 from mlxtune.layers.dense import dense_tensors
-from mlxtune.layers.gated import use_gated_activations
-from mlxtune.layers.inject import (
-    add_lora,
-    dequantize_layers,
-    own_quantized_layers,
-    projections,
-    quantize_projections,
-)
-from mlxtune.models.load import DTYPES, LoadedModel, load_model, load_tokenizer
-from mlxtune.models.packed import enable_packs
-from mlxtune.models.resolve import ModelSource, resolve_model
-from mlxtune.models.targets import find_targets
+from mlxtune.models.load import LoadedModel
+from mlxtune.models.resolve import ModelSource
 from mlxtune.recipe.load import dump_recipe
-from mlxtune.recipe.schema import ModelSection, Recipe, TrainSection
+from mlxtune.recipe.schema import Recipe
 from mlxtune.train.blocks import checkpoint_blocks
 from mlxtune.train.corpus import Corpus, check_sources, held_out_source, read_corpus, source_of
 from mlxtune.train.distributed import Workers, join
-from mlxtune.train.lanes import lanes_of_device
 from mlxtune.train.loop import Interrupted, Trainer
-from mlxtune.train.memory import GB, blocks_to_checkpoint, keep_within, memory_budget
+from mlxtune.train.memory import keep_within, memory_budget
 from mlxtune.train.metrics import Outline, Reporter, Silent
+from mlxtune.train.model import (
+    AdaptedModel,
+    adapted_model,
+    blocks_computed_twice,
+    layout_for,
+    load_base,
+    tokenizer_of,
+)
 from mlxtune.train.neftune import add_embedding_noise
 from mlxtune.train.run import Run, adapter_folder
 
@@ -100,20 +94,21 @@ def _fine_tune(
     renderer = Renderer(tokenizer_of(recipe.model))
     corpus = read_corpus(recipe, renderer, reporter.tokenized)
     workers.barrier()
-    base, packing, notes = adapted_model(recipe, initial)
-    notes = [*corpus.notes(), *notes]
+    before = run.status() if run is not None else {}
+    adapted = adapted_model(recipe, initial, before.get("quantized_matmul"))
+    base, notes = adapted.base, [*corpus.notes(), *adapted.notes]
     plan = Plan(
         corpus.parts,
         recipe.train.batch_size,
         recipe.train.gradient_accumulation_steps,
         recipe.seed,
-        layout_for(packing),
+        layout_for(adapted.packing),
         workers.rank,
         workers.size,
     )
     facts = _facts(recipe, base.source, workers)
     workers.require_same(_shared_facts(facts, renderer))
-    before = run.status() if run is not None else {}
+    facts["quantized_matmul"] = adapted.routes
     budget = memory_budget(recipe.train.memory_limit)
     keep_within(budget)
     # Blocks computed twice draw their dropout apart, so a resumed run does as it did before.
@@ -148,7 +143,7 @@ def _fine_tune(
         first, damaged = trainer.resume()
         notes += damaged
     reporter.started(
-        _outline(recipe, run, base, corpus, packing, notes, first, trainer.total_steps, workers)
+        _outline(recipe, run, adapted, corpus, notes, first, trainer.total_steps, workers)
     )
     with _status_kept(run) if workers.first else nullcontext():
         trainer()
@@ -168,129 +163,6 @@ def _status_kept(run: Run) -> Iterator[None]:
         run.write_status(status="failed")
         raise
     run.write_status(status="finished")
-
-
-def adapted_model(
-    recipe: Recipe, initial: SavedAdapter | None = None
-) -> tuple[LoadedModel, bool, list[str]]:
-    """The model that a recipe trains, adapters in place.
-
-    Args:
-        recipe: checked.
-        initial: what the adapters start from.
-
-    Returns:
-        The model; whether it takes packed batches; and what there is to say about it.
-
-    Raises:
-        ModelError: the model cannot be loaded.
-        TargetError: the recipe's targets are not the model's.
-    """
-    base = load_base(recipe.model)
-    notes = []
-    packing = recipe.train.packing
-    if packing:
-        try:
-            enable_packs(base.model)
-        except ModelError as error:
-            packing = False
-            notes.append(f"batches are padded, not packed: {error.what}")
-    use_gated_activations(base.model)
-    mx.random.seed(recipe.seed)
-    lora = recipe.lora
-    targets = find_targets(
-        dict(projections(base.model)),
-        lora.target_modules,
-        exclude=lora.exclude_modules,
-        layers=lora.layers,
-        layer_count=len(base.model.layers),
-    )
-    add_lora(
-        base.model,
-        targets,
-        rank=lora.rank,
-        scale=lora.scale,
-        dropout=lora.dropout,
-        dora=lora.dora,
-    )
-    if initial is not None:
-        start_from(initial, base.model)
-    return base, packing, notes
-
-
-def blocks_computed_twice(
-    model: nn.Module, plan: Plan, train: TrainSection, budget: int, notes: list[str]
-) -> list[int]:
-    """Numbers of the blocks to checkpoint; what there is to say of it goes to `notes`.
-
-    `budget` is the memory that a step may take, in bytes.
-    """
-    blocks, wish = list(range(len(model.layers))), train.gradient_checkpointing
-    if wish is False:
-        return []
-    if wish is True:
-        return blocks
-    if wish != "auto":
-        return blocks[::wish]
-    try:
-        count = blocks_to_checkpoint(model, plan.largest(), budget, lanes=plan.layout.lanes)
-    except ModelError as error:
-        notes.append(f"no gradient checkpointing: {error.what}")
-        return []
-    if count:
-        notes.append(
-            f"gradient checkpointing in {count} of {len(blocks)} blocks, to stay within "
-            f"{budget / GB:.1f} GB (train.memory_limit)"
-        )
-    # The first ones: they are computed again when the others have let go of their memory.
-    return blocks[:count]
-
-
-def layout_for(packing: bool) -> Layout:
-    """How passes are laid out on this device."""
-    if on_cpu():
-        return Layout(packing, lanes=lanes_of_device())
-    # Each new shape is traced and compiled anew, and a small pass leaves a GPU idle.
-    return Layout(packing, few_shapes=True, pass_cost=256)
-
-
-def load_base(section: ModelSection, *, for_inference: bool = False) -> LoadedModel:
-    """The model of a recipe with our layers in it.
-
-    Args:
-        section: `[model]`.
-        for_inference: on a CPU, expand packed weights: a packed product of a single row
-            is many times slower there than a plain one. The numbers are the same.
-    """
-    template = _template_of(section)
-    source = resolve_model(section.path, revision=section.revision)
-    base = load_model(source, dtype=section.dtype, chat_template=template)
-    own_quantized_layers(base.model)
-    if section.quantize is not None:
-        quantize_projections(base.model, bits=section.quantize)
-    if section.dequantize or (for_inference and mx.default_device() == mx.cpu):
-        dequantize_layers(base.model, DTYPES[base.dtype])
-    mx.eval(base.model.parameters())
-    return base
-
-
-def tokenizer_of(section: ModelSection) -> Any:
-    """The tokenizer of a recipe's model, which alone is loaded."""
-    template = _template_of(section)
-    source = resolve_model(section.path, revision=section.revision)
-    return load_tokenizer(source, chat_template=template)
-
-
-def _template_of(section: ModelSection) -> str | None:
-    if section.chat_template is None:
-        return None
-    try:
-        return Path(section.chat_template).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(
-            f"the chat template {section.chat_template!r} cannot be read: {error}",
-            where="model.chat_template",
-        ) from None
 
 
 def open_run(
@@ -446,9 +318,8 @@ def _version(package: str) -> str:
 def _outline(
     recipe: Recipe,
     run: Run,
-    base: LoadedModel,
+    adapted: AdaptedModel,
     corpus: Corpus,
-    packing: bool,
     notes: list[str],
     first: int,
     total: int,
@@ -458,11 +329,11 @@ def _outline(
         run=run.path,
         model=recipe.model.path,
         device=device_name(),
-        dtype=base.dtype,
-        packed=packing,
+        dtype=adapted.base.dtype,
+        packed=adapted.packing,
         notes=tuple(notes),
-        trainable=_count(base.model, trainable=True),
-        parameters=_count(base.model, trainable=False),
+        trainable=_count(adapted.base.model, trainable=True),
+        parameters=_count(adapted.base.model, trainable=False),
         samples=corpus.size,
         held_out=len(corpus.held_out),
         first_step=first,

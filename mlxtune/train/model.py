@@ -1,0 +1,178 @@
+"""The model of a recipe: loaded, with our layers in it, ready to train or to run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxtune.adapters.saved import SavedAdapter
+from mlxtune.adapters.store import start_from
+from mlxtune.data.batches import Plan
+from mlxtune.data.passes import Layout
+from mlxtune.device import on_cpu
+from mlxtune.errors import ModelError
+from mlxtune.layers.gated import use_gated_activations
+from mlxtune.layers.inject import (
+    add_lora,
+    dequantize_layers,
+    own_quantized_layers,
+    projections,
+    quantize_projections,
+)
+from mlxtune.layers.quantized import packing_named
+from mlxtune.layers.routes import Routes, choose_routes, fix_routes
+from mlxtune.models.load import DTYPES, LoadedModel, load_model, load_tokenizer
+from mlxtune.models.packed import enable_packs
+from mlxtune.models.resolve import resolve_model
+from mlxtune.models.targets import find_targets
+from mlxtune.recipe.schema import ModelSection, Recipe, TrainSection
+from mlxtune.train.lanes import lanes_of_device
+from mlxtune.train.memory import GB, blocks_to_checkpoint
+
+
+@dataclass(frozen=True)
+class AdaptedModel:
+    """A model with adapters in place.
+
+    Attributes:
+        base: the model.
+        packing: whether it takes packed batches.
+        routes: which way each shape of packed weights is multiplied (`choose_routes`).
+        notes: what there is to say about it.
+    """
+
+    base: LoadedModel
+    packing: bool
+    routes: Routes
+    notes: tuple[str, ...]
+
+
+def adapted_model(
+    recipe: Recipe, initial: SavedAdapter | None = None, recorded: Any = None
+) -> AdaptedModel:
+    """The model that a recipe trains, adapters in place.
+
+    Args:
+        recipe: checked.
+        initial: what the adapters start from.
+        recorded: the routes of a run that is to be continued.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+        TargetError: the recipe's targets are not the model's.
+    """
+    base = load_base(recipe.model)
+    routes: Routes = {}
+    if recipe.model.quantized_matmul == "auto":
+        routes = choose_routes(base.model, DTYPES[base.dtype], recorded)
+    notes = []
+    packing = recipe.train.packing
+    if packing:
+        try:
+            enable_packs(base.model)
+        except ModelError as error:
+            packing = False
+            notes.append(f"batches are padded, not packed: {error.what}")
+    use_gated_activations(base.model)
+    mx.random.seed(recipe.seed)
+    lora = recipe.lora
+    targets = find_targets(
+        dict(projections(base.model)),
+        lora.target_modules,
+        exclude=lora.exclude_modules,
+        layers=lora.layers,
+        layer_count=len(base.model.layers),
+    )
+    add_lora(
+        base.model,
+        targets,
+        rank=lora.rank,
+        scale=lora.scale,
+        dropout=lora.dropout,
+        dora=lora.dora,
+    )
+    if initial is not None:
+        start_from(initial, base.model)
+    return AdaptedModel(base, packing, routes, tuple(notes))
+
+
+def blocks_computed_twice(
+    model: nn.Module, plan: Plan, train: TrainSection, budget: int, notes: list[str]
+) -> list[int]:
+    """Numbers of the blocks to checkpoint; what there is to say of it goes to `notes`.
+
+    `budget` is the memory that a step may take, in bytes.
+    """
+    blocks, wish = list(range(len(model.layers))), train.gradient_checkpointing
+    if wish is False:
+        return []
+    if wish is True:
+        return blocks
+    if wish != "auto":
+        return blocks[::wish]
+    try:
+        count = blocks_to_checkpoint(model, plan.largest(), budget, lanes=plan.layout.lanes)
+    except ModelError as error:
+        notes.append(f"no gradient checkpointing: {error.what}")
+        return []
+    if count:
+        notes.append(
+            f"gradient checkpointing in {count} of {len(blocks)} blocks, to stay within "
+            f"{budget / GB:.1f} GB (train.memory_limit)"
+        )
+    # The first ones: they are computed again when the others have let go of their memory.
+    return blocks[:count]
+
+
+def layout_for(packing: bool) -> Layout:
+    """How passes are laid out on this device."""
+    if on_cpu():
+        return Layout(packing, lanes=lanes_of_device())
+    # Each new shape is traced and compiled anew, and a small pass leaves a GPU idle.
+    return Layout(packing, few_shapes=True, pass_cost=256)
+
+
+def load_base(section: ModelSection, *, for_inference: bool = False) -> LoadedModel:
+    """The model of a recipe with our layers in it.
+
+    Args:
+        section: `[model]`.
+        for_inference: on a CPU, expand packed weights: a packed product of a single row
+            is many times slower there than a plain one. The numbers are the same.
+    """
+    template = _template_of(section)
+    source = resolve_model(section.path, revision=section.revision)
+    base = load_model(source, dtype=section.dtype, chat_template=template)
+    own_quantized_layers(base.model, DTYPES[base.dtype])
+    if section.quantize is not None:
+        packing = packing_named(section.quantize, double_quantization=section.double_quantization)
+        quantize_projections(base.model, packing)
+    if section.dequantize or (for_inference and mx.default_device() == mx.cpu):
+        dequantize_layers(base.model, DTYPES[base.dtype])
+    if section.quantized_matmul != "auto":
+        fix_routes(base.model, section.quantized_matmul == "expand")
+    mx.eval(base.model.parameters())
+    return base
+
+
+def tokenizer_of(section: ModelSection) -> Any:
+    """The tokenizer of a recipe's model, which alone is loaded."""
+    template = _template_of(section)
+    source = resolve_model(section.path, revision=section.revision)
+    return load_tokenizer(source, chat_template=template)
+
+
+def _template_of(section: ModelSection) -> str | None:
+    if section.chat_template is None:
+        return None
+    try:
+        return Path(section.chat_template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(
+            f"the chat template {section.chat_template!r} cannot be read: {error}",
+            where="model.chat_template",
+        ) from None
