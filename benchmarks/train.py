@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lm.utils import load_tokenizer
+from training.flops import matmul_rate
 from training.models import make_models
 from training.workloads import WORKLOADS, Workload, read_pairs
 
@@ -95,7 +96,9 @@ def measure(workload: Workload, models: Path, pairs: Path, rounds: int) -> dict[
         )
         workers = {trainer: Worker(trainer, job) for trainer in TRAINERS}
         turns: dict[str, list[dict[str, Any]]] = {trainer: [] for trainer in TRAINERS}
+        rates = []
         for number in range(rounds):
+            rates.append(matmul_rate())
             for trainer in TRAINERS if number % 2 else reversed(TRAINERS):
                 turns[trainer].append(workers[trainer].turn())
                 print(workload.name, number, trainer, turns[trainer][-1], file=sys.stderr)
@@ -117,6 +120,10 @@ def measure(workload: Workload, models: Path, pairs: Path, rounds: int) -> dict[
     figures["speed_ratio"] = statistics.median(ratios)
     figures["speed_ratios"] = ratios
     figures["memory_ratio"] = ours["peak_memory_bytes"] / theirs["peak_memory_bytes"]
+    # Of what the device's own product does in the same run.
+    figures["matmul_flops_per_second"] = rate = statistics.median(rates)
+    done = [t["flops"] / t["seconds"] / rate for t in turns["mlxtune"]]
+    figures["matmul_fraction"] = statistics.median(done)
     figures["target"] = {"speed_ratio": workload.speed, "memory_ratio": workload.memory}
     return figures
 

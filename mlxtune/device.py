@@ -10,7 +10,6 @@ itself once more.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import shutil
@@ -91,20 +90,6 @@ def needs_blas() -> bool:
         and not any(name in os.environ.get("LD_PRELOAD", "") for name in ("mkl_rt", "blas"))
         and on_cpu()
     )
-
-
-def set_blas_threads(count: int) -> bool:
-    """Tell the preloaded BLAS how many threads a product may take from now on.
-
-    Returns:
-        Whether there is one that listens.
-    """
-    program = ctypes.CDLL(None)
-    for name in ("MKL_Set_Num_Threads", "openblas_set_num_threads"):
-        if hasattr(program, name):
-            getattr(program, name)(ctypes.c_int(count))
-            return True
-    return False
 
 
 def run_with_blas(command: list[str]) -> None:

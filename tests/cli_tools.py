@@ -22,9 +22,16 @@ TEMPLATE = (
 )
 
 
+# The program where PyTorch is not installed, which is a test's and not a user's: where it
+# is, transformers imports it, for a second each time.
+PROGRAM = (
+    "import sys; sys.modules['torch'] = None; sys.argv[0] = 'mlxtune'; import mlxtune.__main__"
+)
+
+
 def mlxtune(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "mlxtune", *arguments],
+        [sys.executable, "-c", PROGRAM, *arguments],
         cwd=cwd,
         env=os.environ | {"MLXTUNE_BLAS": "off", "HF_HUB_OFFLINE": "1"},
         stdin=subprocess.DEVNULL,

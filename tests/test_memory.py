@@ -47,7 +47,7 @@ def test_a_step_stays_within_the_budget_and_no_block_too_many_is_computed_twice(
     for share in (0.25, 0.5, 0.75, 1.5):
         budget = int(least + share * (free[1] - least))
         model = model_of(kind)
-        count = blocks_to_checkpoint(model, BATCH, budget, lanes=1)
+        count = blocks_to_checkpoint(model, BATCH, budget)
         checkpoint_blocks(model, range(count))
         loss, peak = loss_and_peak(model)
         assert distance(loss, free[0]) < 1e-5
@@ -60,17 +60,10 @@ def test_a_step_stays_within_the_budget_and_no_block_too_many_is_computed_twice(
     assert 1 <= counts[2] <= 6
 
 
-def test_two_lanes_need_twice_as_much():
-    budget = loss_and_peak(model_of())[1]
-    one = blocks_to_checkpoint(model_of(), BATCH, int(1.3 * budget), lanes=1)
-    two = blocks_to_checkpoint(model_of(), BATCH, int(1.3 * budget), lanes=2)
-    assert one == 0 < two
-
-
 def test_the_model_is_left_whole():
     model = model_of()
     before = model(mx.array([[1, 2, 3]]))
-    blocks_to_checkpoint(model, BATCH, GB, lanes=1)
+    blocks_to_checkpoint(model, BATCH, GB)
     assert len(model.layers) == 12
     assert mx.array_equal(model(mx.array([[1, 2, 3]])), before).item()
 
@@ -86,7 +79,7 @@ def test_a_model_that_cannot_be_measured_says_so():
 
     model.model.__class__ = Whole
     with pytest.raises(ModelError, match="block by block"):
-        blocks_to_checkpoint(model, BATCH, GB, lanes=1)
+        blocks_to_checkpoint(model, BATCH, GB)
     assert len(model.layers) == 12
 
 

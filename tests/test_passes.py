@@ -5,23 +5,17 @@ from __future__ import annotations
 import threading
 import time
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import tiny_llama
-from helpers import distance, random_samples, trainable, with_adapters
+from helpers import random_samples, with_adapters
 
 from mlxtune.data.ahead import ahead
 from mlxtune.data.pack import pack
 from mlxtune.data.passes import Layout, passes
 from mlxtune.models.packed import enable_packs
 from mlxtune.train.heldout import held_out_loss
-from mlxtune.train.lanes import Lanes
-from mlxtune.train.optim import make_optimizer
-from mlxtune.train.step import TrainStep
-
-SIDE_BY_SIDE = Layout(lanes=2)
 
 
 def area(batches) -> int:
@@ -33,14 +27,13 @@ def records(batches) -> list[int]:
 
 
 @pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("lanes", [1, 2, 3])
 @pytest.mark.parametrize("few_shapes", [True, False])
-def test_every_sample_is_in_one_pass_and_no_pass_is_over_the_batch_size(packing, lanes, few_shapes):
+def test_every_sample_is_in_one_pass_and_no_pass_is_over_the_batch_size(packing, few_shapes):
     generator = np.random.default_rng(0)
     for size in (1, 2, 7, 24):
         samples = random_samples(generator.integers(4, 90, size), prefix=3)
         for batch_size in (1, 4, 100):
-            made = passes(samples, batch_size, Layout(packing, lanes, few_shapes))
+            made = passes(samples, batch_size, Layout(packing, few_shapes))
             assert records(made) == list(range(1, size + 1))
             assert all(len(batch.records) <= batch_size for batch in made)
             # A loss on nothing weighs nothing.
@@ -69,12 +62,6 @@ def test_samples_with_the_same_beginning_come_together():
     assert area(made) < 1100 < sum(len(s.tokens) for s in mixed) / 2
 
 
-def test_side_by_side_passes_are_of_like_size():
-    samples = random_samples([80, 20, 70, 30, 60, 40, 50, 50])
-    first, second = passes(samples, 8, SIDE_BY_SIDE)
-    assert first.tokens.size == pytest.approx(second.tokens.size, rel=0.1)
-
-
 def test_few_shapes_occur_where_few_are_asked_for():
     """Each shape is compiled anew, so that is what a long run pays for."""
     generator = np.random.default_rng(3)
@@ -97,49 +84,13 @@ def packed_model(**changes) -> nn.Module:
     return with_adapters(model, **changes)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_two_lanes_train_the_same_as_one(dropout):
-    samples = random_samples([40, 25, 31, 60, 12, 33, 47, 19, 22], prefix=9)
-    results = []
-    for lanes in (1, 2, 2):
-        model = packed_model(dropout=dropout)
-        model.train()
-        mx.random.seed(5)
-        step = TrainStep(
-            model,
-            make_optimizer("sgd", model, weight_decay=0.0),
-            max_grad_norm=0.0,
-            lanes=Lanes(lanes),
-            compiled=False,
-        )
-        # The same passes, whether they are computed side by side or not.
-        for _ in range(3):
-            result = step(passes(samples, 3, SIDE_BY_SIDE), 1e-2)
-            mx.eval(model.parameters(), result.loss, result.grad_norm)
-        results.append((result.loss, result.grad_norm, trainable(model)))
-    one, two, again = results
-    assert distance(one[0], two[0]) < 1e-6
-    assert distance(one[1], two[1]) < 1e-6
-    for name in one[2]:
-        assert distance(one[2][name], two[2][name]) < 1e-6
-        assert mx.array_equal(two[2][name], again[2][name]).item()
-
-
-def test_held_out_loss_is_the_same_in_lanes():
+def test_held_out_loss_is_the_same_in_passes():
     samples = random_samples(np.random.default_rng(2).integers(10, 60, 21), prefix=9)
     model = packed_model()
     plain = held_out_loss(model, samples, batch_size=1, layout=Layout(packing=False))
-    assert held_out_loss(model, samples, batch_size=4, layout=SIDE_BY_SIDE) == pytest.approx(
+    assert held_out_loss(model, samples, batch_size=4, layout=Layout()) == pytest.approx(
         plain, rel=1e-5
     )
-
-
-def test_what_one_lane_raises_is_raised():
-    def wrong() -> mx.array:
-        raise ValueError("of this lane")
-
-    with pytest.raises(ValueError, match="of this lane"):
-        Lanes(2)([lambda: mx.ones(3), wrong])
 
 
 # ------------------------------------------------------------------------ made ahead

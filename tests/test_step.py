@@ -186,7 +186,7 @@ def test_a_step_is_the_mean_gradient_clipped_as_mlx_clips_it(lay_out, max_grad_n
 def test_steps_lower_the_loss():
     model = packable_llama()
     step = TrainStep(model, optim.Adam(0.0), max_grad_norm=1.0)
-    losses = [step([pack(RAGGED)], 1e-2).loss.item() for _ in range(12)]
+    losses = [step([pack(RAGGED)], 3e-3).loss.item() for _ in range(12)]
     assert losses[-1] < 0.9 * losses[0]
 
 

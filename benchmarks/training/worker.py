@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,22 +31,61 @@ KEYS = [f"self_attn.{name}" for name in PROJECTIONS[:4]] + [f"mlp.{n}" for n in 
 class Turns:
     """Stops training after each turn until the next is asked for."""
 
-    def __init__(self, steps: int, told: TextIO) -> None:
-        self._steps = steps
+    def __init__(self, job: dict[str, Any], told: TextIO) -> None:
+        self._job = job
         self._told = told
-        self._left = 1  # the step to warm up
+        self._left = job.get("first", 1)  # by default one step to warm up
+        self._losses: list[float] = []
+        self.flops = 0.0  # of this turn's steps, if they are counted
+        self.model: Any = None
         self._begun = time.perf_counter()
 
-    def step_done(self) -> None:
+    def step_done(self, loss: float) -> None:
         self._left -= 1
+        self._losses.append(loss)
         if self._left:
             return
         seconds = time.perf_counter() - self._begun
-        figures = {"seconds": seconds, "peak_memory_bytes": mx.get_peak_memory()}
+        figures = {
+            "seconds": seconds,
+            "peak_memory_bytes": mx.get_peak_memory(),
+            "flops": self.flops,
+            "losses": self._losses,
+        }
+        if self._job.get("held_out"):
+            figures["held_out_loss"] = held_out_loss(self.model, self._job)
+        self.flops, self._losses = 0.0, []
         print(json.dumps(figures), file=self._told, flush=True)
         if not sys.stdin.readline():
             os._exit(0)
-        self._left, self._begun = self._steps, time.perf_counter()
+        self._left, self._begun = self._job["steps"], time.perf_counter()
+
+
+def held_out_loss(model: Any, job: dict[str, Any]) -> float:
+    """Mean loss over the answers' tokens of test.jsonl: one function for both trainers."""
+    from mlx_lm.tuner.datasets import load_dataset
+    from mlx_lm.utils import load_tokenizer
+
+    from mlxtune.data.pack import pad
+    from mlxtune.data.render import Sample
+    from mlxtune.models.heads import evaluating
+    from mlxtune.train.step import LossFunction, batch_arrays
+
+    _, _, rows = load_dataset(mlx_lm_arguments(job), load_tokenizer(Path(job["model"])))
+    samples = []
+    for number in range(len(rows)):
+        ids, offset = rows.process(rows[number])
+        weights = (np.arange(len(ids)) >= offset).astype(np.float32)
+        samples.append(Sample(np.array(ids, np.int32), weights, record=number))
+    samples.sort(key=lambda sample: len(sample.tokens))
+    total = weight = 0.0
+    with evaluating(model):
+        loss = LossFunction(model)
+        for at in range(0, len(samples), 8):
+            batch = pad(samples[at : at + 8])
+            total += loss(batch_arrays(batch), 0, False).item()
+            weight += batch.weight
+    return total / weight
 
 
 def mlx_lm_arguments(job: dict[str, Any]) -> SimpleNamespace:
@@ -84,11 +123,12 @@ def train_mlx_lm(job: dict[str, Any], turns: Turns) -> None:
     from mlx_lm.tuner.datasets import load_dataset
 
     class Callback(mlx_lm.lora.TrainingCallback):  # type: ignore[misc]
-        def on_train_loss_report(self, _info: dict[str, Any]) -> None:
-            turns.step_done()
+        def on_train_loss_report(self, info: dict[str, Any]) -> None:
+            turns.step_done(info["train_loss"])
 
     arguments = mlx_lm_arguments(job)
     model, tokenizer = mlx_lm.lora.load(arguments.model)
+    turns.model = model
     rows, _, _ = load_dataset(arguments, tokenizer)
     np.random.seed(SEED)
     mlx_lm.lora.train_model(arguments, model, rows, [], Callback())
@@ -100,6 +140,7 @@ class MlxLmBatches:
 
     job: dict[str, Any]
     layout: Any
+    seen: Callable[[Any], None]
     steps_per_epoch: int = 10**6
 
     def total_steps(self, **_: Any) -> int:
@@ -128,20 +169,28 @@ class MlxLmBatches:
                 ids = row[:length].astype(np.int32)
                 weights = (np.arange(length) >= max(1, offset)).astype(np.float32)
                 samples.append(Sample(ids, weights, record=number + 1, where=""))
-            yield passes(samples, len(samples), self.layout)
+            batches = passes(samples, len(samples), self.layout)
+            self.seen(batches)
+            yield batches
 
 
 def train_mlxtune(job: dict[str, Any], turns: Turns) -> None:
+    from training.flops import Flops
+
     from mlxtune.recipe.load import parse_recipe
     from mlxtune.train.blocks import checkpoint_blocks
+    from mlxtune.train.distributed import Workers
     from mlxtune.train.loop import Trainer
-    from mlxtune.train.metrics import Silent
+    from mlxtune.train.metrics import Report, Silent
     from mlxtune.train.model import adapted_model, layout_for
     from mlxtune.train.run import Run
 
     class Reporter(Silent):
-        def stepped(self, step: int) -> None:
-            turns.step_done()
+        def reported(self, report: Report) -> None:
+            turns.flops += counted[report.step - 1]
+            turns.step_done(report.loss)
+
+    counted: list[float] = []  # of each step, when its batches are made
 
     recipe = parse_recipe(
         {
@@ -157,6 +206,7 @@ def train_mlxtune(job: dict[str, Any], turns: Turns) -> None:
                 "lr_scheduler": "constant",
                 "warmup_ratio": 0.0,
                 "max_grad_norm": 0.0,
+                "weight_decay": 0.01,  # as MLX's AdamW has it by itself
                 "max_seq_length": job["max_seq_length"],
             },
             "checkpoint": {"steps": 10**6},
@@ -166,14 +216,20 @@ def train_mlxtune(job: dict[str, Any], turns: Turns) -> None:
     )
     adapted = adapted_model(recipe)
     base = adapted.base
+    turns.model = base.model
     assert adapted.packing
     if job["checkpointing"]:
         checkpoint_blocks(base.model, range(len(base.model.layers)))
+    flops = Flops(base.model, checkpointed=job["checkpointing"])
+
+    def seen(batches: Any) -> None:
+        counted.append(flops(batches))
+
     folder = Path(tempfile.mkdtemp()) / "run"
     trainer = Trainer(
         base.model,
         Run.create(folder, recipe, {}, overwrite=False),
-        MlxLmBatches(job, layout_for(adapted.packing)),
+        MlxLmBatches(job, layout_for(adapted.packing), seen),
         (),
         train=recipe.train,
         evaluation=recipe.eval,
@@ -181,6 +237,7 @@ def train_mlxtune(job: dict[str, Any], turns: Turns) -> None:
         log=recipe.log,
         base="bench",
         reporter=Reporter(),
+        workers=Workers(),
     )
     trainer()
 
@@ -191,7 +248,7 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     trainer, path = sys.argv[1:]
     job = json.loads(Path(path).read_text(encoding="utf-8"))
-    turns = Turns(job["steps"], told)
+    turns = Turns(job, told)
     {"mlx-lm": train_mlx_lm, "mlxtune": train_mlxtune}[trainer](job, turns)
 
 

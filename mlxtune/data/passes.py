@@ -22,13 +22,11 @@ class Layout:
 
     Attributes:
         packing: pack the samples of a pass instead of padding them.
-        lanes: passes that are computed side by side.
         few_shapes: round sizes up coarsely, since each new shape is compiled anew.
         pass_cost: what a pass costs beside its tokens, in tokens.
     """
 
     packing: bool = True
-    lanes: int = 1
     few_shapes: bool = False
     pass_cost: int = 32
 
@@ -36,8 +34,8 @@ class Layout:
 def passes(samples: Sequence[Sample], batch_size: int, layout: Layout) -> list[Batch]:
     """The passes that compute these samples soonest, `batch_size` samples at most to each.
 
-    More and smaller passes waste less on unequal lengths, keep fewer activations, and can
-    be computed side by side; fewer ones compute a shared prefix less often.
+    More and smaller passes waste less on unequal lengths and keep fewer activations; fewer
+    ones compute a shared prefix less often.
     """
     if not samples:
         return []
@@ -50,13 +48,11 @@ def passes(samples: Sequence[Sample], batch_size: int, layout: Layout) -> list[B
             for at in range(0, len(ordered), batch_size)
         ]
     wanted = (fewest * factor for factor in (1, 2, 4, 8))
-    counts = sorted({min(max(c, layout.lanes), len(samples)) for c in wanted})
+    counts = sorted({min(c, len(samples)) for c in wanted})
     best = min(
         (plan for count in counts for plan in _plans(samples, count, batch_size, layout)),
         key=lambda plan: _cost([grid for _, grid in plan], layout),
     )
-    # The dearest first, so that those side by side are alike.
-    best.sort(key=lambda part: -part[1].cost)
     return [pack(group, grid) for group, grid in best]
 
 
@@ -72,9 +68,8 @@ def _plans(
 
 
 def _cost(grids: list[Grid], layout: Layout) -> float:
-    """Time, in tokens, of passes of which `lanes` are computed at once."""
-    costs = sorted((grid.cost + layout.pass_cost for grid in grids), reverse=True)
-    return sum(costs[:: layout.lanes])
+    """Time of passes, in tokens."""
+    return sum(grid.cost + layout.pass_cost for grid in grids)
 
 
 def _balanced(samples: Sequence[Sample], count: int, batch_size: int) -> list[Group]:

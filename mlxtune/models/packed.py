@@ -13,7 +13,6 @@ mlx-lm's classes stay as they are.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
@@ -22,9 +21,9 @@ import mlx.nn as nn
 
 from mlxtune.arrays import scalar
 from mlxtune.errors import ModelError
+from mlxtune.models.attention import Block, attention
 
 
-@dataclass(frozen=True)
 class PackCache:
     """Positions and segments of a packed grid, in the form of an mlx-lm cache.
 
@@ -35,9 +34,14 @@ class PackCache:
         prefix: length of the shared prefix, which stands at the front of the grid.
     """
 
-    positions: mx.array
-    segments: mx.array
-    prefix: int
+    def __init__(self, positions: mx.array, segments: mx.array, prefix: int) -> None:
+        self.positions = positions
+        self.segments = segments
+        self.prefix = prefix
+        # What `PackedRope` keeps of the queries of the block that is being computed, for
+        # attention of our own: (rows, heads, width, dim), and the scale of the scores.
+        self.asked: tuple[mx.array, float] | None = None
+        self._biases: dict[tuple[int, int], mx.array] = {}
 
     @property
     def offset(self) -> PackCache:
@@ -57,7 +61,15 @@ class PackCache:
             keys: (rows, heads, width, dim), from `PackedRope`.
             values: (1, heads, rows * width, dim), or as the keys.
         """
-        return self._with_prefix(keys), self._with_prefix(values)
+        keys, values = self._with_prefix(keys), self._with_prefix(values)
+        if self.asked is None:
+            return keys, values
+        (queries, scale), self.asked = self.asked, None
+        mixed = attention(queries, keys, values, scale=scale, prefix=self.prefix, bias=self._bias)
+        # One key with one long value: what the model's own attention makes of it is the
+        # value, which its reshaping turns into (1, rows * width, heads * dim).
+        mixed = mixed.transpose(0, 2, 1, 3).reshape(1, 1, 1, -1)
+        return mx.zeros((1, 1, 1, 1), mixed.dtype), mixed
 
     def _with_prefix(self, x: mx.array) -> mx.array:
         if x.shape[0] != self.positions.shape[0]:
@@ -71,7 +83,11 @@ class PackCache:
 
     def make_mask(
         self, _length: int, return_array: bool = True, window_size: int | None = None
-    ) -> mx.array:
+    ) -> mx.array | None:
+        """As mlx-lm asks for it."""
+        return self.mask(window_size)
+
+    def mask(self, window_size: int | None = None) -> mx.array:
         """Who sees whom: bool (rows, 1, width, prefix + width).
 
         A sample's token sees the prefix and what precedes it in its sample; a token of
@@ -93,6 +109,30 @@ class PackCache:
             front = front & (position - ahead < window_size)
         return mx.concatenate([mx.broadcast_to(front, (*own.shape[:-1], self.prefix)), own], -1)
 
+    def _bias(self, block: Block) -> mx.array:
+        """The mask of a block for its scores, made once for all layers."""
+        key = block.rows.start, block.queries.start
+        if key not in self._biases:
+            part = PackCache(self.positions[block.rows], self.segments[block.rows], self.prefix)
+            mask = part.mask()[:, :, block.queries, : block.keys]
+            self._biases[key] = mx.where(mask, 0.0, _NEVER)[:, :, None]
+        return self._biases[key]
+
+
+class OwnAttention(PackCache):
+    """A pack for a model whose attention is ours: it is given one key, and no mask."""
+
+    def make_mask(
+        self, _length: int, return_array: bool = True, window_size: int | None = None
+    ) -> None:
+        """Nothing to mask.
+
+        Raises:
+            ModelError: a window is asked for, and which block has it cannot be known.
+        """
+        if window_size is not None:
+            raise ModelError("its attention has windows")
+
 
 class PackedRope(nn.Module):
     """A rotary embedding that can also place a packed grid.
@@ -100,11 +140,14 @@ class PackedRope(nn.Module):
     Args:
         inner: the model's own rotary embedding. Given anything but a pack as offset, it
             is simply called.
+        scale: of the scores of the attention that it belongs to; None if unknown.
     """
 
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: nn.Module, scale: float | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.inner = inner
+        self.scale = scale
+        self.own = False  # whether the attention that it belongs to may be ours
 
     def __call__(self, x: mx.array, offset: Any = 0) -> mx.array:
         """Rotate (1, heads, rows * width, dim); a packed grid comes back as its rows."""
@@ -114,7 +157,13 @@ class PackedRope(nn.Module):
         # `mx.fast.rope` takes one offset for each entry of the batch axis: with time on
         # it, every token has its own position.
         turned = self.inner(x.transpose(2, 1, 0, 3), offset=offset.positions.reshape(-1))
-        return offset.rows(turned.transpose(2, 1, 0, 3))
+        grid = offset.rows(turned.transpose(2, 1, 0, 3))
+        if isinstance(offset, OwnAttention) and offset.asked is None:
+            # The first that is turned are the queries: `update_and_fetch` has use for them.
+            assert self.scale is not None
+            offset.asked = grid, self.scale
+            return mx.zeros((1, 1, 1, 1), grid.dtype)
+        return grid
 
 
 def enable_packs(model: nn.Module) -> None:
@@ -132,23 +181,40 @@ def enable_packs(model: nn.Module) -> None:
     if len(owners) != len(model.layers):
         raise ModelError("this architecture's attention has no rotary embedding in every block")
     for owner in owners:
-        owner.rope = PackedRope(owner.rope)
-    try:
-        problem = _difference(model)
-    except Exception as error:  # whatever an unknown architecture does with a cache
-        problem = str(error) or type(error).__name__
-    if problem:
+        scale = getattr(owner, "scale", None)
+        owner.rope = PackedRope(owner.rope, scale if isinstance(scale, float) else None)
+    if problem := _problem(model, PackCache):
         for owner in owners:
             owner.rope = owner.rope.inner
         raise ModelError(f"packed samples cannot be given to this architecture: {problem}")
+    # CUDA has a fused attention with a backward pass; elsewhere MLX keeps all scores.
+    own = not mx.cuda.is_available() and _problem(model, OwnAttention) is None
+    for owner in owners:
+        owner.rope.own = own
 
 
-def _difference(model: nn.Module) -> str | None:
+def pack_kind(model: nn.Module) -> type[PackCache]:
+    """What a model for which packs are enabled takes as the cache of its blocks."""
+    ropes = [module for module in model.modules() if isinstance(module, PackedRope)]
+    return OwnAttention if ropes and all(rope.own for rope in ropes) else PackCache
+
+
+_NEVER = -1e30
+
+
+def _problem(model: nn.Module, kind: type[PackCache]) -> str | None:
+    try:
+        return _difference(model, kind)
+    except Exception as error:  # whatever an unknown architecture does with a cache
+        return str(error) or type(error).__name__
+
+
+def _difference(model: nn.Module, kind: type[PackCache]) -> str | None:
     """What is wrong with the logits of two packed samples; None if nothing is."""
     # Two samples, 1 2 3 and 1 2 4 5, in a grid of one row for the prefix 1 2 and one
     # row that holds 3, 4 5 and padding.
     tokens = mx.array([[1, 2, 0, 0], [3, 4, 5, 0]])
-    cache = PackCache(
+    cache = kind(
         positions=mx.array([[0, 1, 0, 0], [2, 2, 3, 0]]),
         segments=mx.array([[0, 0, -1, -1], [1, 2, 2, -1]]),
         prefix=2,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import mlx.nn as nn
 
@@ -12,7 +11,6 @@ from mlxtune.data.passes import Layout, passes
 from mlxtune.data.render import Sample
 from mlxtune.models.heads import evaluating
 from mlxtune.train.distributed import Workers
-from mlxtune.train.lanes import Lanes
 from mlxtune.train.step import LossFunction, batch_arrays
 
 
@@ -22,7 +20,6 @@ def held_out_loss(
     *,
     batch_size: int,
     layout: Layout,
-    lanes: Lanes | None = None,
     workers: Workers | None = None,
 ) -> float:
     """Mean loss over all supervised tokens of the samples, nats; dropout is off.
@@ -31,23 +28,14 @@ def held_out_loss(
     """
     workers = workers or Workers()
     loss_of = LossFunction(model)
-    lanes = lanes or Lanes(layout.lanes)
     total = weight = 0.0
     # Samples of similar length together waste the least; a sum has no order.
     ordered = sorted(samples, key=lambda s: len(s.tokens))
     share = ordered[workers.rank :: workers.size]
-    group = batch_size * lanes.count
     with evaluating(model):
-        for at in range(0, len(share), group):
-            batches = passes(share[at : at + group], batch_size, layout)
-            for first in range(0, len(batches), lanes.count):
-                losses = lanes(
-                    [
-                        partial(loss_of, batch_arrays(batch), batch.prefix, batch.packed)
-                        for batch in batches[first : first + lanes.count]
-                    ]
-                )
-                total += sum(map(scalar, losses))
-            weight += sum(batch.weight for batch in batches)
+        for at in range(0, len(share), batch_size):
+            for batch in passes(share[at : at + batch_size], batch_size, layout):
+                total += scalar(loss_of(batch_arrays(batch), batch.prefix, batch.packed))
+                weight += batch.weight
     total, weight = workers.totals(total, weight)
     return total / weight

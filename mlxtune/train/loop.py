@@ -33,7 +33,6 @@ from mlxtune.train.checkpoint import (
 )
 from mlxtune.train.distributed import Stopped, Workers
 from mlxtune.train.heldout import held_out_loss
-from mlxtune.train.lanes import Lanes
 from mlxtune.train.metrics import Report, Reporter
 from mlxtune.train.optim import make_optimizer
 from mlxtune.train.run import Run
@@ -100,7 +99,6 @@ class Trainer:
             epsilon=train.adam_epsilon,
         )
         self._progress = Progress()
-        self._lanes = Lanes(plan.layout.lanes)
 
     def resume(self) -> tuple[int, list[str]]:
         """Go back to the latest whole checkpoint, if there is any.
@@ -143,7 +141,6 @@ class Trainer:
             self._optimizer,
             max_grad_norm=self._train.max_grad_norm,
             lora_plus_ratio=self._train.lora_plus_ratio,
-            lanes=self._lanes,
             workers=self._workers,
         )
         self._share_state()
@@ -253,7 +250,6 @@ class Trainer:
             self._held_out,
             batch_size=self._train.batch_size,
             layout=self._plan.layout,
-            lanes=self._lanes,
             workers=self._workers,
         )
         now = self._progress

@@ -17,7 +17,7 @@ from mlxtune.train.step import LossFunction, batch_arrays
 GB = 10**9
 # Of a machine's memory, what is left to others where the device names no limit of its own.
 _OTHERS = 0.2
-# A budget is not used to the last byte: buffers are reused at other sizes, and lanes differ.
+# A budget is not used to the last byte: buffers are reused at other sizes.
 _MARGIN = 0.95
 
 
@@ -49,7 +49,7 @@ def keep_within(budget: int) -> None:
         mx.set_wired_limit(min(budget, allowed))
 
 
-def blocks_to_checkpoint(model: nn.Module, batch: Batch, budget: int, *, lanes: int) -> int:
+def blocks_to_checkpoint(model: nn.Module, batch: Batch, budget: int) -> int:
     """The fewest blocks to compute twice so that a step on `batch` stays within `budget`.
 
     What a block keeps is measured: what the peak of a pass rises by from two of the
@@ -59,7 +59,6 @@ def blocks_to_checkpoint(model: nn.Module, batch: Batch, budget: int, *, lanes: 
         model: with adapters in place.
         batch: the largest that will come.
         budget: bytes, of everything.
-        lanes: passes computed at once.
 
     Raises:
         ModelError: the model does not run with fewer blocks, so nothing can be measured.
@@ -71,11 +70,11 @@ def blocks_to_checkpoint(model: nn.Module, batch: Batch, budget: int, *, lanes: 
     # A checkpointed block keeps its input alone; one of them at a time is computed again.
     saved = max(1, kept - _input_bytes(model, batch))
     trained = sum(a.nbytes for a in flat(model.trainable_parameters()).values())
-    without = mx.get_active_memory() + 3 * trained + lanes * (least + (count - few) * kept)
+    without = mx.get_active_memory() + 3 * trained + least + (count - few) * kept
     excess = without - _MARGIN * budget
     if excess <= 0:
         return 0
-    return min(count, 1 + math.ceil(excess / (lanes * saved)))
+    return min(count, 1 + math.ceil(excess / saved))
 
 
 def _peak(model: nn.Module, batch: Batch, blocks: int) -> int:

@@ -30,7 +30,6 @@ from mlxtune.models.packed import enable_packs
 from mlxtune.models.resolve import resolve_model
 from mlxtune.models.targets import find_targets
 from mlxtune.recipe.schema import ModelSection, Recipe, TrainSection
-from mlxtune.train.lanes import lanes_of_device
 from mlxtune.train.memory import GB, blocks_to_checkpoint
 
 
@@ -115,7 +114,7 @@ def blocks_computed_twice(
     if wish != "auto":
         return blocks[::wish]
     try:
-        count = blocks_to_checkpoint(model, plan.largest(), budget, lanes=plan.layout.lanes)
+        count = blocks_to_checkpoint(model, plan.largest(), budget)
     except ModelError as error:
         notes.append(f"no gradient checkpointing: {error.what}")
         return []
@@ -131,7 +130,7 @@ def blocks_computed_twice(
 def layout_for(packing: bool) -> Layout:
     """How passes are laid out on this device."""
     if on_cpu():
-        return Layout(packing, lanes=lanes_of_device())
+        return Layout(packing)
     # Each new shape is traced and compiled anew, and a small pass leaves a GPU idle.
     return Layout(packing, few_shapes=True, pass_cost=256)
 

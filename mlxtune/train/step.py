@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -16,9 +15,8 @@ from mlxtune.arrays import flat
 from mlxtune.data.pack import TARGET_STEP, Batch
 from mlxtune.losses.cross_entropy import chunked_cross_entropy, weighted_cross_entropy
 from mlxtune.models.heads import split_head
-from mlxtune.models.packed import PackCache
+from mlxtune.models.packed import pack_kind
 from mlxtune.train.distributed import Workers
-from mlxtune.train.lanes import Lanes
 from mlxtune.train.neftune import embedding_noise, noise_sizes
 from mlxtune.train.optim import update
 
@@ -55,12 +53,13 @@ class LossFunction:
         self._model = model
         self._parts = split_head(model)
         self._blocks = len(model.layers)
+        self._pack = pack_kind(model)
 
     def __call__(self, arrays: Arrays, prefix: int, packed: bool) -> mx.array:
         """The weighted sum as a float32 scalar; arguments come from `batch_arrays`."""
         tokens, call = arrays["tokens"], {}
         if packed:
-            cache = PackCache(arrays["positions"], arrays["segments"], prefix)
+            cache = self._pack(arrays["positions"], arrays["segments"], prefix)
             tokens = tokens.reshape(1, -1)
             call = {"cache": [cache] * self._blocks}
         # Without a cache the model masks causally, and padding at the right of a row is
@@ -112,7 +111,6 @@ class TrainStep:
         optimizer: its learning rate is set before each step.
         max_grad_norm: clip the gradient of a step to this norm; 0 for no clipping.
         lora_plus_ratio: see `optim.update`.
-        lanes: computes batches side by side where that pays.
         compiled: compile the step; by default wherever that pays.
         workers: those that each step's batches are spread over.
     """
@@ -124,13 +122,11 @@ class TrainStep:
         *,
         max_grad_norm: float,
         lora_plus_ratio: float = 1.0,
-        lanes: Lanes | None = None,
         compiled: bool | None = None,
         workers: Workers | None = None,
     ) -> None:
         self._workers = workers or Workers()
         self._model = model
-        self._lanes = lanes or Lanes()
         self._optimizer = optimizer
         self._max_grad_norm = max_grad_norm
         self._lora_plus_ratio = lora_plus_ratio
@@ -162,22 +158,16 @@ class TrainStep:
         self._optimizer.learning_rate = mx.array(learning_rate)
         if weight is None:
             weight = sum(batch.weight for batch in batches)
-        if len(batches) == 1 and self._lanes.count == 1 and self._workers.size == 1:
+        if len(batches) == 1 and self._workers.size == 1:
             (batch,) = batches
             loss, norm = self._whole(batch_arrays(batch, weight), batch.prefix, batch.packed)
             return StepResult(loss, norm)
         loss, gradients = mx.array(0.0), None
         with self._workers.own_randomness():
-            for at in range(0, len(batches), self._lanes.count):
-                # Each round's activations are released before the next is begun.
-                for more, of_batch in self._lanes(
-                    [
-                        partial(self._one, batch_arrays(batch, weight), batch.prefix, batch.packed)
-                        for batch in batches[at : at + self._lanes.count]
-                    ]
-                ):
-                    loss = loss + more
-                    gradients = _sum(gradients, of_batch)
+            for batch in batches:
+                more, of_batch = self._one(batch_arrays(batch, weight), batch.prefix, batch.packed)
+                loss, gradients = loss + more, _sum(gradients, of_batch)
+                # Each batch's activations are released before the next is begun.
                 mx.eval(loss, gradients)
         if gradients is None:
             gradients = tree_map(mx.zeros_like, self._model.trainable_parameters())

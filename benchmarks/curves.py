@@ -1,0 +1,132 @@
+"""Does it learn as well: the loss of mlx-lm's own trainer and of ours on the same data.
+
+    python -m mlxtune.device python benchmarks/curves.py PAIRS.jsonl
+
+2,000 pairs, 250 steps of 8, learning rate 2e-4, rank 8, AdamW, SmolLM2-135M in float32; 100
+other pairs are held out. Both see the same batches in the same order. The held-out loss of
+both is computed by the same plain function, over the answers' tokens. Keeps the figures in
+benchmarks/results/ and the picture in docs/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from training.models import make_models
+from training.workloads import read_pairs
+
+from mlxtune.device import device_name
+
+HERE = Path(__file__).parent
+STEPS, PAIRS, HELD_OUT, EVERY = 250, 2000, 100, 50
+TRAINERS = ("mlx-lm", "mlxtune")
+
+
+def train(trainer: str, job: Path) -> dict[str, Any]:
+    """Loss by step, and the held-out loss every so many steps."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "training.worker", trainer, str(job)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=HERE,
+        env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    curve: dict[str, Any] = {"loss": [], "held_out": []}
+    for line in process.stdout:
+        answer = json.loads(line)
+        curve["loss"] += answer["losses"]
+        curve["held_out"].append((len(curve["loss"]), answer["held_out_loss"]))
+        print(trainer, *curve["held_out"][-1], file=sys.stderr)
+        if len(curve["loss"]) >= STEPS:
+            break
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    process.kill()
+    process.wait()
+    return curve
+
+
+def draw(curves: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=150)
+    for trainer, colour in zip(TRAINERS, ("tab:orange", "tab:blue"), strict=True):
+        loss = curves[trainer]["loss"]
+        smooth = [sum(loss[max(0, i - 9) : i + 1]) / min(i + 1, 10) for i in range(len(loss))]
+        axes.plot(range(1, len(loss) + 1), smooth, color=colour, alpha=0.35, lw=1)
+        steps, held_out = zip(*curves[trainer]["held_out"], strict=True)
+        axes.plot(steps, held_out, "o-", color=colour, ms=4, label=f"{trainer}, held out")
+    axes.set_xlabel("step of 8 examples (thin: training loss, mean of 10 steps)")
+    axes.set_ylabel("nats per answer token")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pairs", type=Path)
+    parser.add_argument("--models", type=Path, default=HERE.parent / ".cache" / "benchmarks")
+    given = parser.parse_args()
+    make_models(given.models)
+    pairs = read_pairs(given.pairs)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, part in (
+            ("train", pairs[:PAIRS]),
+            ("valid", pairs[PAIRS : PAIRS + HELD_OUT]),
+            ("test", pairs[PAIRS : PAIRS + HELD_OUT]),
+        ):
+            rows = [json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in part]
+            Path(folder, f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+        job = Path(folder, "job.json")
+        job.write_text(
+            json.dumps(
+                {
+                    "model": str((given.models / "smollm2").absolute()),
+                    "data": folder,
+                    "steps": EVERY,
+                    "first": EVERY,
+                    "held_out": True,
+                    "batch_size": 8,
+                    "max_seq_length": 2048,
+                    "checkpointing": False,
+                    "masked": True,
+                    "rank": 8,
+                    "alpha": 16.0,
+                    "learning_rate": 2e-4,
+                }
+            )
+        )
+        curves = {trainer: train(trainer, job) for trainer in reversed(TRAINERS)}
+    theirs, ours = (curves[trainer]["held_out"][-1][1] for trainer in TRAINERS)
+    figures = {
+        "benchmark": "curves",
+        "device": device_name(),
+        "steps": STEPS,
+        "held_out_loss": {"mlx-lm": theirs, "mlxtune": ours},
+        "difference": ours / theirs - 1,
+        "curves": curves,
+    }
+    results = HERE / "results" / "curves.json"
+    results.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    draw(curves, HERE.parent / "docs" / "loss-curves.png")
+    print(f"held-out loss: mlx-lm {theirs:.4f}, mlxtune {ours:.4f} ({ours / theirs - 1:+.2%})")
+
+
+if __name__ == "__main__":
+    main()

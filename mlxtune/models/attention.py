@@ -1,0 +1,167 @@
+"""Attention that keeps no scores: block by block, and computed again in the backward pass.
+
+The algorithm is that of FlashAttention-2 (Dao 2023, arXiv:2307.08691) in MLX's own
+operations. Blocks above the diagonal are never computed, and a block is small enough to
+stay in a CPU's cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+# Scores of one block: 2 MiB of float32 on a CPU, whose caches hold that; a GPU needs many
+# at once to be busy.
+_CPU_SCORES, _GPU_SCORES = 1 << 19, 1 << 26
+_LEAST_QUERIES = 32
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of a grid, some queries of them, and the first `keys` keys they may see."""
+
+    rows: slice
+    queries: slice
+    keys: int
+
+
+# The mask of a block: float32 (rows, 1, 1, queries, keys), 0 or very negative.
+Bias = Callable[[Block], mx.array]
+
+
+def blocks(rows: int, width: int, prefix: int, heads: int) -> Iterator[Block]:
+    """The blocks of a grid of `rows` x `width` queries, each row with `prefix` keys in front."""
+    limit = _CPU_SCORES if mx.default_device() == mx.cpu else _GPU_SCORES
+    queries = min(width, max(_LEAST_QUERIES, limit // (heads * (prefix + width))))
+    queries = -(-width // -(-width // queries))  # all blocks of a row alike
+    group = max(1, limit // (heads * queries * (prefix + width))) if queries == width else 1
+    for row in range(0, rows, group):
+        for start in range(0, width, queries):
+            end = min(width, start + queries)
+            yield Block(slice(row, min(rows, row + group)), slice(start, end), prefix + end)
+
+
+def attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    scale: float,
+    prefix: int,
+    bias: Bias,
+) -> mx.array:
+    """softmax(scale * Q K^T + bias) V, differentiable in all three.
+
+    Args:
+        queries: (rows, heads, width, dim).
+        keys, values: (rows, kv heads, prefix + width, dim); heads share them in groups.
+        scale: on the scores.
+        prefix: keys in front of a row's own.
+        bias: who sees whom, block by block; a query sees no key of its row after itself.
+
+    Returns:
+        As `queries`.
+    """
+    rows, heads, width, dim = queries.shape
+    kv_heads = keys.shape[1]
+    parts = list(blocks(rows, width, prefix, heads))
+
+    def scores(block: Block, q: mx.array, k: mx.array) -> mx.array:
+        product = (q @ k.swapaxes(-1, -2)).astype(mx.float32)
+        product = product.reshape(*product.shape[:2], heads // kv_heads, -1, block.keys)
+        return product + bias(block)
+
+    def of_block(block: Block, x: mx.array) -> mx.array:
+        """Queries, outputs or gradients of a block, the heads of a group one after another."""
+        own = x.reshape(rows, kv_heads, heads // kv_heads, width, dim)
+        own = own[block.rows, :, :, block.queries]
+        return own.reshape(own.shape[0], kv_heads, -1, dim)
+
+    @mx.custom_function
+    def attend(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        outputs: list[mx.array] = []
+        logs: list[mx.array] = []
+        for block in parts:
+            own = of_block(block, q) * scale
+            if outputs:  # not before the last block is done with its scores
+                [own] = mx.depends([own], [outputs[-1]])
+            s = scores(block, own, k[block.rows, :, : block.keys])
+            peak = s.max(axis=-1, keepdims=True)
+            p = _exp(s - peak)
+            total = p.sum(axis=-1, keepdims=True)
+            flat = p.reshape(*own.shape[:-1], block.keys).astype(v.dtype)
+            mixed = flat @ v[block.rows, :, : block.keys]
+            mixed = mixed.reshape(*total.shape[:-1], dim) / total.astype(v.dtype)
+            outputs.append(mixed)
+            logs.append(peak + mx.log(total))
+        return _joined(parts, outputs), _joined(parts, logs)
+
+    @attend.vjp
+    def attend_vjp(primals: Any, cotangents: Any, results: Any) -> Any:
+        q, k, v = primals
+        (out, log), gradient = results, cotangents[0]
+        out, gradient = out.reshape(q.shape), gradient.reshape(q.shape)
+        log = log.reshape(rows, kv_heads, heads // kv_heads, width, 1)
+        # What softmax takes away from every score's gradient.
+        drift = (out.astype(mx.float32) * gradient).sum(axis=-1)
+        drift = drift.reshape(rows, kv_heads, heads // kv_heads, width, 1)
+        for_q: list[mx.array] = []
+        for_k: dict[int, mx.array] = {}
+        for_v: dict[int, mx.array] = {}
+        before: list[mx.array] = []
+        # From the end, so that the first block of some rows has all their keys.
+        for block in reversed(parts):
+            own, above = of_block(block, q) * scale, of_block(block, gradient)
+            if before:
+                # Not before the last block is done with its scores.
+                [own] = mx.depends([own], before)
+            k_seen, v_seen = k[block.rows, :, : block.keys], v[block.rows, :, : block.keys]
+            p = _exp(scores(block, own, k_seen) - log[block.rows, :, :, block.queries])
+            flat = p.reshape(*own.shape[:-1], block.keys)
+            from_above = (above @ v_seen.swapaxes(-1, -2)).astype(mx.float32)
+            ds = p * (from_above.reshape(p.shape) - drift[block.rows, :, :, block.queries])
+            ds = ds.reshape(flat.shape).astype(q.dtype)
+            for_q.append(((ds @ k_seen) * scale).reshape(*p.shape[:-1], dim))
+            before = [
+                for_q[-1],
+                _add(for_k, block, ds.swapaxes(-1, -2) @ own),
+                _add(for_v, block, flat.astype(v.dtype).swapaxes(-1, -2) @ above),
+            ]
+        for_q.reverse()
+        return (
+            _joined(parts, for_q).reshape(q.shape),
+            mx.concatenate([for_k[row] for row in sorted(for_k)]),
+            mx.concatenate([for_v[row] for row in sorted(for_v)]),
+        )
+
+    both: Any = attend(queries, keys, values)
+    result: mx.array = both[0].reshape(queries.shape)
+    return result
+
+
+def _joined(parts: list[Block], arrays: list[mx.array]) -> mx.array:
+    """Blocks (rows, kv heads, group, queries, n) put together again."""
+    rows: dict[int, list[mx.array]] = {}
+    for block, array in zip(parts, arrays, strict=True):
+        rows.setdefault(block.rows.start, []).append(array)
+    whole = [mx.concatenate(row, axis=3) if len(row) > 1 else row[0] for row in rows.values()]
+    return mx.concatenate(whole, axis=0) if len(whole) > 1 else whole[0]
+
+
+def _add(total: dict[int, mx.array], block: Block, more: mx.array) -> mx.array:
+    """Add the gradient for the keys that a block sees to that of all keys of its rows."""
+    row = block.rows.start
+    if row in total:
+        seen, rest = mx.split(total[row], [block.keys], axis=2)
+        more = mx.concatenate([seen + more, rest], axis=2)
+    total[row] = more
+    return more
+
+
+def _exp(x: mx.array) -> mx.array:
+    """e to the x. On a CPU MLX takes powers three times as fast as exponentials."""
+    return mx.power(math.e, x) if mx.default_device() == mx.cpu else mx.exp(x)
