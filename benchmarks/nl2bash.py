@@ -1,6 +1,6 @@
 """Does the trainer learn from real pairs: held-out loss after 60 steps of batch 8.
 
-    python benchmarks/nl2bash.py PATH/nl2bash.jsonl      (or: make bench NL2BASH=…)
+    python -m mlxtune.device python benchmarks/nl2bash.py PATH/nl2bash.jsonl
 
 The file holds one {"prompt", "expected_command"} a line; the figures in the README come
 from the NL2Bash pairs (Lin et al. 2018, arXiv:1802.08979; MIT). 100 records, chosen by

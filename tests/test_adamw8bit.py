@@ -281,6 +281,6 @@ def test_a_real_fine_tune_tracks_adamw(nl2bash, tmp_path):
         run = fine_tune(recipe, tmp_path / name, Silent())
         ends[name] = [e["held_out_loss"] for e in run.metrics() if "held_out_loss" in e]
     start, end = ends["adamw"]
-    assert end < 0.7 * start
+    assert end < 0.8 * start
     assert ends["adamw_8bit"][-1] == pytest.approx(end, rel=0.01)
     assert ends["adamw_8bit"][-1] != end

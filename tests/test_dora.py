@@ -23,6 +23,7 @@ from mlxtune.data.pack import pack
 from mlxtune.layers.dense import dense_tensors
 from mlxtune.layers.dora import DoRALinear
 from mlxtune.layers.inject import add_lora, fuse_lora, lora_layers, projections
+from mlxtune.layers.packing import Packing
 from mlxtune.layers.quantized import QuantizedLinear
 from mlxtune.models.packed import enable_packs
 from mlxtune.train.blocks import checkpoint_blocks
@@ -43,7 +44,7 @@ def base_of(bits: int | None, *, bias: bool, dtype: mx.Dtype = mx.float32):
     plain.set_dtype(dtype)
     if bits is None:
         return plain, np.array(plain.weight.astype(mx.float32), np.float64)
-    packed = QuantizedLinear.from_linear(plain, bits=bits)
+    packed = QuantizedLinear.from_weight(plain, Packing("affine", bits, 64))
     weight = mx.dequantize(packed.weight, packed.scales, packed.biases, bits=bits)
     return packed, np.array(weight.astype(mx.float32), np.float64)
 

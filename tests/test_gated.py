@@ -9,6 +9,7 @@ from helpers import distance, tiny, trainable, with_adapters
 
 from mlxtune.layers.gated import geglu, swiglu, use_gated_activations
 from mlxtune.layers.inject import quantize_projections
+from mlxtune.layers.packing import Packing
 from mlxtune.models.heads import split_head
 
 PLAIN = {
@@ -68,7 +69,7 @@ def test_models_compute_the_same_with_them(kind, mlps):
 
 def test_packed_projections_take_one_too():
     model = tiny("llama", hidden_size=64)
-    quantize_projections(model, bits=4, group_size=32)
+    quantize_projections(model, Packing("affine", 4, 32))
     before = model(TOKENS)
     assert use_gated_activations(model) == 2
     assert distance(model(TOKENS), before) < 1e-5

@@ -42,7 +42,7 @@ def test_a_step_stays_within_the_budget_and_no_block_too_many_is_computed_twice(
     everything = model_of(kind)
     checkpoint_blocks(everything, range(12))
     _, least = loss_and_peak(everything)
-    assert least < 0.6 * free[1]
+    assert least < 0.7 * free[1]
     counts = []
     for share in (0.25, 0.5, 0.75, 1.5):
         budget = int(least + share * (free[1] - least))

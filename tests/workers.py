@@ -17,6 +17,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+import mlxtune.train.loop as loop
 import mlxtune.train.session as session
 from mlxtune.arrays import flat, random_key
 from mlxtune.data.batches import Plan
@@ -28,6 +29,7 @@ from mlxtune.train.metrics import Silent
 
 
 def main() -> None:
+    loop.ahead = iter  # what happens at a step happens then, and not ahead of it
     if sys.argv[1] == "--at":
         step, number = int(sys.argv[2]), signal.Signals[sys.argv[3]]
         if os.environ["MLX_RANK"] == "1":

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def with_system_prompt(pairs: list[tuple[str, str]], tokenizer: Any) -> list[Row
 def chats(pairs: list[tuple[str, str]], tokenizer: Any) -> list[Row]:
     """Conversations of many turns, 300 to 2,000 tokens, each with a system prompt of its own."""
     generator = random.Random(1)
-    source = iter(pairs)
+    source = cycle(pairs)
     rows = []
     for _ in range(48):
         wanted = generator.randint(300, 1900)
@@ -99,7 +100,7 @@ def chats(pairs: list[tuple[str, str]], tokenizer: Any) -> list[Row]:
 
 def long_texts(pairs: list[tuple[str, str]], tokenizer: Any) -> list[Row]:
     """Running text in rows of 1,024 tokens."""
-    text = "\n".join(f"{prompt}\n    {command}" for prompt, command in pairs[:4000])
+    text = "\n".join(f"{prompt}\n    {command}" for prompt, command in islice(cycle(pairs), 4000))
     ids = tokenizer.encode(text, add_special_tokens=False)
     # Cut a little short: a cut made at a token may tokenize into one or two more.
     rows = [tokenizer.decode(ids[at : at + 1020]) for at in range(0, 24 * 1020, 1020)]

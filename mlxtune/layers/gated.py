@@ -15,6 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxtune.arrays import scalar
+from mlxtune.layers.lora import LoRALinear
+from mlxtune.layers.quantized import QuantizedLinear
 
 Pair = tuple[mx.array, mx.array]
 Gated = Callable[[mx.array, mx.array], mx.array]
@@ -43,7 +45,7 @@ def use_gated_activations(model: nn.Module) -> int:
     derived: dict[type, type | None] = {}
     count = 0
     for module in model.modules():
-        if not all(isinstance(module.get(name), nn.Module) for name in _PROJECTIONS):
+        if not all(isinstance(module.get(name), _ONE_FOR_ALL) for name in _PROJECTIONS):
             continue
         original = type(module)
         if original not in derived:
@@ -56,6 +58,8 @@ def use_gated_activations(model: nn.Module) -> int:
 
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# Layers that every token meets, which experts are not.
+_ONE_FOR_ALL = (nn.Linear, QuantizedLinear, LoRALinear)
 
 
 def _activation_of(mlp: nn.Module) -> Gated | None:

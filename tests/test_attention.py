@@ -1,0 +1,154 @@
+"""Our attention against MLX's own: values, gradients, and what is kept."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers import distance, random_samples, tiny, with_adapters
+
+from mlxtune.data.pack import pack
+from mlxtune.models import attention as module
+from mlxtune.models.attention import attention, blocks
+from mlxtune.models.packed import OwnAttention, PackCache, PackedRope, enable_packs, pack_kind
+from mlxtune.train.step import LossFunction, batch_arrays
+
+SHAPES = [(1, 40, 0), (3, 17, 9), (2, 64, 30), (5, 8, 0)]
+DIM = 16
+
+
+def cache_of(rows: int, width: int, prefix: int) -> PackCache:
+    """A grid with two samples in each row, and padding at the end of the last."""
+    half = width // 2
+    position = np.concatenate([np.arange(half), np.arange(width - half)]) + prefix
+    segment = np.concatenate([np.full(half, 1), np.full(width - half, 2)])
+    positions, segments = np.tile(position, (rows, 1)), np.tile(segment, (rows, 1))
+    segments[-1, -2:] = -1
+    return PackCache(mx.array(positions), mx.array(segments), prefix)
+
+
+def arrays(rows: int, width: int, prefix: int, heads: int, kv_heads: int) -> list[mx.array]:
+    shapes = [(rows, heads, width, DIM)] + 2 * [(rows, kv_heads, prefix + width, DIM)]
+    return [mx.random.normal(s, key=mx.random.key(i)) for i, s in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("scores", [1 << 10, 1 << 14, 1 << 30])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients_are_those_of_mlx(monkeypatch, shape, heads, kv_heads, scores):
+    monkeypatch.setattr(module, "_CPU_SCORES", scores)
+    monkeypatch.setattr(module, "_LEAST_QUERIES", 4)
+    cache, mask = cache_of(*shape), cache_of(*shape).mask()
+    given = arrays(*shape, heads, kv_heads)
+    weights = mx.random.normal(given[0].shape, key=mx.random.key(9))
+
+    def ours(q, k, v):
+        return attention(q, k, v, scale=0.3, prefix=shape[2], bias=cache._bias)
+
+    def theirs(q, k, v):
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=mask)
+
+    results = []
+    for function in (ours, theirs):
+        gradient = mx.grad(lambda *a, f=function: (f(*a) * weights).sum(), argnums=(0, 1, 2))
+        results.append([function(*given), *gradient(*given)])
+    for got, want in zip(*results, strict=True):
+        assert distance(got, want) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_sixteen_bits_stay_sixteen_bits(dtype):
+    cache = cache_of(2, 64, 30)
+    given = [x.astype(dtype) for x in arrays(2, 64, 30, 6, 2)]
+
+    def loss(*a):
+        return attention(*a, scale=0.3, prefix=30, bias=cache._bias).astype(mx.float32).sum()
+
+    got = attention(*given, scale=0.3, prefix=30, bias=cache._bias)
+    full = attention(*[x.astype(mx.float32) for x in given], scale=0.3, prefix=30, bias=cache._bias)
+    assert got.dtype == dtype
+    assert distance(got, full) < 1e-2
+    assert all(g.dtype == dtype for g in mx.grad(loss, argnums=(0, 1, 2))(*given))
+
+
+def test_blocks_cover_each_query_once_and_leave_out_what_none_of_them_sees():
+    parts = list(blocks(3, 1000, 50, 8))
+    assert len(parts) > 3
+    seen = np.zeros((3, 1000), int)
+    for part in parts:
+        seen[part.rows, part.queries] += 1
+        assert part.keys == 50 + part.queries.stop
+    assert (seen == 1).all()
+
+
+def test_scores_are_not_kept():
+    """Twice the length takes twice the memory, where all scores would take four times."""
+
+    def peak(width: int, ours: bool) -> int:
+        cache = PackCache(mx.arange(width)[None], mx.ones((1, width), mx.int32), 0)
+        given, mask = arrays(1, width, 0, 8, 8), cache.mask()
+        mx.eval(given, mask)
+
+        def loss(q, k, v):
+            if ours:
+                return attention(q, k, v, scale=0.3, prefix=0, bias=cache._bias).sum()
+            return mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=mask).sum()
+
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(mx.grad(loss, argnums=(0, 1, 2))(*given))
+        return mx.get_peak_memory() - before
+
+    assert peak(2048, True) < 0.25 * peak(2048, False)
+    # The mask, a float for each pair, is shared by all layers; all else is linear.
+    masks = 4 * (2048**2 - 1024**2) // 2
+    assert peak(2048, True) - masks < 2.6 * peak(1024, True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        ("llama", True),
+        ("qwen3", True),
+        ("gemma3_text", False),  # some blocks look through a window
+        ("gemma2", False),  # scores are capped before the softmax
+        ("qwen3_moe", True),
+    ],
+)
+def test_models_take_it_where_it_computes_the_same(kind, own):
+    sizes = {
+        "tie_word_embeddings": True,
+        "sliding_window": 16,
+        "sliding_window_pattern": 2,
+        "num_key_value_heads": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    }
+
+    def model_of():
+        model = tiny(kind, **sizes)
+        enable_packs(model)
+        return with_adapters(model)
+
+    model = model_of()
+    assert (pack_kind(model) is OwnAttention) == own
+    batch = pack(random_samples([40, 33, 58, 21], prefix=12, untrained=12))
+    other = model_of()
+    for rope in other.modules():
+        if isinstance(rope, PackedRope):
+            rope.own = False
+    losses = [LossFunction(m)(batch_arrays(batch), batch.prefix, True) for m in (model, other)]
+    assert distance(*losses) < 1e-6
+
+
+def test_a_cap_on_scores_that_nothing_names_is_seen():
+    """A cap of 50 changes the small scores of a probe by nothing that could be told."""
+    model = tiny("gemma2", num_key_value_heads=4)
+    model.args.attn_logit_softcapping = None
+    assert model.layers[0].self_attn.attn_logit_softcapping
+    enable_packs(model)
+    assert pack_kind(model) is PackCache
