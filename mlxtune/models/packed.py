@@ -8,7 +8,10 @@ attention the grid appears on the batch axis, each row with the shared prefix's 
 front of its own, so that a token attends to its prefix and its own sample only.
 
 The rotary embedding has to hand out the grid, so the instances in a model are wrapped;
-mlx-lm's classes stay as they are.
+mlx-lm's classes stay as they are. Where it computes the same, `OwnAttention` goes further:
+the queries are kept back as they come out of the rotary embedding, attention is computed as
+soon as keys and values are known, and the model's own attention is left with one key whose
+value is the result.
 """
 
 from __future__ import annotations
