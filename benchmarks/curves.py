@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from training.driver import TRAINERS, Worker
 from training.models import make_models
 from training.workloads import read_pairs
 
@@ -26,34 +25,21 @@ from mlxtune.device import device_name
 
 HERE = Path(__file__).parent
 STEPS, PAIRS, HELD_OUT, EVERY = 250, 2000, 100, 50
-TRAINERS = ("mlx-lm", "mlxtune")
 
 
 def train(trainer: str, job: Path) -> dict[str, Any]:
     """Loss by step, and the held-out loss every so many steps."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "training.worker", trainer, str(job)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=HERE,
-        env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
     curve: dict[str, Any] = {"loss": [], "held_out": []}
-    for line in process.stdout:
-        answer = json.loads(line)
+    worker = Worker(trainer, job)
+    answer = worker.warm_up
+    while True:
         curve["loss"] += answer["losses"]
         curve["held_out"].append((len(curve["loss"]), answer["held_out_loss"]))
         print(trainer, *curve["held_out"][-1], file=sys.stderr)
         if len(curve["loss"]) >= STEPS:
-            break
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    process.kill()
-    process.wait()
-    return curve
+            worker.stop()
+            return curve
+        answer = worker.turn()
 
 
 def draw(curves: dict[str, Any], path: Path) -> None:

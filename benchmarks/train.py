@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lm.utils import load_tokenizer
+from training.driver import TRAINERS, Worker
 from training.flops import matmul_rate
 from training.models import make_models
 from training.workloads import WORKLOADS, Workload, read_pairs
@@ -31,42 +30,7 @@ from training.workloads import WORKLOADS, Workload, read_pairs
 from mlxtune.device import device_name
 
 HERE = Path(__file__).parent
-TRAINERS = ("mlx-lm", "mlxtune")
 RANK, ALPHA, LEARNING_RATE = 8, 16.0, 2e-4
-
-
-class Worker:
-    """A trainer in its own process, warmed up."""
-
-    def __init__(self, trainer: str, job: Path) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "training.worker", trainer, str(job)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=HERE,
-            env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
-        )
-        self.warm_up = self._answer()
-
-    def turn(self) -> dict[str, Any]:
-        """Train the job's steps."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            sys.exit("a trainer stopped; see above")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
 
 
 def measure(workload: Workload, models: Path, pairs: Path, rounds: int) -> dict[str, Any]:

@@ -91,25 +91,29 @@ class PackCache:
         """As mlx-lm asks for it."""
         return self.mask(window_size)
 
-    def mask(self, window_size: int | None = None) -> mx.array:
-        """Who sees whom: bool (rows, 1, width, prefix + width).
+    def mask(self, window_size: int | None = None, block: Block | None = None) -> mx.array:
+        """Who sees whom: bool (rows, 1, width, prefix + width), or of a block alone.
 
         A sample's token sees the prefix and what precedes it in its sample; a token of
         the prefix sees what precedes it in the prefix. Padding sees itself, so that its
         softmax is over something.
         """
         width = self.positions.shape[1]
-        segment, position = self.segments[:, None, :, None], self.positions[:, None, :, None]
+        block = block or Block(slice(None), slice(0, width), self.prefix + width)
+        keys = slice(0, block.keys - self.prefix)  # of the rows' own
+        segments, positions = self.segments[block.rows], self.positions[block.rows]
+        segment = segments[:, None, block.queries, None]
+        position = positions[:, None, block.queries, None]
         index = mx.arange(width)
         own = (
-            (segment == self.segments[:, None, None, :])
-            & (index[None, :] <= index[:, None])
+            (segment == segments[:, None, None, keys])
+            & (index[None, keys] <= index[block.queries, None])
             & ((segment != 0) | (self.prefix == 0))
         )
         ahead = mx.arange(self.prefix)
         front = (segment >= 0) & (ahead <= position)
         if window_size is not None:
-            own = own & (position - self.positions[:, None, None, :] < window_size)
+            own = own & (position - positions[:, None, None, keys] < window_size)
             front = front & (position - ahead < window_size)
         return mx.concatenate([mx.broadcast_to(front, (*own.shape[:-1], self.prefix)), own], -1)
 
@@ -117,9 +121,7 @@ class PackCache:
         """The mask of a block for its scores, made once for all layers."""
         key = block.rows.start, block.queries.start
         if key not in self._biases:
-            part = PackCache(self.positions[block.rows], self.segments[block.rows], self.prefix)
-            mask = part.mask()[:, :, block.queries, : block.keys]
-            self._biases[key] = mx.where(mask, 0.0, _NEVER)[:, :, None]
+            self._biases[key] = mx.where(self.mask(block=block), 0.0, _NEVER)[:, :, None]
         return self._biases[key]
 
 
