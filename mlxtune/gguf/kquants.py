@@ -1,0 +1,380 @@
+"""Quantize matrices to the block types of GGUF, byte for byte as ggml does.
+
+The formats and algorithms are those of ggml (ggml-quants.c of
+https://github.com/ggml-org/llama.cpp, MIT), compiled without fused multiply-add as for
+any x86-64. Blocks of 256 weights have groups of 32 or 16, each with a scale of its own,
+kept as a small multiple of the block's float16 scale. `scales` has the searches for them.
+
+An importance per column (the mean squared activation, from an importance matrix) weighs
+the errors, and ggml then uses other searches and weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+from gguf import quants
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.constants import GGMLQuantizationType as Type
+
+from mlxtune.errors import ExportError
+from mlxtune.gguf import layout
+from mlxtune.gguf.arithmetic import MLX, NUMPY, Arithmetic
+from mlxtune.gguf.plain import PLAIN, half
+from mlxtune.gguf.scales import TINY, Steps, fit, fit_min, fit_positive, fit_refined
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+# The steps that ggml takes with an importance matrix, for all types with a minimum.
+_WEIGHED = Steps(-0.9, 0.05, 36)
+
+# Weights that a thread works on at a time: all buffers of a search fit a core's cache.
+_CHUNK = 1 << 16
+# A GPU wants more at a time.
+_GPU_CHUNK = 1 << 22
+# A group this narrow may overflow while it is rounded.
+_NARROW = 1e-30
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """A chunk of blocks, laid out for the searches.
+
+    Attributes:
+        x: float32 (weights of a group, groups). The first group of every block, then the
+            second of every block, and so on.
+        blocks: how many there are.
+        importance: of each weight, as `x`; or None.
+        variance: float32 (groups,): the mean square that ggml weighs errors with.
+        xp: what the searches compute with.
+    """
+
+    x: Floats
+    blocks: int
+    importance: Floats | None
+    variance: Floats | None
+    xp: Arithmetic
+
+    @property
+    def weights(self) -> Floats:
+        """Of the errors, where there is an importance."""
+        assert self.importance is not None and self.variance is not None
+        root: Floats = np.sqrt(self.variance + self.x * self.x)
+        return self.importance * root
+
+    def search(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> list[Floats]:
+        """The results of a search, whose arrays may be on the GPU, as NumPy's."""
+        if self.xp is MLX:
+            arguments = tuple(mx.array(a) if isinstance(a, np.ndarray) else a for a in arguments)
+        return [np.array(result) for result in function(self.xp, *arguments, **named)]
+
+    def per_block(self, groups: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """(groups,) to (groups of a block, blocks)."""
+        return groups.reshape(-1, self.blocks)
+
+    def codes(self, codes: Floats) -> Bytes:
+        """Codes laid out as `x` to (blocks, weights)."""
+        groups = codes.astype(np.uint8).reshape(len(codes), -1, self.blocks)
+        return np.ascontiguousarray(groups.transpose(2, 1, 0)).reshape(self.blocks, -1)
+
+
+# ------------------------------------------------------------------------ types with a minimum
+
+
+def _search_min(
+    g: _Groups, top: int, steps: Steps, weights: Floats, absolute: bool = False
+) -> tuple[Floats, Floats, Callable[[Any], Floats]]:
+    """Scales and minimums of all groups, and a function that gives the codes of some."""
+    span = g.x.max(axis=0) - np.minimum(g.x.min(axis=0), 0)
+    careful = bool(((span > 0) & (span < _NARROW)).any())
+    scale, minimum, code_scale, code_low = g.search(
+        fit_min, g.x, weights, top, steps, absolute=absolute, careful=careful
+    )
+
+    def codes(some: Any) -> Floats:
+        rounded = NUMPY.nearest((g.x[:, some] - code_low[some]) * code_scale[some])
+        return np.asarray(np.clip(rounded, 0, top), np.float32)
+
+    return scale, minimum, codes
+
+
+def _with_minimum(g: _Groups, top: int, scale_top: int, steps: Steps) -> tuple[Any, ...]:
+    """Blocks of groups with a scale and a minimum: d, m, scales, minimums, codes."""
+    if g.importance is not None:
+        weights, steps, absolute = g.weights, _WEIGHED, False
+    elif absolute := scale_top == 15:  # Q2_K
+        weights = np.abs(g.x)
+    else:
+        weights = np.sqrt(NUMPY.sum_rows(g.x * g.x) / np.float32(len(g.x))) + np.abs(g.x)
+    scale, minimum, search_codes = _search_min(g, top, steps, weights, absolute)
+    d, scales = _shared(g, scale, weights, scale_top)
+    m, minimums = _shared(g, minimum, weights, scale_top)
+    x = g.x
+    step = (d.astype(np.float32) * scales).reshape(-1)
+    low = (m.astype(np.float32) * minimums).reshape(-1)
+    codes = x + low
+    np.divide(codes, step, out=codes)
+    codes = NUMPY.clip(np.rint(codes, out=codes), 0, top, out=codes)
+    dead = np.flatnonzero(step == 0)
+    if dead.size:
+        codes[:, dead] = search_codes(dead)
+    return d, m, scales.T.astype(np.uint8), minimums.T.astype(np.uint8), g.codes(codes)
+
+
+def _shared(
+    g: _Groups, values: Floats, weights: Floats, top: int
+) -> tuple[npt.NDArray[np.float16], Floats]:
+    """Write the groups' scales as whole numbers (groups of a block, blocks) times one
+    float16 a block."""
+    values = g.per_block(values)
+    if g.importance is not None:
+        of_groups = g.per_block(NUMPY.sum_rows(weights))
+        scale, codes = g.search(fit_positive, values, of_groups, top)
+        return half(scale), codes
+    highest = np.maximum(NUMPY.max_rows(values), 0)
+    inverse = np.where(highest > 0, np.float32(top) / highest, np.float32(0))
+    codes = NUMPY.nearest(inverse * values).astype(np.int32) & 255
+    return half(highest / np.float32(top)), np.minimum(codes, top).astype(np.float32)
+
+
+def _q2_k(g: _Groups) -> Bytes:
+    return layout.pack_q2_k(*_with_minimum(g, 3, 15, Steps(-0.5, 0.1, 15)))
+
+
+def _q4_k(g: _Groups) -> Bytes:
+    return layout.pack_q4_k(*_with_minimum(g, 15, 63, Steps(-1.0, 0.1, 20)))
+
+
+def _q5_k(g: _Groups) -> Bytes:
+    return layout.pack_q5_k(*_with_minimum(g, 31, 63, Steps(-0.5, 0.1, 15)))
+
+
+# ------------------------------------------------------------------------ types without one
+
+
+def _requantize(
+    g: _Groups, d: npt.NDArray[np.float16], scales: Floats, n: int, codes: Floats
+) -> Bytes:
+    """Round again with the scales as they are kept; where they are 0 `codes` stay."""
+    step = (d.astype(np.float32) * scales).reshape(-1)
+    again = g.x / step
+    again = NUMPY.clip(np.rint(again, out=again), -n, n - 1, out=again)
+    again += n
+    dead = np.flatnonzero(step == 0)
+    again[:, dead] = codes[:, dead]
+    return g.codes(again)
+
+
+def _search_symmetric(g: _Groups, n: int, weights: Floats | None) -> tuple[Floats, Floats]:
+    """Scales of all groups and codes (from 0), which are all 0 in groups of zeros."""
+    scale, code_scale, empty = g.search(fit, g.x, weights, n)
+    codes = NUMPY.clip(NUMPY.nearest(g.x * code_scale), -n, n - 1) + np.float32(n)
+    return scale, np.where(empty, np.float32(0), codes)
+
+
+def _q3_k(g: _Groups) -> Bytes:
+    if g.importance is not None:
+        weights = g.weights
+        scale, codes = _search_symmetric(g, 4, weights)
+        of_groups, scale = g.per_block(NUMPY.sum_rows(weights)), g.per_block(scale)
+        d, code_scale, empty = g.search(fit, scale, of_groups, 32)
+        scales = NUMPY.clip(NUMPY.nearest(scale * code_scale), -32, 31)
+        scales = np.where(empty, np.float32(-32), scales)
+    else:
+        scale, codes = g.search(fit_refined, g.x, 4)
+        scale = g.per_block(scale)
+        inverse = np.float32(-32) / NUMPY.peak(scale)
+        empty = ~np.isfinite(inverse)
+        d = np.where(empty, np.float32(0), 1 / inverse)
+        scales = NUMPY.clip(NUMPY.nearest(scale * inverse), -32, 31)
+        scales = np.where(empty, np.float32(-32), scales)
+    packed = _requantize(g, half(d), scales, 4, codes)
+    return layout.pack_q3_k(half(d), (scales.T + 32).astype(np.uint8), packed)
+
+
+def _q6_k(g: _Groups) -> Bytes:
+    scale, codes = _search_symmetric(g, 32, g.importance)
+    scale = g.per_block(scale)
+    peak = NUMPY.peak(scale)
+    empty = ~(np.abs(peak) >= TINY)
+    inverse = np.float32(-128) / peak
+    d = half(np.where(empty, np.float32(0), 1 / inverse))
+    scales = np.minimum(NUMPY.nearest(scale * inverse), 127)
+    packed = layout.pack_q6_k(d, scales.T.astype(np.int8), _requantize(g, d, scales, 32, codes))
+    packed[empty] = 0
+    return packed
+
+
+# ------------------------------------------------------------------------ blocks of 32, weighed
+
+
+def _q4_0(g: _Groups) -> Bytes:
+    scale, codes = _search_symmetric(g, 8, g.weights)
+    return layout.pack_q4_0(half(scale), g.codes(codes))
+
+
+def _q5_0(g: _Groups) -> Bytes:
+    scale, codes = _search_symmetric(g, 16, g.weights)
+    return layout.pack_q5_0(half(scale), g.codes(codes))
+
+
+def _q4_1(g: _Groups) -> Bytes:
+    scale, minimum, codes = _search_min(g, 15, _WEIGHED, g.weights)
+    return layout.pack_q4_1(half(scale), half(-minimum), g.codes(codes(slice(None))))
+
+
+def _q5_1(g: _Groups) -> Bytes:
+    scale, minimum, codes = _search_min(g, 31, _WEIGHED, g.weights)
+    return layout.pack_q5_1(half(scale), half(-minimum), g.codes(codes(slice(None))))
+
+
+# ------------------------------------------------------------------------ the driver
+
+
+@dataclass(frozen=True)
+class _Format:
+    """How a type is quantized.
+
+    Attributes:
+        function: from groups to packed blocks.
+        group: weights in one.
+        variance: what ggml multiplies the mean square with in the weights of errors.
+    """
+
+    function: Callable[[_Groups], Bytes]
+    group: int
+    variance: float = 1.0
+
+
+_SEARCHED: dict[Type, _Format] = {
+    Type.Q2_K: _Format(_q2_k, 16),
+    Type.Q3_K: _Format(_q3_k, 16, 2.0),
+    Type.Q4_K: _Format(_q4_k, 32, 2.0),
+    Type.Q5_K: _Format(_q5_k, 32, 2.0),
+    Type.Q6_K: _Format(_q6_k, 16),
+}
+# Only with an importance; without one their scales need no search.
+_WEIGHED_PLAIN: dict[Type, _Format] = {
+    Type.Q4_0: _Format(_q4_0, 32),
+    Type.Q4_1: _Format(_q4_1, 32),
+    Type.Q5_0: _Format(_q5_0, 32),
+    Type.Q5_1: _Format(_q5_1, 32),
+}
+
+
+def quantize(values: Floats, type: Type, importance: Floats | None = None) -> Bytes:
+    """Quantize a matrix.
+
+    Args:
+        values: float32 (rows, width), width a multiple of the type's block.
+        type: Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K or Q6_K.
+        importance: float32 (width,), or None. Q8_0 makes no use of it.
+
+    Returns:
+        uint8 (rows, bytes of a row).
+
+    Raises:
+        ExportError: a weight or an importance is not finite, or weights are too large
+            for the type.
+    """
+    rows, width = values.shape
+    values = np.ascontiguousarray(values, np.float32)
+    if importance is not None:
+        importance = np.ascontiguousarray(importance, np.float32)
+        if not np.isfinite(importance).all():
+            raise ExportError("the importance matrix has a value that is not finite")
+    block, size = GGML_QUANT_SIZES[type]
+    result = np.empty((rows * width // block, size), np.uint8)
+    work = _worker(values, type, importance, result)
+    chunk = (_GPU_CHUNK if _arithmetic(type) is MLX else _CHUNK) // block
+    starts = range(0, len(result), chunk)
+    # A GPU is busy with one chunk at a time, and MLX wants one thread.
+    if _arithmetic(type) is MLX or len(starts) < 2:
+        for start in starts:
+            work(slice(start, start + chunk))
+    else:
+        with ThreadPoolExecutor(_cores()) as pool:
+            list(pool.map(lambda start: work(slice(start, start + chunk)), starts))
+    return result.reshape(rows, -1)
+
+
+def dequantize(packed: Bytes, type: Type) -> Floats:
+    """The float32 (rows, width) that uint8 (rows, bytes) stand for."""
+    return np.asarray(quants.dequantize(packed, type), np.float32)
+
+
+def _worker(
+    values: Floats, type: Type, importance: Floats | None, result: Bytes
+) -> Callable[[slice], None]:
+    """A function that quantizes some of the blocks into `result`."""
+    block, _ = GGML_QUANT_SIZES[type]
+    blocks = values.reshape(-1, block)
+    per_row = values.shape[1] // block
+    if type in PLAIN and (importance is None or type not in _WEIGHED_PLAIN):
+
+        def plain(part: slice) -> None:
+            with np.errstate(all="ignore"):
+                result[part] = PLAIN[type](_finite(blocks[part]))
+
+        return plain
+
+    form = (_SEARCHED | _WEIGHED_PLAIN)[type]
+    of_rows = _mean_squares(values) if importance is not None and block == 32 else None
+
+    def searched(part: slice) -> None:
+        with np.errstate(all="ignore"):
+            chunk = _finite(blocks[part])
+            weights = variance = None
+            if importance is not None:
+                index = np.arange(part.start, part.start + len(chunk))
+                weights = _grouped(importance.reshape(-1, block)[index % per_row], form.group)
+                variance = _mean_squares(chunk) if of_rows is None else of_rows[index // per_row]
+                variance = np.tile(np.float32(form.variance) * variance, block // form.group)
+            result[part] = form.function(
+                _Groups(
+                    _grouped(chunk, form.group), len(chunk), weights, variance, _arithmetic(type)
+                )
+            )
+
+    return searched
+
+
+def _grouped(blocks: Floats, group: int) -> Floats:
+    """(blocks, weights) to (weights of a group, groups), as `_Groups` has them."""
+    return np.ascontiguousarray(blocks.reshape(len(blocks), -1, group).transpose(2, 1, 0)).reshape(
+        group, -1
+    )
+
+
+def _mean_squares(rows: Floats) -> Floats:
+    """Of each row, summed in the order of its elements."""
+    total = np.zeros(len(rows), np.float32)
+    for start in range(0, len(rows), 64):
+        columns = np.ascontiguousarray(rows[start : start + 64].T)
+        total[start : start + 64] = NUMPY.sum_rows(columns * columns)
+    return total / np.float32(rows.shape[1])
+
+
+def _finite(chunk: Floats) -> Floats:
+    if not (np.isfinite(chunk.max()) and np.isfinite(chunk.min())):
+        raise ExportError("a weight is not a finite number")
+    return chunk
+
+
+def _arithmetic(type: Type) -> Arithmetic:
+    return MLX if type in _SEARCHED and mx.default_device() == mx.gpu else NUMPY
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        return os.cpu_count() or 1
