@@ -146,7 +146,7 @@ REFUSED = {"llama, odd widths": {"q8_0", "q5_0", "q5_1", "q4_0", "q4_1"}}
 class Parameters(ctypes.Structure):
     """`llama_model_quantize_params` of llama.h; the room behind is for later fields."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("nthread", ctypes.c_int32),
         ("ftype", ctypes.c_int),
         ("output_tensor_type", ctypes.c_int),
@@ -162,7 +162,7 @@ class Parameters(ctypes.Structure):
 
 
 class ImatrixData(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("name", ctypes.c_char_p),
         ("data", ctypes.c_void_p),
         ("size", ctypes.c_size_t),

@@ -12,9 +12,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gguf.constants import GGML_QUANT_SIZES
+from gguf.constants import GGML_QUANT_SIZES, LlamaFileType
 from gguf.constants import GGMLQuantizationType as Type
-from gguf.constants import LlamaFileType
 
 # Types without blocks: every matrix has the same.
 _PLAIN = (Type.F32, Type.F16, Type.BF16)
