@@ -1,56 +1,43 @@
 """Tokenizers in GGUF, both ways: metadata to a Hugging Face tokenizer, and back.
 
-Byte-level BPE vocabularies (`tokenizer.ggml.model = gpt2`). How text is cut before
-merging is named by `tokenizer.ggml.pre`; llama.cpp refuses a name it doesn't know, so
-one is written only when the tokenizer's own splitting is recognised.
+`tokenizer.ggml.model` names the kind: `gpt2` is byte-level BPE (`bpe.py`), `llama`
+SentencePiece's BPE (`spm.py`). What both have is here: tokens and their types, special
+ids, what is put around a text, the chat template.
+
+Known limit: GGUF has no place for tokens that swallow the white space beside them.
+llama.cpp takes those of Phi-3 to do so where `general.name` has `phi-3` in it, and so does
+`read_tokenizer`.
 """
 
 from __future__ import annotations
 
-import json
+from itertools import groupby
 from typing import Any
 
 from gguf.constants import TokenType
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from mlxtune.errors import ExportError, ModelError
+from mlxtune.gguf import bpe, spm
+from mlxtune.gguf.pretokenizers import PRE_TOKENIZERS
 
-# Splitting rules, as llama.cpp has them. `None` stands for GPT-2's own rule, which
-# `ByteLevel` brings along.
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-
-
-def _byte_level(*, own_rule: bool) -> Any:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own_rule)
+_ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+_SPECIAL = (TokenType.CONTROL, TokenType.UNKNOWN)
+_TEMPLATE = "tokenizer.chat_template"
+# Of Phi-3's marks, those that leave the white space after them alone.
+_PHI3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
+# Stands for an answer where a chat template is asked what it writes after one.
+_ANSWER = "an answer"
 
 
-def _split(rule: str) -> Any:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(rule), behavior="isolated"),
-            _byte_level(own_rule=False),
-        ]
-    )
-
-
-def _pre_tokenizers() -> dict[str, Any]:
-    return {
-        "smollm": pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), _byte_level(own_rule=True)]
-        ),
-        "gpt-2": _byte_level(own_rule=True),
-        "llama-bpe": _split(_LLAMA3),
-        "qwen2": _split(_QWEN2),
-    }
+# ------------------------------------------------------------------------ from GGUF
 
 
 def read_tokenizer(metadata: dict[str, Any], *, where: str) -> PreTrainedTokenizerFast:
     """Rebuild the tokenizer, special tokens and chat template included.
+
+    It tokenizes as llama.cpp does with the same file.
 
     Args:
         metadata: of a GGUF file.
@@ -59,80 +46,163 @@ def read_tokenizer(metadata: dict[str, Any], *, where: str) -> PreTrainedTokeniz
     Raises:
         ModelError: the vocabulary is of a kind not read yet, or damaged.
     """
-    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    known = _pre_tokenizers()
-    if kind != "gpt2" or pre not in known:
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind not in (bpe.MODEL, spm.MODEL):
         raise ModelError(
-            f"its tokenizer ({kind}, pre-tokenizer {pre}) cannot be read yet",
+            f"its tokenizer ({kind}) cannot be read yet",
             where=where,
-            remedy=f"readable: gpt2 with {', '.join(sorted(known))}; "
+            remedy=f"readable: {bpe.MODEL}, {spm.MODEL}; "
             "use the model's safetensors folder or hub id",
         )
     try:
-        tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-        merges = [tuple(pair.split(" ", 1)) for pair in metadata["tokenizer.ggml.merges"]]
-        types: list[int] = metadata["tokenizer.ggml.token_type"]
-        core = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
-        core.pre_tokenizer = known[pre]
-        core.decoder = decoders.ByteLevel()
-        return _with_special_tokens(core, tokens, types, metadata)
+        return _read(_with_defaults(metadata))
+    except ModelError as error:
+        raise ModelError(error.what, where=where, remedy=error.remedy) from None
     except KeyError as error:
         raise ModelError(f"the GGUF has no {error}", where=where) from None
     except Exception as error:  # tokenizers raises plain Exceptions
         raise ModelError(f"its vocabulary is damaged: {error}", where=where) from None
 
 
-def _with_special_tokens(
-    core: Tokenizer, tokens: list[str], types: list[int], metadata: dict[str, Any]
-) -> PreTrainedTokenizerFast:
-    for token, type_ in zip(tokens, types, strict=True):
-        if type_ == TokenType.CONTROL:
-            core.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif type_ == TokenType.USER_DEFINED:
-            core.add_tokens([AddedToken(token, special=False, normalized=False)])
-    roles = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+def _with_defaults(metadata: dict[str, Any]) -> dict[str, Any]:
+    """What llama.cpp takes where the file is silent."""
+    if metadata["tokenizer.ggml.model"] == spm.MODEL:
+        return spm.DEFAULTS | metadata
+    pre = PRE_TOKENIZERS.get(metadata.get("tokenizer.ggml.pre", "default"))
+    return {"tokenizer.ggml.add_bos_token": bool(pre and pre.adds_bos)} | metadata
+
+
+def _read(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    types: list[int] = metadata["tokenizer.ggml.token_type"]
+    vocab = {
+        token: number
+        for number, (token, type_) in enumerate(zip(tokens, types, strict=True))
+        if type_ != TokenType.UNUSED
+    }
+    is_bpe = metadata["tokenizer.ggml.model"] == bpe.MODEL
+    core = bpe.read_bpe(metadata, vocab) if is_bpe else spm.read_spm(metadata, vocab)
+    _add_special(core, metadata)
     special = {
         f"{hf}_token": tokens[metadata[f"tokenizer.ggml.{gguf}_token_id"]]
-        for gguf, hf in roles.items()
+        for gguf, hf in _ROLES.items()
         if f"tokenizer.ggml.{gguf}_token_id" in metadata
     }
+    if around := _put_around(metadata, special):
+        core.post_processor = around
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, clean_up_tokenization_spaces=False, **special
     )
-    tokenizer.chat_template = metadata.get("tokenizer.chat_template")
+    tokenizer.chat_template = _read_templates(metadata)
     return tokenizer
 
 
-def tokenizer_metadata(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> dict[str, Any]:
+def _add_special(core: Tokenizer, metadata: dict[str, Any]) -> None:
+    """Make tokens out of special ones, in order: adding one by one takes minutes."""
+    strips = any(name in metadata.get("general.name", "").lower() for name in ("phi-3", "phi3"))
+    numbered = zip(
+        metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True
+    )
+    added = [
+        AddedToken(
+            token,
+            special=type_ in _SPECIAL,
+            normalized=False,
+            rstrip=strips and token not in _PHI3_PLAIN,
+        )
+        for token, type_ in numbered
+        if type_ in _SPECIAL or type_ == TokenType.USER_DEFINED
+    ]
+    for special, run in groupby(added, key=lambda token: token.special):
+        (core.add_special_tokens if special else core.add_tokens)(list(run))
+
+
+def _put_around(metadata: dict[str, Any], special: dict[str, str]) -> Any:
+    """What puts the begin and end marks around a text, if any does."""
+    before = ["bos"] if metadata.get("tokenizer.ggml.add_bos_token") else []
+    after = ["eos"] if metadata.get("tokenizer.ggml.add_eos_token") else []
+    marks = {role: special.get(f"{role}_token") for role in (*before, *after)}
+    if not any(marks.values()):
+        return None
+    pieces = [*(marks[role] for role in before), "$A", *(marks[role] for role in after)]
+    return processors.TemplateProcessing(
+        single=[piece for piece in pieces if piece],
+        special_tokens=[
+            (mark, metadata[f"tokenizer.ggml.{role}_token_id"])
+            for role, mark in marks.items()
+            if mark
+        ],
+    )
+
+
+def _read_templates(metadata: dict[str, Any]) -> Any:
+    """The chat template, or a name for each where there are several."""
+    default = metadata.get(_TEMPLATE)
+    names = metadata.get("tokenizer.chat_templates", [])
+    named = {
+        name: metadata[f"{_TEMPLATE}.{name}"] for name in names if f"{_TEMPLATE}.{name}" in metadata
+    }
+    return {"default": default} | named if named and default else default
+
+
+# ------------------------------------------------------------------------ to GGUF
+
+
+def tokenizer_metadata(
+    tokenizer: PreTrainedTokenizerFast, vocab_size: int, pre: str | None = None
+) -> dict[str, Any]:
     """Metadata that makes llama.cpp tokenize as `tokenizer` does.
 
     Args:
         tokenizer: a fast tokenizer.
-        vocab_size: rows of the embedding; ids without a token are padded.
+        vocab_size: rows of the embedding; ids without a token are padded. Tokens that were
+            added without a row, and that the chat template does not write, are left out.
+        pre: llama.cpp's name for the way byte-level BPE cuts text; `None` finds it out.
 
     Returns:
         Keys and values, `tokenizer.ggml.*` and `tokenizer.chat_template`.
 
     Raises:
-        ExportError: the tokenizer is not byte-level BPE, its splitting is not
-            recognised, or it has more tokens than the embedding has rows.
+        ExportError: the tokenizer is no BPE, its splitting is not recognised, it treats
+            text as llama.cpp does not, or it has tokens without a row.
     """
     core = tokenizer.backend_tokenizer
-    if not isinstance(core.model, models.BPE) or core.model.byte_fallback:
+    if not isinstance(core.model, models.BPE):
         raise ExportError(
-            "only byte-level BPE tokenizers can be written as GGUF yet",
+            f"{type(core.model).__name__} tokenizers cannot be written as GGUF yet: only BPE",
             where="tokenizer.json",
         )
-    if len(tokenizer) > vocab_size:
-        raise ExportError(
-            f"the tokenizer has {len(tokenizer)} tokens, the embedding {vocab_size} rows",
-            where="tokenizer.json",
-        )
+    tokens, types = _tokens(tokenizer, vocab_size)
+    if core.model.byte_fallback:
+        if pre not in (None, "default"):
+            raise ExportError(
+                "a tokenizer that falls back to bytes has no pre-tokenizer to name",
+                where="--pre",
+            )
+        # In a chat, text follows a mark.
+        after = tokenizer.bos_token if tokenizer.chat_template else None
+        kind = spm.spm_values(core, tokens, types, after=after or "")
+    else:
+        kind = bpe.bpe_values(tokenizer, pre)
+    values = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types} | kind
+    return values | _marks(tokenizer, core.model.byte_fallback) | _templates(tokenizer)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> tuple[list[str], list[int]]:
+    """Tokens by id and their types; type BYTE is not told from NORMAL."""
+    core = tokenizer.backend_tokenizer
     added = core.get_added_tokens_decoder()
     by_id = {number: token for token, number in core.get_vocab(with_added_tokens=True).items()}
+    template = str(tokenizer.chat_template or "")
+    for number in [number for number in by_id if number >= vocab_size]:
+        if number not in added or by_id[number] in template:
+            raise ExportError(
+                f"the tokenizer has {len(tokenizer)} tokens, the embedding {vocab_size} rows",
+                where="tokenizer.json",
+            )
     tokens, types = [], []
     for number in range(vocab_size):
-        tokens.append(by_id.get(number, f"[PAD{number}]"))
+        tokens.append(by_id.get(number, spm.padding(number)))
         if number not in by_id:
             types.append(int(TokenType.UNUSED))
         elif number not in added:
@@ -141,57 +211,48 @@ def tokenizer_metadata(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> d
             types.append(int(TokenType.CONTROL))
         else:
             types.append(int(TokenType.USER_DEFINED))
-    values: dict[str, Any] = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": _recognise(core),
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": _merges(core),
-        # What the chat template writes is all there is: nothing is put around it.
-        "tokenizer.ggml.add_bos_token": _adds_bos(tokenizer),
-    }
-    roles = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
-    for gguf, hf in roles.items():
+    return tokens, types
+
+
+def _marks(tokenizer: PreTrainedTokenizerFast, always_says_end: bool) -> dict[str, Any]:
+    """Special ids, and which of them are put around a text: seen by tokenizing one."""
+    values: dict[str, Any] = {}
+    for gguf, hf in _ROLES.items():
         if (number := getattr(tokenizer, f"{hf}_token_id")) is not None:
             values[f"tokenizer.ggml.{gguf}_token_id"] = number
-    if tokenizer.chat_template:
-        values["tokenizer.chat_template"] = tokenizer.chat_template
+    if (end := _end_of_turn(tokenizer)) not in (None, tokenizer.eos_token_id):
+        values["tokenizer.ggml.eot_token_id"] = end
+    ids = list(tokenizer("a").input_ids)
+    bare = list(tokenizer("a", add_special_tokens=False).input_ids)
+    extra = ids != bare
+    values["tokenizer.ggml.add_bos_token"] = extra and ids[0] == tokenizer.bos_token_id
+    ends = extra and ids[-1] == tokenizer.eos_token_id
+    if ends or always_says_end:
+        values["tokenizer.ggml.add_eos_token"] = ends
     return values
 
 
-def _merges(core: Tokenizer) -> list[str]:
-    merges = json.loads(core.to_str())["model"]["merges"]
-    return [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
-
-
-def _adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [
-        tokenizer.bos_token_id
-    ]
-
-
-def _recognise(core: Tokenizer) -> str:
-    """llama.cpp's name for the way this tokenizer splits text."""
-    wanted = _essence(core.pre_tokenizer)
-    for name, pre in _pre_tokenizers().items():
-        if _essence(pre) == wanted:
-            return name
-    raise ExportError(
-        "llama.cpp's name for the way this tokenizer splits text is not known",
-        where="tokenizer.json: pre_tokenizer",
-        remedy=f"recognised: {', '.join(sorted(_pre_tokenizers()))}",
+def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The special token that the chat template writes first after an answer."""
+    turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _ANSWER}]
+    if not tokenizer.chat_template:
+        return None
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # a template may refuse any conversation, in any way
+        return None
+    after = tokenizer.backend_tokenizer.encode(
+        text.rpartition(_ANSWER)[2], add_special_tokens=False
     )
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    return next((number for number in after.ids if number in added and added[number].special), None)
 
 
-def _essence(pre: Any) -> Any:
-    """What a pre-tokenizer does, without settings that change offsets only."""
-
-    def strip(part: Any) -> Any:
-        if isinstance(part, dict):
-            return {k: strip(v) for k, v in part.items() if k != "trim_offsets"}
-        return [strip(p) for p in part] if isinstance(part, list) else part
-
-    # The wrapper has no public way to its JSON but through a tokenizer that holds it.
-    holder = Tokenizer(models.BPE())
-    holder.pre_tokenizer = pre
-    return strip(json.loads(holder.to_str())["pre_tokenizer"])
+def _templates(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    template = tokenizer.chat_template
+    if not isinstance(template, dict):
+        return {_TEMPLATE: template} if template else {}
+    values: dict[str, Any] = {_TEMPLATE: template["default"]} if "default" in template else {}
+    names = [name for name in template if name != "default"]
+    values["tokenizer.chat_templates"] = names
+    return values | {f"{_TEMPLATE}.{name}": template[name] for name in names}
