@@ -103,6 +103,52 @@ def atomic_folder(
         raise StorageError(error.what, where=str(path), remedy=error.remedy) from error
 
 
+@contextmanager
+def atomic_files(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder whose files move beside `path` when the block succeeds.
+
+    For a file that may come in parts, of which only the writer knows how many.
+
+    Args:
+        path: the file to be; the folder's other files are left alone.
+        overwrite: replace files that are there.
+
+    Raises:
+        OutputExists: a file exists and may not be replaced.
+        StorageError: the disk is full or refuses the write.
+    """
+    _require_no_file(path, overwrite)
+    temporary = _beside(path, "partial")
+    try:
+        with storage_errors(path), _parents_of(path):
+            _remove(temporary)
+            temporary.mkdir()
+            try:
+                yield temporary
+                files = sorted(temporary.iterdir())
+                for file in files:
+                    _sync(file)
+                    _require_no_file(path.parent / file.name, overwrite)
+                for file in files:
+                    file.replace(path.parent / file.name)
+            finally:
+                _remove(temporary)
+            _sync_folder(path.parent)
+    except StorageError as error:
+        raise StorageError(error.what, where=str(path), remedy=error.remedy) from error
+
+
+def _require_no_file(path: Path, overwrite: bool) -> None:
+    if path.is_dir():
+        raise OutputExists("this is a folder", where=str(path), remedy="name a file in it")
+    if path.exists() and not overwrite:
+        raise OutputExists(
+            "this exists already; nothing was written",
+            where=str(path),
+            remedy="choose another place, or pass --overwrite to replace it",
+        )
+
+
 def _beside(path: Path, kind: str) -> Path:
     """A name in the same folder that nobody else uses; `.` has a name too."""
     path = path.absolute()

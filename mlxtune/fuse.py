@@ -19,12 +19,13 @@ from mlxtune.data.render import Renderer
 from mlxtune.errors import OutputExists
 from mlxtune.files import atomic_folder, write_json
 from mlxtune.layers.dense import dense_tensors
-from mlxtune.models.load import DTYPES, LoadedModel, load_model
+from mlxtune.models.folder import dense_pieces
+from mlxtune.models.load import LoadedModel, load_model
 from mlxtune.models.resolve import ModelSource
+from mlxtune.models.safetensors import write_safetensors
 from mlxtune.train.corpus import read_corpus
 from mlxtune.train.session import open_run
 
-SHARD_BYTES = 5 * 10**9
 REPORT = "fuse.json"
 # Enough to meet every layer with real inputs, and quick for a large model too.
 PROOF_CONVERSATIONS = 8
@@ -124,52 +125,13 @@ def save_model(folder: Path, model: LoadedModel, dtype: str) -> None:
     """
     # Small files first: if the disk fills up, it is at a file that we write ourselves.
     model.tokenizer.save_pretrained(str(folder))
-    write_json(folder / "config.json", _config(model.config, dtype))
-    shards: list[dict[str, mx.array]] = [{}]
-    sizes = [0]
-    index: dict[str, int] = {}
-    temporary = "model-{}.safetensors"
-
-    def flush() -> None:
-        number = len(shards) - 1
-        with (folder / temporary.format(number)).open("wb") as handle:
-            # Through Python's file, because a full disk is an error there.
-            mx.save_safetensors(handle, shards[-1], {"format": "mlx"})
-        shards[-1] = {}
-
-    for tensor in dense_tensors(model.model):
-        array = tensor.load().astype(DTYPES[dtype])
-        mx.eval(array)
-        if sizes[-1] and sizes[-1] + array.nbytes > SHARD_BYTES:
-            flush()
-            shards.append({})
-            sizes.append(0)
-        shards[-1][tensor.name] = array
-        sizes[-1] += array.nbytes
-        index[tensor.name] = len(shards) - 1
-    flush()
-    _name_shards(folder, temporary, index, sizes)
+    write_json(folder / "config.json", dense_config(model.config, dtype))
+    tensors = (tensor.source() for tensor in dense_tensors(model.model))
+    write_safetensors(folder, dense_pieces(tensors, dtype, model.config))
 
 
-def _name_shards(folder: Path, temporary: str, index: dict[str, int], sizes: list[int]) -> None:
-    """Give weight files the names that Hugging Face libraries look for."""
-    count = len(sizes)
-    names = (
-        ["model.safetensors"]
-        if count == 1
-        else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    )
-    for number, name in enumerate(names):
-        (folder / temporary.format(number)).rename(folder / name)
-    if count > 1:
-        weight_map = {tensor: names[number] for tensor, number in sorted(index.items())}
-        write_json(
-            folder / "model.safetensors.index.json",
-            {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map},
-        )
-
-
-def _config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+def dense_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json of a model whose weights are expanded."""
     packed = {"quantization", "quantization_config"}
     kept = {k: v for k, v in config.items() if k not in packed and v is not None}
     return kept | {"dtype": dtype}

@@ -19,17 +19,21 @@ from mlx.utils import tree_flatten
 
 from mlxtune.errors import ExportError
 from mlxtune.gguf.architectures import (
+    ARCHITECTURES,
     deinterleave_rows,
     for_config,
+    for_gguf,
     interleave_rows,
     metadata,
-    to_gguf_name,
-    to_hf_name,
 )
 from mlxtune.gguf.model import read_model
 from mlxtune.gguf.reader import GGUFFile
+from mlxtune.gguf.rope import rope_metadata
+from mlxtune.gguf.tensors import SourceTensor
 from mlxtune.gguf.tokenizer import read_tokenizer, tokenizer_metadata
-from mlxtune.gguf.writer import SourceTensor, write_gguf
+from mlxtune.gguf.writer import write_gguf
+
+LLAMA = for_gguf("llama")
 
 TEXTS = [
     "find . -name '*.py' -mtime -7 | xargs grep -n \"TODO\"",
@@ -69,23 +73,29 @@ def export(path: Path, model: nn.Module, file_type: str, **config: object) -> di
 # ------------------------------------------------------------------------ names and rows
 
 
-def test_names_are_those_of_the_gguf_package_and_lead_back():
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
-    parameters = dict(tree_flatten(tiny_llama(tied=False).parameters()))
-    biases = {name.replace(".weight", ".bias") for name in parameters if "_proj" in name}
-    for name in parameters.keys() | biases:
-        want = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert want is not None
-        assert to_gguf_name(name) == want
-        assert to_hf_name(want) == name
+@pytest.mark.parametrize("entry", ARCHITECTURES, ids=lambda entry: entry.name)
+def test_names_are_those_of_the_gguf_package_and_lead_back(entry):
+    kind = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == entry.name)
+    names = gguf.get_tensor_name_map(kind, 2)
+    modules = ["model.embed_tokens", "model.norm", "lm_head"]
+    modules += [f"model.layers.1.{module}" for module in entry.blocks]
+    for module in modules:
+        # The package knows transformers' name for the experts.
+        hf_module = module.replace("switch_mlp", "experts")
+        for kind in (".weight", ".bias"):
+            want = names.get_name(hf_module + kind, try_suffixes=(".weight", ".bias"))
+            if want is None and module == "lm_head":
+                continue  # of a family whose head is always tied
+            assert entry.to_gguf_name(module + kind) == want
+            assert entry.to_hf_name(want) == module + kind
 
 
 @pytest.mark.parametrize(
     "name", ["model.layers.0.mlp.router.weight", "model.vision.weight", "weight", "", "blk.0"]
 )
 def test_names_without_a_place_are_told_apart(name):
-    assert to_gguf_name(name) is None
-    assert to_hf_name(name) is None
+    assert LLAMA.to_gguf_name(name) is None
+    assert LLAMA.to_hf_name(name) is None
 
 
 @pytest.mark.parametrize("shape", [(64, 48), (64,), (64, 8, 2)])
@@ -222,7 +232,7 @@ def test_the_gguf_package_reads_what_is_written(tmp_path, file_type):
     assert values["tokenizer.ggml.eos_token_id"] == 2
     assert len(reader.tensors) == len(parameters)
     for tensor in reader.tensors:
-        hf_name = to_hf_name(tensor.name)
+        hf_name = LLAMA.to_hf_name(tensor.name)
         shape = tuple(int(n) for n in tensor.shape[::-1])
         assert shape == parameters[hf_name].shape
         assert tensor.tensor_type == (Type.F32 if len(shape) == 1 else kind)
@@ -232,7 +242,7 @@ def test_rows_of_q_and_k_are_stored_as_llama_cpp_permutes_them(tmp_path):
     parameters = export(tmp_path / "tiny.gguf", tiny_llama(), "f16")
     heads = {"q_proj": 4, "k_proj": 2}
     for tensor in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors:
-        name = to_hf_name(tensor.name)
+        name = LLAMA.to_hf_name(tensor.name)
         want = np.array(parameters[name]).astype(tensor.data.dtype)
         if count := heads.get(name.split(".")[-2]):
             # llama.cpp, convert_hf_to_gguf.py: LlamaModel.permute
@@ -277,11 +287,35 @@ def test_an_unsupported_model_type_is_refused_by_name_with_those_that_are_suppor
 
 
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
-def test_a_scaled_rotation_is_refused_under_either_name(key):
+def test_a_rotation_that_llama_cpp_does_not_know_is_refused_under_either_name(key):
     config = {k: v for k, v in asdict(tiny_llama().args).items() if v is not None}
-    scaling = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 10000.0}
-    with pytest.raises(ExportError, match="llama3"):
-        metadata(for_config(config), config | {key: scaling})
+    scaling = {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 10000.0}
+    with pytest.raises(ExportError, match="dynamic"):
+        rope_metadata(for_config(config), config | {key: scaling})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key", "value"),
+    [
+        ("qwen3_moe", "norm_topk_prob", False),
+        ("qwen3_moe", "mlp_only_layers", [0]),
+        ("gemma3_text", "sliding_window_pattern", 4),
+        ("gemma3_text", "query_pre_attn_scalar", 100),
+        ("smollm3", "no_rope_layers", [1, 1, 0]),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_refused_by_its_key(model_type, key, value):
+    config = {
+        "model_type": model_type,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+        key: value,
+    }
+    with pytest.raises(ExportError, match=r"llama\.cpp") as caught:
+        metadata(for_config(config), config)
+    assert key in caught.value.where
 
 
 def test_a_config_without_a_size_and_a_tensor_without_a_place_are_refused_by_name(tmp_path):

@@ -16,8 +16,9 @@ import click
 
 import mlxtune
 from mlxtune.cli.data import data
-from mlxtune.cli.shared import PATH, SET, quieten_libraries
-from mlxtune.device import run_with_blas, worker_rank
+from mlxtune.cli.export import convert, export
+from mlxtune.cli.shared import DTYPE, PATH, SET, prepare
+from mlxtune.device import worker_rank
 from mlxtune.errors import MlxtuneError, RecipeError, WorkerFailed
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def lora(
         raise click.UsageError("--resume and --overwrite exclude each other")
     with _joined() as workers:
         checked = load_recipe(recipe, overrides)
-        _prepare()
+        prepare()
         from mlxtune.cli.display import training_display
         from mlxtune.train.metrics import Silent
         from mlxtune.train.session import fine_tune
@@ -131,7 +132,7 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Held-out loss and exact match of a run, base against tuned."""
-    _prepare()
+    prepare()
     import json
     from dataclasses import asdict
 
@@ -159,7 +160,7 @@ def evaluate(
 @ADAPTER
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
+    type=DTYPE,
     help="Type of the weights.  [default: as the base stores its own]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
@@ -173,7 +174,7 @@ def fuse(
     as_json: bool,
 ) -> None:
     """Write a run as a Hugging Face folder, adapter fused in, and measure what it cost."""
-    _prepare()
+    prepare()
     import json
     from dataclasses import asdict
 
@@ -192,88 +193,20 @@ def fuse(
 
 
 @cli.command()
-@click.argument("run", type=PATH)
-@click.option("-o", "--output", type=PATH, help="Folder.  [default: RUN/export/<type>]")
-@click.option(
-    "--quantize",
-    type=click.Choice(["f16", "q8_0"]),
-    help="Type of the weights.  [default: as the recipe says]",
-)
-@click.option("--adapter-only", is_flag=True, help="Write the adapter alone, unfused; with --to.")
-@click.option(
-    "--to",
-    "layout",
-    type=click.Choice(["peft", "mlx-lm"]),
-    help="Library that the adapter is for. RUN may then be any adapter's folder.",
-)
-@click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
-def export(
-    run: Path,
-    output: Path | None,
-    quantize: str | None,
-    adapter_only: bool,
-    layout: str | None,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
-    """Write a run as GGUF with a Modelfile, for Ollama, llama.cpp and mistral.rs."""
-    if adapter_only != (layout is not None):
-        raise click.UsageError("--adapter-only and --to go together")
-    if adapter_only and quantize is not None:
-        raise click.UsageError("--quantize is of fused models; an adapter stays float32")
-    _prepare()
-    if layout is not None:
-        _export_adapter(run, layout, output, overwrite, as_json)
-        return
-    import json
-
-    from mlxtune.export.bundle import export_run
-
-    bundle = export_run(run, output=output, file_type=quantize, overwrite=overwrite)
-    if as_json:
-        facts = {
-            "folder": str(bundle.folder),
-            "file_type": bundle.file_type,
-            "gguf_bytes": bundle.gguf_bytes,
-            "commands": bundle.commands,
-        }
-        click.echo(json.dumps(facts, indent=2))
-        return
-    click.echo(f"{bundle.folder}: model.gguf ({bundle.gguf_bytes / 1e6:.0f} MB), Modelfile, README")
-    for runtime, command in bundle.commands.items():
-        click.echo(f"  {runtime:<11}{command}")
-
-
-def _export_adapter(
-    path: Path, layout: str, output: Path | None, overwrite: bool, as_json: bool
-) -> None:
-    import json
-    from dataclasses import asdict
-
-    from mlxtune.export.adapter import export_adapter
-
-    written = export_adapter(path, layout, output=output, overwrite=overwrite)
-    if as_json:
-        click.echo(json.dumps(asdict(written), indent=2, default=str))
-        return
-    click.echo(f"{written.folder}: {written.kind} on {written.layers} layers, for {layout}")
-    click.echo(f"  {written.load}")
-
-
-@cli.command()
 @click.argument("model")
 @click.option("-p", "--prompt", help="Answer this and stop.")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
 def chat(model: str, prompt: str | None, max_tokens: int) -> None:
     """Talk to a run, or to any model: a folder, a .gguf file, a hub id."""
-    _prepare()
+    prepare()
     from mlxtune.cli.talk import talk
 
     talk(model, prompt=prompt, max_tokens=max_tokens)
 
 
 cli.add_command(data)
+cli.add_command(convert)
+cli.add_command(export)
 
 
 def main() -> None:
@@ -351,13 +284,7 @@ def _joined() -> AbstractContextManager[Workers | None]:
     """The workers that a launcher started with this process, who end together; or nobody."""
     if worker_rank() is None:
         return nullcontext()
-    _prepare()
+    prepare()
     from mlxtune.train.distributed import join
 
     return join()
-
-
-def _prepare() -> None:
-    """What every verb that computes needs before MLX is used."""
-    run_with_blas([sys.executable, "-m", "mlxtune", *sys.argv[1:]])
-    quieten_libraries()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import click
 
+from mlxtune.device import run_with_blas
+
+DTYPE = click.Choice(["float32", "float16", "bfloat16"])
 PATH = click.Path(path_type=Path)
 SET = click.option(
     "--set",
@@ -22,3 +26,9 @@ def quieten_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def prepare() -> None:
+    """What every verb that computes needs before MLX is used."""
+    run_with_blas([sys.executable, "-m", "mlxtune", *sys.argv[1:]])
+    quieten_libraries()

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
-import numpy.typing as npt
-
 from mlxtune.data.render import Renderer
+from mlxtune.export.convert import write_model
 from mlxtune.export.modelfile import modelfile
-from mlxtune.files import atomic_folder, write_text
+from mlxtune.export.source import from_loaded
+from mlxtune.export.verify import Readback
+from mlxtune.files import atomic_folder, write_json, write_text
 from mlxtune.fuse import require_outside
 from mlxtune.gguf.architectures import for_config
-from mlxtune.gguf.tokenizer import tokenizer_metadata
-from mlxtune.gguf.writer import SourceTensor, write_gguf
-from mlxtune.layers.dense import DenseTensor, dense_tensors
+from mlxtune.gguf.imatrix import read_imatrix
 from mlxtune.models.load import LoadedModel
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.run import Run
 from mlxtune.train.session import open_run
 
-GGUF, MODELFILE, CARD = "model.gguf", "Modelfile", "README.md"
+GGUF, MODELFILE, CARD, REPORT = "model.gguf", "Modelfile", "README.md", "export.json"
 
 
 @dataclass(frozen=True)
@@ -30,28 +28,40 @@ class Bundle:
     """What was exported.
 
     Attributes:
-        folder: holds model.gguf, Modelfile and README.md.
+        folder: holds model.gguf, Modelfile, README.md and export.json.
         file_type: of the GGUF.
         gguf_bytes: its size.
+        readback: how it differs from the trained model; None if it was not looked at.
         commands: runtime to the command that runs it.
     """
 
     folder: Path
     file_type: str
     gguf_bytes: int
+    readback: Readback | None
     commands: dict[str, str]
 
 
 def export_run(
-    path: Path, *, output: Path | None = None, file_type: str | None, overwrite: bool = False
+    path: Path,
+    *,
+    output: Path | None = None,
+    file_type: str | None,
+    imatrix: Path | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Bundle:
     """Fuse a run and write it for Ollama, llama.cpp and mistral.rs.
 
     Args:
         path: the run.
         output: folder to write; `export/<file type>` in the run by default.
-        file_type: `f16` or `q8_0`; what the recipe says by default.
+        file_type: of `FILE_TYPES`; what the recipe says by default.
+        imatrix: llama.cpp's importance matrix.
+        verify: read the file back and compare it.
         overwrite: replace `output` if it exists.
+        progress: is told what is being done.
 
     Raises:
         ExportError: the model's architecture or tokenizer cannot be written.
@@ -63,22 +73,23 @@ def export_run(
     folder = output or path / "export" / file_type
     require_outside(folder, path)
     for_config(model.config)
-    tokenizer = tokenizer_metadata(model.tokenizer._tokenizer, int(model.config["vocab_size"]))
     commands = run_commands(folder, recipe.name)
     card = model_card(run, recipe, model, file_type, commands)
     with atomic_folder(folder, overwrite=overwrite, marker=GGUF) as temporary:
-        write_gguf(
+        _, readback = write_model(
             temporary / GGUF,
-            config=model.config,
-            tensors=map(_source, dense_tensors(model.model)),
-            tokenizer=tokenizer,
+            from_loaded(recipe.name, model),
             file_type=file_type,
-            name=recipe.name,
+            importance=read_imatrix(imatrix) if imatrix else None,
+            verify=verify,
+            progress=progress,
         )
+        if readback is not None:
+            write_json(temporary / REPORT, asdict(readback))
         renderer = Renderer(model.tokenizer)
         write_text(temporary / MODELFILE, modelfile(renderer, model.tokenizer))
         write_text(temporary / CARD, card)
-    return Bundle(folder, file_type, (folder / GGUF).stat().st_size, commands)
+    return Bundle(folder, file_type, (folder / GGUF).stat().st_size, readback, commands)
 
 
 def run_commands(folder: Path, name: str) -> dict[str, str]:
@@ -130,10 +141,3 @@ def model_card(
     made_with = run.status().get("versions", {}).get("mlxtune", "of an unknown version")
     lines += ["", f"Made with mlxtune {made_with}."]
     return "\n".join(lines) + "\n"
-
-
-def _source(tensor: DenseTensor) -> SourceTensor:
-    def load() -> npt.NDArray[np.float32]:
-        return np.array(tensor.load().astype(mx.float32))
-
-    return SourceTensor(tensor.name, tensor.shape, load)

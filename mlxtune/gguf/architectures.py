@@ -1,13 +1,15 @@
 """What llama.cpp calls things, one table entry for each architecture.
 
 An entry holds for both directions: it names the metadata that config.json becomes, the
-tensors, and the projections whose rows are reordered. Facts are those of llama.cpp's
-converter and model loader.
+tensors, and what is done to their rows. Facts are those of llama.cpp's converter and
+model loader (MIT). Parameters are called as mlx-lm calls them: as Hugging Face does,
+with experts stacked.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,23 @@ Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Field:
+    """A value that config.json and the metadata share.
+
+    Attributes:
+        key: of the metadata, behind the architecture's name.
+        config: of config.json.
+        kind: int or float.
+        default: where config.json may leave it out; None where it may not.
+    """
+
+    key: str
+    config: str
+    kind: type[int] | type[float] = int
+    default: int | float | None = None
+
+
+@dataclass(frozen=True)
 class Architecture:
     """How one family of models is written in GGUF.
 
@@ -27,50 +46,225 @@ class Architecture:
         model_types: the `model_type`s of config.json that it serves; the first is the
             one that a GGUF without further hints is read as.
         hf_class: the entry in `architectures` of config.json when reading.
+        blocks: module inside a block to GGUF tensor.
+        fields: metadata beyond what all have.
         rotary_interleaved: llama.cpp rotates adjacent pairs for this architecture, so
             rows of q and k are reordered from the half-split order of HF.
-        vocab_size: whether the metadata carries the vocabulary's size.
-        rope_dimension: whether it carries the number of rotated dimensions.
+        rope_dimension: whether the metadata carries the number of rotated dimensions.
+        own_head_dim: mlx-lm's class reads `head_dim`; others divide the width by the heads.
+        norm_offset: what llama.cpp's norm weights are more than HF's.
+        fixed: keys of config.json whose value llama.cpp takes for granted.
     """
 
     name: str
     model_types: tuple[str, ...]
     hf_class: str
+    blocks: Mapping[str, str]
+    fields: tuple[Field, ...] = ()
     rotary_interleaved: bool = False
-    vocab_size: bool = False
     rope_dimension: bool = False
+    own_head_dim: bool = True
+    norm_offset: float = 0.0
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
+    def to_gguf_name(self, hf_name: str) -> str | None:
+        """`model.layers.3.mlp.up_proj.weight` to `blk.3.ffn_up.weight`; None if unknown."""
+        module, _, kind = hf_name.rpartition(".")
+        if module in GLOBAL_NAMES:
+            return f"{GLOBAL_NAMES[module]}.{kind}"
+        if module.startswith("model.layers."):
+            number, _, rest = module.removeprefix("model.layers.").partition(".")
+            if rest in self.blocks:
+                return f"blk.{number}.{self.blocks[rest]}.{kind}"
+        return None
+
+    def to_hf_name(self, gguf_name: str) -> str | None:
+        """The inverse of `to_gguf_name`."""
+        module, _, kind = gguf_name.rpartition(".")
+        for hf, name in GLOBAL_NAMES.items():
+            if name == module:
+                return f"{hf}.{kind}"
+        if module.startswith("blk."):
+            number, _, rest = module.removeprefix("blk.").partition(".")
+            for hf, name in self.blocks.items():
+                if name == rest:
+                    return f"model.layers.{number}.{hf}.{kind}"
+        return None
+
+    def rotary_heads(self, hf_name: str, config: Config) -> int | None:
+        """How many heads' rows of this tensor are reordered; None when none are."""
+        if not self.rotary_interleaved:
+            return None
+        module = hf_name.rpartition(".")[0]
+        heads = int(config["num_attention_heads"])
+        if module.endswith("self_attn.q_proj"):
+            return heads
+        if module.endswith("self_attn.k_proj"):
+            return int(config.get("num_key_value_heads") or heads)
+        return None
+
+    def offset(self, hf_name: str) -> float:
+        """What this tensor's values are more in GGUF."""
+        return self.norm_offset if hf_name.endswith("norm.weight") else 0.0
+
+
+# HF module to GGUF tensor.
+GLOBAL_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+_ATTENTION = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+}
+_MLP = {
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_NORMED_HEADS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+_LLAMA = _ATTENTION | {"post_attention_layernorm": "ffn_norm"} | _MLP
+_EXPERTS = {
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.switch_mlp.gate_proj": "ffn_gate_exps",
+    "mlp.switch_mlp.up_proj": "ffn_up_exps",
+    "mlp.switch_mlp.down_proj": "ffn_down_exps",
+}
+_GEMMA = (
+    _ATTENTION
+    | _MLP
+    | {
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    }
+)
+_PHI3 = {
+    "input_layernorm": "attn_norm",
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+_VOCABULARY = Field("vocab_size", "vocab_size")
+_COMMON = (
+    Field("block_count", "num_hidden_layers"),
+    Field("context_length", "max_position_embeddings", default=2048),
+    Field("embedding_length", "hidden_size"),
+    Field("feed_forward_length", "intermediate_size"),
+    Field("attention.head_count", "num_attention_heads"),
+    Field("attention.layer_norm_rms_epsilon", "rms_norm_eps", float),
+)
 
 ARCHITECTURES = (
     Architecture(
         name="llama",
         model_types=("llama", "mistral"),
         hf_class="LlamaForCausalLM",
+        blocks=_LLAMA,
+        fields=(_VOCABULARY,),
         rotary_interleaved=True,
-        vocab_size=True,
         rope_dimension=True,
     ),
+    Architecture(
+        name="qwen2",
+        model_types=("qwen2",),
+        hf_class="Qwen2ForCausalLM",
+        blocks=_LLAMA,
+        own_head_dim=False,
+    ),
+    Architecture(
+        name="qwen3",
+        model_types=("qwen3",),
+        hf_class="Qwen3ForCausalLM",
+        blocks=_LLAMA | _NORMED_HEADS,
+    ),
+    Architecture(
+        name="qwen3moe",
+        model_types=("qwen3_moe",),
+        hf_class="Qwen3MoeForCausalLM",
+        blocks=_ATTENTION | {"post_attention_layernorm": "ffn_norm"} | _NORMED_HEADS | _EXPERTS,
+        fields=(
+            Field("expert_count", "num_experts"),
+            Field("expert_used_count", "num_experts_per_tok"),
+            Field("expert_feed_forward_length", "moe_intermediate_size"),
+        ),
+        fixed={"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
+    ),
+    Architecture(
+        name="gemma2",
+        model_types=("gemma2",),
+        hf_class="Gemma2ForCausalLM",
+        blocks=_GEMMA,
+        fields=(
+            Field("attn_logit_softcapping", "attn_logit_softcapping", float, 50.0),
+            Field("final_logit_softcapping", "final_logit_softcapping", float, 30.0),
+            Field("attention.sliding_window", "sliding_window", int, 4096),
+        ),
+        norm_offset=1.0,
+    ),
+    Architecture(
+        name="gemma3",
+        model_types=("gemma3_text",),
+        hf_class="Gemma3ForCausalLM",
+        blocks=_GEMMA | _NORMED_HEADS,
+        fields=(
+            Field("attention.sliding_window", "sliding_window", int, 512),
+            Field("rope.freq_base_swa", "rope_local_base_freq", float, 10_000.0),
+        ),
+        norm_offset=1.0,
+        fixed={"sliding_window_pattern": 6},
+    ),
+    Architecture(
+        name="phi3",
+        model_types=("phi3",),
+        hf_class="Phi3ForCausalLM",
+        blocks=_PHI3,
+        fields=(
+            Field(
+                "rope.scaling.original_context_length",
+                "original_max_position_embeddings",
+                int,
+                4096,
+            ),
+            Field("attention.sliding_window", "sliding_window", int, 0),
+        ),
+        rope_dimension=True,
+        own_head_dim=False,
+    ),
+    Architecture(
+        name="smollm3",
+        model_types=("smollm3",),
+        hf_class="SmolLM3ForCausalLM",
+        blocks=_LLAMA,
+        fields=(_VOCABULARY,),
+        rotary_interleaved=True,
+        rope_dimension=True,
+        fixed={"no_rope_layer_interval": 4},
+    ),
+    Architecture(
+        name="granite",
+        model_types=("granite",),
+        hf_class="GraniteForCausalLM",
+        blocks=_LLAMA,
+        fields=(
+            _VOCABULARY,
+            Field("attention.scale", "attention_multiplier", float),
+            Field("embedding_scale", "embedding_multiplier", float),
+            Field("residual_scale", "residual_multiplier", float),
+            Field("logit_scale", "logits_scaling", float),
+        ),
+        rotary_interleaved=True,
+        rope_dimension=True,
+        own_head_dim=False,
+    ),
 )
-
-# HF module to GGUF tensor; `{}` is the number of the block.
-GLOBAL_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-}
-BLOCK_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_BLOCK_NAMES_BACK = {gguf: hf for hf, gguf in BLOCK_NAMES.items()}
-_GLOBAL_NAMES_BACK = {gguf: hf for hf, gguf in GLOBAL_NAMES.items()}
 
 
 def for_config(config: Config) -> Architecture:
@@ -106,78 +300,68 @@ def for_gguf(name: str) -> Architecture:
     )
 
 
-def to_gguf_name(hf_name: str) -> str | None:
-    """`model.layers.3.mlp.up_proj.weight` to `blk.3.ffn_up.weight`; None if unknown."""
-    module, _, kind = hf_name.rpartition(".")
-    if module in GLOBAL_NAMES:
-        return f"{GLOBAL_NAMES[module]}.{kind}"
-    if module.startswith("model.layers."):
-        number, _, rest = module.removeprefix("model.layers.").partition(".")
-        if rest in BLOCK_NAMES:
-            return f"blk.{number}.{BLOCK_NAMES[rest]}.{kind}"
-    return None
-
-
-def to_hf_name(gguf_name: str) -> str | None:
-    """The inverse of `to_gguf_name`."""
-    module, _, kind = gguf_name.rpartition(".")
-    if module in _GLOBAL_NAMES_BACK:
-        return f"{_GLOBAL_NAMES_BACK[module]}.{kind}"
-    if module.startswith("blk."):
-        number, _, rest = module.removeprefix("blk.").partition(".")
-        if rest in _BLOCK_NAMES_BACK:
-            return f"model.layers.{number}.{_BLOCK_NAMES_BACK[rest]}.{kind}"
-    return None
-
-
 def metadata(entry: Architecture, config: Config) -> dict[str, int | float]:
-    """Metadata keys of `entry` from a config.json.
+    """Metadata keys of `entry` from a config.json, rotation aside (`gguf.rope`).
 
     Raises:
-        ExportError: the config lacks a size, or scales its rotation in a way not
-            written yet.
+        ExportError: the config lacks a size, or asks for what llama.cpp does not do.
     """
-    for key in ("rope_scaling", "rope_parameters"):  # its older and its newer name
-        scaling = config.get(key) or {}
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind != "default":
-            raise ExportError(
-                f"rope scaling of type {kind!r} cannot be written as GGUF yet",
-                where=f"config.json: {key}",
-            )
-    try:
-        heads = config["num_attention_heads"]
-        head_dim = config.get("head_dim") or config["hidden_size"] // heads
-        values: dict[str, int | float] = {
-            "block_count": config["num_hidden_layers"],
-            "context_length": config.get("max_position_embeddings", 2048),
-            "embedding_length": config["hidden_size"],
-            "feed_forward_length": config["intermediate_size"],
-            "attention.head_count": heads,
-            "attention.head_count_kv": config.get("num_key_value_heads") or heads,
-            "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
-            "rope.freq_base": float(rope_theta(config)),
-        }
-        if config.get("head_dim"):
-            values["attention.key_length"] = head_dim
-            values["attention.value_length"] = head_dim
-        if entry.rope_dimension:
-            values["rope.dimension_count"] = head_dim
-        if entry.vocab_size:
-            values["vocab_size"] = config["vocab_size"]
-    except KeyError as error:
-        raise ExportError(f"the model's config has no {error}", where="config.json") from None
+    _refuse_unlike(entry, config)
+    values: dict[str, int | float] = {}
+    for shared in (*_COMMON, *entry.fields):
+        value = config.get(shared.config)
+        if value is None:
+            value = shared.default
+        if value is None:
+            raise ExportError(f"the model's config has no {shared.config!r}", where="config.json")
+        values[shared.key] = shared.kind(value)
+    heads = int(values["attention.head_count"])
+    values["attention.head_count_kv"] = int(config.get("num_key_value_heads") or heads)
+    if entry.own_head_dim and config.get("head_dim"):
+        values["attention.key_length"] = int(config["head_dim"])
+        values["attention.value_length"] = int(config["head_dim"])
     return {f"{entry.name}.{key}": value for key, value in values.items()}
 
 
-def rope_theta(config: Config) -> float:
-    """Base of the rotary frequencies; newer configs keep it in `rope_parameters`."""
-    parameters = config.get("rope_parameters") or {}
-    return float(config.get("rope_theta", parameters.get("rope_theta", 10000.0)))
+def head_dim(entry: Architecture, config: Config) -> int:
+    """Width of one attention head."""
+    if entry.own_head_dim and config.get("head_dim"):
+        return int(config["head_dim"])
+    return int(config["hidden_size"]) // int(config["num_attention_heads"])
+
+
+def _refuse_unlike(entry: Architecture, config: Config) -> None:
+    """llama.cpp computes some things in one way whatever the config says."""
+    for key, wanted in entry.fixed.items():
+        if config.get(key, wanted) != wanted:
+            raise ExportError(
+                f"llama.cpp computes {entry.name} models with {key} = {wanted!r} only; "
+                f"this one has {config[key]!r}",
+                where=f"config.json: {key}",
+            )
+    layers = int(config.get("num_hidden_layers", 0))
+    every_fourth = [int((i + 1) % 4 != 0) for i in range(layers)]
+    if entry.name == "smollm3" and list(config.get("no_rope_layers") or every_fourth) != (
+        every_fourth
+    ):
+        raise ExportError(
+            "llama.cpp leaves every fourth layer of smollm3 models without rotation",
+            where="config.json: no_rope_layers",
+        )
+    if (scalar := config.get("query_pre_attn_scalar")) is not None and entry.norm_offset:
+        # The largest model of either family divides by the square root of another size.
+        largest = {"gemma2": 46, "gemma3": 62}[entry.name]
+        own = int(config["hidden_size"]) // int(config["num_attention_heads"])
+        wanted = own if layers == largest else head_dim(entry, config)
+        if scalar != wanted:
+            raise ExportError(
+                f"llama.cpp scales the scores of this model by 1/√{wanted}, not 1/√{scalar:g}",
+                where="config.json: query_pre_attn_scalar",
+            )
 
 
 def config_from_metadata(entry: Architecture, meta: dict[str, Any], *, tied: bool) -> Config:
-    """A config.json from GGUF metadata.
+    """A config.json from GGUF metadata, rotation aside (`gguf.rope`).
 
     Raises:
         ModelError: a size is missing.
@@ -195,31 +379,34 @@ def config_from_metadata(entry: Architecture, meta: dict[str, Any], *, tied: boo
             raise ModelError(f"the GGUF's metadata says that {entry.name}.{key} is {value!r}")
         return value
 
-    scaling = meta.get(f"{entry.name}.rope.scaling.type", "none")
-    if scaling != "none":
-        raise ModelError(
-            f"GGUF files with rope scaling of type {scaling!r} cannot be read yet",
-            remedy="use the model's safetensors folder or hub id",
-        )
-    heads, hidden = count("attention.head_count"), count("embedding_length")
     tokens = meta.get("tokenizer.ggml.tokens", ())
-    return {
+    config: Config = {
         "model_type": entry.model_types[0],
         "architectures": [entry.hf_class],
-        "hidden_size": hidden,
-        "num_hidden_layers": count("block_count"),
-        "intermediate_size": count("feed_forward_length"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": count("attention.head_count_kv", heads),
-        "head_dim": count("attention.key_length", hidden // heads),
-        "rms_norm_eps": _shortest(get("attention.layer_norm_rms_epsilon")),
         "vocab_size": count("vocab_size", len(tokens)),
-        "max_position_embeddings": get("context_length"),
-        "rope_theta": _shortest(get("rope.freq_base", 10000.0)),
         "tie_word_embeddings": tied,
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
     }
+    for shared in (*_COMMON, *entry.fields):
+        if shared.config in config:
+            continue
+        if shared.kind is float:
+            config[shared.config] = shortest(get(shared.key, shared.default))
+        elif shared.default is not None:
+            config[shared.config] = int(get(shared.key, shared.default))
+        else:
+            config[shared.config] = count(shared.key)
+    heads = config["num_attention_heads"]
+    config["num_key_value_heads"] = count("attention.head_count_kv", heads)
+    if entry.own_head_dim:
+        config["head_dim"] = count("attention.key_length", config["hidden_size"] // heads)
+    if entry.norm_offset:
+        largest = {"gemma2": 46, "gemma3": 62}[entry.name]
+        own = config["hidden_size"] // heads
+        at_largest = config["num_hidden_layers"] == largest
+        config["query_pre_attn_scalar"] = own if at_largest else config["head_dim"]
+    return config | dict(entry.fixed)
 
 
 def interleave_rows(rows: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
@@ -245,19 +432,6 @@ def deinterleave_rows(rows: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
     )
 
 
-def rotary_heads(entry: Architecture, hf_name: str, config: Config) -> int | None:
-    """How many heads' rows of this tensor are reordered; None when none are."""
-    if not entry.rotary_interleaved:
-        return None
-    module = hf_name.rpartition(".")[0]
-    heads = int(config["num_attention_heads"])
-    if module.endswith("self_attn.q_proj"):
-        return heads
-    if module.endswith("self_attn.k_proj"):
-        return int(config.get("num_key_value_heads") or heads)
-    return None
-
-
-def _shortest(value: float) -> float:
+def shortest(value: float) -> float:
     """The shortest decimal that is this float32: 1e-05 rather than 9.999999747378752e-06."""
     return float(str(np.float32(value)))

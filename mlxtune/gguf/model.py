@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf.quants
 import mlx.core as mx
 import numpy as np
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType as Type
 
 from mlxtune.errors import ModelError
 from mlxtune.gguf.architectures import (
@@ -19,10 +18,10 @@ from mlxtune.gguf.architectures import (
     config_from_metadata,
     deinterleave_rows,
     for_gguf,
-    rotary_heads,
-    to_hf_name,
 )
 from mlxtune.gguf.reader import GGUFFile
+from mlxtune.gguf.rope import ROPE_TENSORS, rope_config
+from mlxtune.gguf.tensors import PLAIN, expanded, parameter_name
 from mlxtune.gguf.unpack import GROUP_SIZE, affine
 
 
@@ -33,7 +32,7 @@ class GGUFModel:
     Attributes:
         config: what config.json would say.
         weights: HF parameter name to array; packed layers have `.weight` (uint32),
-            `.scales` and `.biases` (float16).
+            `.scales` and `.biases` (float16, or float32 where the type needs it).
         packing: path of a packed layer to its `group_size` and `bits`.
         expanded: names of tensors whose type has no exact packed form in MLX; they are
             float16.
@@ -45,27 +44,39 @@ class GGUFModel:
     expanded: tuple[str, ...]
 
 
+def read_config(file: GGUFFile) -> tuple[Architecture, Config]:
+    """The architecture of `file` and what config.json would say.
+
+    Raises:
+        ModelError: the architecture is not known, or a size is missing.
+    """
+    entry = for_gguf(str(file.metadata.get("general.architecture")))
+    tied = "output.weight" not in file.tensors
+    config = config_from_metadata(entry, file.metadata, tied=tied)
+    config |= rope_config(entry, file, config)
+    config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+    config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
+    return entry, config
+
+
 def read_model(file: GGUFFile) -> GGUFModel:
     """Weights of `file` under their HF names, packed wherever MLX can hold them exactly.
 
     Raises:
         ModelError: the architecture or a tensor is not known.
     """
-    entry = for_gguf(str(file.metadata.get("general.architecture")))
-    tied = "output.weight" not in file.tensors
-    config = config_from_metadata(entry, file.metadata, tied=tied)
+    entry, config = read_config(file)
     weights: dict[str, mx.array] = {}
     packing: dict[str, dict[str, int]] = {}
-    expanded: list[str] = []
-    for name in file.tensors:
-        hf_name = to_hf_name(name)
-        if hf_name is None:
-            raise ModelError(f"the tensor {name} is not part of a plain {entry.name} model")
+    wide: list[str] = []
+    for name, info in file.tensors.items():
+        if name in ROPE_TENSORS:
+            continue
+        hf_name = parameter_name(file, entry, name)
         path = hf_name.removesuffix(".weight")
         try:
             arrays = list(_arrays(file, name, hf_name, entry, config))
         except (ValueError, NotImplementedError) as error:
-            info = file.tensors[name]
             raise ModelError(
                 f"tensor {name} of type {info.type.name} and shape {info.shape} cannot be read: "
                 f"{error}",
@@ -75,16 +86,9 @@ def read_model(file: GGUFFile) -> GGUFModel:
             weights[f"{path}{suffix}" if suffix else hf_name] = array
             if bits:
                 packing[path] = {"group_size": GROUP_SIZE, "bits": bits}
-            elif not suffix and file.tensors[name].type not in _PLAIN:
-                expanded.append(hf_name)
-    return GGUFModel(config, weights, packing, tuple(expanded))
-
-
-_PLAIN = {
-    GGMLQuantizationType.F32,
-    GGMLQuantizationType.F16,
-    GGMLQuantizationType.BF16,
-}
+            elif not suffix and info.type not in PLAIN:
+                wide.append(hf_name)
+    return GGUFModel(config, weights, packing, tuple(wide))
 
 
 def _arrays(
@@ -93,22 +97,26 @@ def _arrays(
     """(suffix, array, bits) of one tensor; bits is 0 for arrays that are not packed."""
     info = file.tensors[name]
     data = file.data(name)
-    heads = rotary_heads(entry, hf_name, config)
+    heads = entry.rotary_heads(hf_name, config)
 
     def ordered(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return deinterleave_rows(rows, heads) if heads else rows
 
-    if info.type == GGMLQuantizationType.BF16:
+    def shaped(rows: np.ndarray[Any, Any]) -> mx.array:
+        return mx.array(ordered(rows.reshape(*info.shape[:-1], -1)))
+
+    if offset := entry.offset(hf_name):
+        yield "", mx.array(expanded(data, info.type) - np.float32(offset)), 0
+    elif info.type == Type.BF16:
         yield "", mx.array(ordered(data)).view(mx.bfloat16), 0
-    elif info.type in _PLAIN:
+    elif info.type in PLAIN:
         yield "", mx.array(ordered(data)), 0
-    elif packed := affine(info.type, data):
-        yield ".weight", mx.array(ordered(packed.packed())), packed.bits
-        yield ".scales", mx.array(ordered(packed.scales)), packed.bits
-        yield ".biases", mx.array(ordered(packed.biases)), packed.bits
+    elif packed := affine(info.type, data.reshape(-1, data.shape[-1])):
+        yield ".weight", shaped(packed.packed()), packed.bits
+        yield ".scales", shaped(packed.scales), packed.bits
+        yield ".biases", shaped(packed.biases), packed.bits
     else:
-        full = gguf.quants.dequantize(data, info.type)
-        yield "", mx.array(ordered(full.astype(np.float16))), 0
+        yield "", mx.array(ordered(expanded(data, info.type).astype(np.float16))), 0
 
 
 def open_model(path: Path) -> tuple[GGUFFile, GGUFModel]:

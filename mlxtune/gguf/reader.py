@@ -85,9 +85,19 @@ class GGUFFile:
         self._read_header()
 
     def data(self, name: str) -> np.ndarray[Any, Any]:
-        """A tensor's bytes: its own shape for plain types, (rows, bytes) for packed ones."""
+        """A view of a tensor: its own shape for plain types, (…, bytes) for packed ones.
+
+        BF16 is given as uint16.
+        """
         info = self.tensors[name]
-        raw = np.frombuffer(self._data, np.uint8, info.nbytes, info.start)
+        return self._shaped(info, np.frombuffer(self._data, np.uint8, info.nbytes, info.start))
+
+    def read(self, name: str) -> np.ndarray[Any, Any]:
+        """As `data`, in memory of its own: what is mapped counts as the process's memory."""
+        info = self.tensors[name]
+        return self._shaped(info, np.fromfile(self.path, np.uint8, info.nbytes, offset=info.start))
+
+    def _shaped(self, info: TensorInfo, raw: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         plain = {
             GGMLQuantizationType.F32: np.float32,
             GGMLQuantizationType.F16: np.float16,

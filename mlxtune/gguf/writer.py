@@ -1,8 +1,8 @@
-"""Write a model as a GGUF file."""
+"""Write a model as a GGUF file, one tensor in memory at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType as Type
-from gguf.constants import GGUFValueType, LlamaFileType
+from gguf.constants import GGUFValueType
 
 from mlxtune.errors import ExportError
 from mlxtune.gguf.architectures import (
@@ -20,30 +20,26 @@ from mlxtune.gguf.architectures import (
     for_config,
     interleave_rows,
     metadata,
-    rotary_heads,
-    to_gguf_name,
 )
+from mlxtune.gguf.kquants import quantize
+from mlxtune.gguf.mixing import FILE_TYPES, tensor_types
+from mlxtune.gguf.rope import rope_metadata, rope_tensors
+from mlxtune.gguf.tensors import SourceTensor
 
-# File types by their recipe names: the type of its matrices, and llama.cpp's number.
-FILE_TYPES: dict[str, tuple[Type, LlamaFileType]] = {
-    "f16": (Type.F16, LlamaFileType.MOSTLY_F16),
-    "q8_0": (Type.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-}
+Importance = Mapping[str, npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
-class SourceTensor:
-    """A tensor to be written.
+class Written:
+    """What a file consists of.
 
     Attributes:
-        name: as HF calls it.
-        shape: (out, in) for a projection.
-        load: gives its values as float32, when its turn comes.
+        types: GGUF tensor name to its type.
+        files: the file, or its parts in order.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    load: Callable[[], npt.NDArray[np.float32]]
+    types: dict[str, Type]
+    files: tuple[Path, ...]
 
 
 def write_gguf(
@@ -55,66 +51,133 @@ def write_gguf(
     file_type: str,
     name: str,
     general: dict[str, str] | None = None,
-) -> None:
-    """Write a whole model; tensors are loaded and converted one at a time.
+    importance: Importance | None = None,
+    split_max_bytes: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Written:
+    """Write a whole model.
 
     Args:
         path: the file.
         config: of the model, as in config.json.
         tensors: every parameter.
         tokenizer: metadata from `tokenizer_metadata`.
-        file_type: a key of `FILE_TYPES`. Vectors stay float32.
+        file_type: a key of `FILE_TYPES`.
         name: `general.name`.
         general: more `general.*` texts, such as `license`.
+        importance: GGUF tensor name to the mean square of each input feature, (in,) or
+            (experts, in): errors weigh by it.
+        split_max_bytes: begin a new file, `NAME-00001-of-…`, beyond that; 0 for never.
+        progress: is told each tensor's name when its turn comes.
 
     Raises:
-        ExportError: the architecture or a tensor is not known.
+        ExportError: the architecture or a tensor is not known, or holds no finite numbers.
     """
     entry = for_config(config)
-    matrix_type, number = FILE_TYPES[file_type]
-    sources = list(tensors)
-    names = [_gguf_name(source.name) for source in sources]
-    writer = gguf.GGUFWriter(path, entry.name)
+    sources = [*_rope_sources(entry, config), *tensors]
+    names = [_gguf_name(entry, source.name) for source in sources]
+    types = tensor_types(
+        file_type,
+        [(name, source.shape) for name, source in zip(names, sources, strict=True)],
+        architecture=entry.name,
+        layers=int(config["num_hidden_layers"]),
+        heads=int(config["num_attention_heads"]),
+        kv_heads=int(config.get("num_key_value_heads") or config["num_attention_heads"]),
+        experts=int(config.get("num_experts") or 0),
+        tied="output.weight" not in names,
+        has_imatrix=bool(importance),
+    )
+    writer = gguf.GGUFWriter(path, entry.name, split_max_size=split_max_bytes)
     try:
         writer.add_type("model")
         writer.add_name(name)
         for key, text in (general or {}).items():
             writer.add_string(f"general.{key}", text)
-        writer.add_file_type(number)
+        writer.add_file_type(FILE_TYPES[file_type].number)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        for key, value in metadata(entry, config).items():
+        facts = metadata(entry, config) | rope_metadata(entry, config) | tokenizer
+        for key, value in facts.items():
             _add(writer, key, value)
-        for key, value in tokenizer.items():
-            _add(writer, key, value)
-        types = [_type_of(source, matrix_type) for source in sources]
         for source, gguf_name, type_ in zip(sources, names, types, strict=True):
             _announce(writer, gguf_name, source.shape, type_)
-        writer.write_header_to_file()
+        writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for source, type_ in zip(sources, types, strict=True):
-            values = _ordered(source, entry, config)
-            writer.write_tensor_data(gguf.quants.quantize(values, type_))
+        for source, gguf_name, type_ in zip(sources, names, types, strict=True):
+            progress(gguf_name)
+            weights = (importance or {}).get(gguf_name)
+            writer.write_tensor_data(_encoded(source, entry, config, gguf_name, type_, weights))
     finally:
         writer.close()
+    files = tuple(writer.format_shard_names(path)) if split_max_bytes else (path,)
+    return Written(dict(zip(names, types, strict=True)), files)
 
 
-def _gguf_name(hf_name: str) -> str:
-    name = to_gguf_name(hf_name)
+def _encoded(
+    source: SourceTensor,
+    entry: Architecture,
+    config: Config,
+    name: str,
+    type_: Type,
+    importance: npt.NDArray[np.float32] | None,
+) -> npt.NDArray[Any]:
+    values = source.load()
+    if heads := entry.rotary_heads(source.name, config):
+        values = interleave_rows(values, heads)
+    if offset := entry.offset(source.name):
+        values = values + np.float32(offset)
+    try:
+        return encode(values, type_, importance)
+    except ExportError as error:
+        raise ExportError(f"tensor {name}: {error}", remedy=error.remedy) from None
+
+
+def encode(
+    values: npt.NDArray[np.float32],
+    type_: Type,
+    importance: npt.NDArray[np.float32] | None = None,
+) -> npt.NDArray[Any]:
+    """Values (…, in) in a GGML type: floats of the same shape, or bytes (…, of a row).
+
+    Args:
+        values: float32.
+        type_: of the result.
+        importance: (in,), or (experts, in) for values of (experts, out, in).
+
+    Raises:
+        ExportError: a value is not finite.
+    """
+    if type_ == Type.F32:
+        return values
+    if type_ == Type.F16:
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16)
+    if values.ndim == 3 and importance is not None:
+        each = zip(
+            values, np.broadcast_to(importance, (len(values), values.shape[-1])), strict=True
+        )
+        return np.stack([quantize(expert, type_, weights) for expert, weights in each])
+    rows = quantize(values.reshape(-1, values.shape[-1]), type_, importance)
+    return rows.reshape(*values.shape[:-1], -1)
+
+
+def _rope_sources(entry: Architecture, config: Config) -> list[SourceTensor]:
+    def source(name: str, values: npt.NDArray[np.float32]) -> SourceTensor:
+        return SourceTensor(name, values.shape, lambda: values)
+
+    return [source(name, values) for name, values in rope_tensors(entry, config).items()]
+
+
+def _gguf_name(entry: Architecture, hf_name: str) -> str:
+    if hf_name.startswith("rope_"):
+        return hf_name
+    name = entry.to_gguf_name(hf_name)
     if name is None:
         raise ExportError(
             f"the tensor {hf_name} has no place in a GGUF of this architecture",
             remedy="`mlxtune fuse` writes any model as safetensors",
         )
     return name
-
-
-def _type_of(source: SourceTensor, wanted: Type) -> Type:
-    """Vectors stay float32, and rows that do not divide into blocks float16."""
-    if len(source.shape) == 1:
-        return Type.F32
-    block, _ = gguf.GGML_QUANT_SIZES[wanted]
-    return wanted if source.shape[-1] % block == 0 else Type.F16
 
 
 def _announce(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], type_: Type) -> None:
@@ -129,12 +192,6 @@ def _announce(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], type_:
         writer.add_tensor_info(
             name, packed, np.dtype(np.uint8), count // block * size, raw_dtype=type_
         )
-
-
-def _ordered(source: SourceTensor, entry: Architecture, config: Config) -> npt.NDArray[np.float32]:
-    values = source.load()
-    heads = rotary_heads(entry, source.name, config)
-    return np.ascontiguousarray(interleave_rows(values, heads) if heads else values)
 
 
 _KINDS: tuple[tuple[type, GGUFValueType], ...] = (

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
 
+from mlxtune.gguf.tensors import SourceTensor
 from mlxtune.layers.adapter import Adapter
 from mlxtune.layers.quantized import PackedLayer
 
@@ -25,6 +28,14 @@ class DenseTensor:
     name: str
     shape: tuple[int, ...]
     load: Callable[[], mx.array]
+
+    def source(self) -> SourceTensor:
+        """The same as NumPy's float32."""
+
+        def load() -> npt.NDArray[np.float32]:
+            return np.array(self.load().astype(mx.float32))
+
+        return SourceTensor(self.name, self.shape, load)
 
 
 def dense_tensors(model: nn.Module) -> Iterator[DenseTensor]:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import json
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -21,7 +18,9 @@ from mlxtune.errors import ModelError
 from mlxtune.gguf.model import open_model
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.gguf.tokenizer import read_tokenizer
+from mlxtune.models.folder import weight_files
 from mlxtune.models.resolve import ModelSource
+from mlxtune.models.safetensors import read_safetensors
 
 DTYPES: dict[str, mx.Dtype] = {
     "float32": mx.float32,
@@ -125,18 +124,8 @@ def _from_gguf(source: ModelSource) -> tuple[nn.Module, TokenizerWrapper, dict[s
 
 def _from_folder(source: ModelSource) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     path = source.path
-    files = sorted(path.glob("model*.safetensors"))
-    if not files:
-        pickled = any(path.glob("*.bin")) or any(path.glob("*.pt*"))
-        raise ModelError(
-            "this folder has no model*.safetensors",
-            where=str(path),
-            remedy="its weights are pickled, which is never read here: save them as safetensors"
-            if pickled
-            else "download the model again",
-        )
-    for file in files:
-        check_safetensors(file)
+    for file in weight_files(path):
+        read_safetensors(file)  # MLX itself does not survive a truncated one
     with _told(source):
         model, config = mlx_lm.utils.load_model(path, lazy=True)
         tokenizer = mlx_lm.utils.load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
@@ -172,37 +161,11 @@ def _stored_dtype(model: nn.Module) -> str:
     """The float type of the largest float parameter; norms alone may be kept wider."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     sizes: dict[str, int] = {}
-    for array in flat(model.parameters()).values():
-        if array.dtype in names:
-            name = names[array.dtype]
-            sizes[name] = sizes.get(name, 0) + array.size
+    for path, array in flat(model.parameters()).items():
+        if array.dtype not in names:
+            continue
+        name = names[array.dtype]
+        if path.endswith((".scales", ".biases")) and name == "float32":
+            name = "float16"  # of K types, products of two float16 numbers kept exactly
+        sizes[name] = sizes.get(name, 0) + array.size
     return max(sizes, key=lambda name: sizes[name])
-
-
-def check_safetensors(path: Path) -> None:
-    """Compare a safetensors file's header with its size, without reading its tensors.
-
-    Raises:
-        ModelError: the file is truncated or its header is no JSON.
-    """
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            if length > size - 8:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(handle.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name[0] != "_"]
-        wanted = 8 + length + max(ends, default=0)
-    except (struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ModelError(
-            f"this is not a whole safetensors file: {error}",
-            where=str(path),
-            remedy="download or save it again",
-        ) from None
-    if wanted != size:
-        raise ModelError(
-            f"the file has {size} bytes and its header speaks of {wanted}: it is truncated",
-            where=str(path),
-            remedy="download or save it again",
-        )

@@ -1,0 +1,241 @@
+"""`mlxtune convert` and `mlxtune export`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mlxtune.cli.shared import DTYPE, PATH, prepare
+
+if TYPE_CHECKING:
+    from mlxtune.export.convert import Conversion
+    from mlxtune.export.verify import Readback
+
+# Of `gguf.mixing`, whose import takes longer than `--help` may.
+FILE_TYPES = [
+    "f32",
+    "f16",
+    "bf16",
+    "q8_0",
+    "q6_k",
+    "q5_k_m",
+    "q5_k_s",
+    "q4_k_m",
+    "q4_k_s",
+    "q5_0",
+    "q5_1",
+    "q4_0",
+    "q4_1",
+    "q3_k_m",
+    "q2_k",
+]
+IMATRIX = click.option(
+    "--imatrix", type=PATH, help="llama.cpp's importance matrix, for the types below 6 bits."
+)
+VERIFY = click.option(
+    "--verify/--no-verify", default=True, help="Read a GGUF back and compare it.  [default: on]"
+)
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+
+
+@click.command()
+@click.argument("source")
+@click.argument("output", type=PATH)
+@click.option(
+    "--quantize",
+    type=click.Choice(FILE_TYPES, case_sensitive=False),
+    help="Type of a GGUF's weights.  [default: f16]",
+)
+@click.option(
+    "--mlx-bits",
+    type=click.Choice(["2", "3", "4", "5", "6", "8"]),
+    help="Pack a folder's matrices with MLX, for mlx-lm and for QLoRA.",
+)
+@click.option(
+    "--group-size",
+    type=click.Choice(["32", "64", "128"]),
+    help="Weights that share a scale, with --mlx-bits.  [default: 64]",
+)
+@click.option("--dtype", type=DTYPE, help="Type of a folder's weights.  [default: the source's]")
+@IMATRIX
+@click.option("--pre", help="llama.cpp's name of the pre-tokenizer, where it is not recognised.")
+@click.option("--split-max-size", help="Begin a new GGUF beyond this size, such as 4G or 500M.")
+@VERIFY
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@AS_JSON
+def convert(
+    source: str,
+    output: Path,
+    quantize: str | None,
+    mlx_bits: str | None,
+    group_size: str | None,
+    dtype: str | None,
+    imatrix: Path | None,
+    pre: str | None,
+    split_max_size: str | None,
+    verify: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write a model as GGUF (OUTPUT ends in .gguf), or as a folder.
+
+    SOURCE is a run, a folder of Hugging Face's or MLX's layout, a .gguf file, a hub id.
+    """
+    to_gguf = output.suffix == ".gguf"
+    of_folders = {"--mlx-bits": mlx_bits, "--group-size": group_size, "--dtype": dtype}
+    of_ggufs = {
+        "--quantize": quantize,
+        "--imatrix": imatrix,
+        "--pre": pre,
+        "--split-max-size": split_max_size,
+    }
+    for option, given in (of_folders if to_gguf else of_ggufs).items():
+        if given is not None:
+            kind = "folders" if to_gguf else "GGUF files, whose name ends in .gguf"
+            raise click.UsageError(f"{option} is of {kind}")
+    if group_size is not None and mlx_bits is None:
+        raise click.UsageError("--group-size goes with --mlx-bits")
+    split = _bytes(split_max_size) if split_max_size else 0
+    prepare()
+    from mlxtune.cli.display import status_line
+    from mlxtune.export.convert import convert as to_file
+    from mlxtune.export.convert import convert_to_folder
+
+    with status_line("opening", every=0.2 if sys.stderr.isatty() else 10.0) as progress:
+        if to_gguf:
+            made = to_file(
+                source,
+                output,
+                file_type=quantize or "f16",
+                imatrix=imatrix,
+                pre=pre,
+                split_max_bytes=split,
+                verify=verify,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        else:
+            made = convert_to_folder(
+                source,
+                output,
+                dtype=dtype,
+                mlx_bits=int(mlx_bits) if mlx_bits else None,
+                group_size=int(group_size or 64),
+                overwrite=overwrite,
+                progress=progress,
+            )
+    click.echo(made.as_json() if as_json else _told(made))
+
+
+def _bytes(size: str) -> int:
+    """`4G` in bytes."""
+    found = re.fullmatch(r"(\d+)([KMG])B?", size.strip().upper())
+    if found is None:
+        raise click.UsageError("--split-max-size is a number with K, M or G, such as 4G")
+    return int(found[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[found[2]]
+
+
+def _told(made: Conversion) -> str:
+    types = ", ".join(f"{count} {name}" for name, count in made.types.items())
+    lines = [f"{made.path}: {made.nbytes / 1e6:,.0f} MB, tensors: {types}"]
+    if len(made.files) > 1:
+        lines.append(f"  in {len(made.files)} files; runtimes are given the first")
+    if made.readback is not None:
+        lines.append(f"  {readback_line(made.readback)}")
+    return "\n".join(lines)
+
+
+def readback_line(readback: Readback) -> str:
+    """How a file differs from its source, in a line."""
+    errors = ", ".join(f"{name} {error:.2g}" for name, error in readback.error.items() if error)
+    return (
+        f"read back: {readback.tensors} tensors"
+        + (f", relative error {errors}" if errors else ", all equal")
+        + f"; {readback.texts} texts tokenized alike"
+        + ("; same chat template" if readback.template_kept else "")
+    )
+
+
+@click.command()
+@click.argument("run", type=PATH)
+@click.option("-o", "--output", type=PATH, help="Folder.  [default: RUN/export/<type>]")
+@click.option(
+    "--quantize",
+    type=click.Choice(FILE_TYPES, case_sensitive=False),
+    help="Type of the weights.  [default: as the recipe says]",
+)
+@IMATRIX
+@VERIFY
+@click.option("--adapter-only", is_flag=True, help="Write the adapter alone, unfused; with --to.")
+@click.option(
+    "--to",
+    "layout",
+    type=click.Choice(["peft", "mlx-lm"]),
+    help="Library that the adapter is for. RUN may then be any adapter's folder.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
+@AS_JSON
+def export(
+    run: Path,
+    output: Path | None,
+    quantize: str | None,
+    imatrix: Path | None,
+    verify: bool,
+    adapter_only: bool,
+    layout: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write a run as GGUF with a Modelfile, for Ollama, llama.cpp and mistral.rs."""
+    if adapter_only != (layout is not None):
+        raise click.UsageError("--adapter-only and --to go together")
+    if adapter_only and quantize is not None:
+        raise click.UsageError("--quantize is of fused models; an adapter stays float32")
+    prepare()
+    if layout is not None:
+        _export_adapter(run, layout, output, overwrite, as_json)
+        return
+    import json
+    from dataclasses import asdict
+
+    from mlxtune.cli.display import status_line
+    from mlxtune.export.bundle import export_run
+
+    with status_line("opening", every=0.2 if sys.stderr.isatty() else 10.0) as progress:
+        bundle = export_run(
+            run,
+            output=output,
+            file_type=quantize,
+            imatrix=imatrix,
+            verify=verify,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if as_json:
+        click.echo(json.dumps(asdict(bundle), indent=2, default=str))
+        return
+    click.echo(f"{bundle.folder}: model.gguf ({bundle.gguf_bytes / 1e6:.0f} MB), Modelfile, README")
+    if bundle.readback is not None:
+        click.echo(f"  {readback_line(bundle.readback)}")
+    for runtime, command in bundle.commands.items():
+        click.echo(f"  {runtime:<11}{command}")
+
+
+def _export_adapter(
+    path: Path, layout: str, output: Path | None, overwrite: bool, as_json: bool
+) -> None:
+    import json
+    from dataclasses import asdict
+
+    from mlxtune.export.adapter import export_adapter
+
+    written = export_adapter(path, layout, output=output, overwrite=overwrite)
+    if as_json:
+        click.echo(json.dumps(asdict(written), indent=2, default=str))
+        return
+    click.echo(f"{written.folder}: {written.kind} on {written.layers} layers, for {layout}")
+    click.echo(f"  {written.load}")

@@ -1,0 +1,189 @@
+"""`mlxtune convert`: a model into GGUF, or into a folder, whole or packed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mlxtune.export.source import Convertible, open_source
+from mlxtune.export.verify import Readback, read_back
+from mlxtune.files import atomic_files, atomic_folder, write_json
+from mlxtune.fuse import dense_config
+from mlxtune.gguf.architectures import for_config
+from mlxtune.gguf.imatrix import read_imatrix
+from mlxtune.gguf.tokenizer import tokenizer_metadata
+from mlxtune.gguf.writer import Importance, Written, write_gguf
+from mlxtune.models.folder import dense_pieces, packable, packed_pieces
+from mlxtune.models.safetensors import write_safetensors
+
+Progress = Callable[[str], None]
+
+
+def _quiet(_: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written.
+
+    Attributes:
+        path: the GGUF or folder.
+        files: names of the weight files in it.
+        nbytes: of them together.
+        types: how many tensors have which type.
+        readback: how a GGUF differs from its source; None if it was not looked at.
+    """
+
+    path: Path
+    files: tuple[str, ...]
+    nbytes: int
+    types: dict[str, int]
+    readback: Readback | None
+
+    def as_json(self) -> str:
+        """For `--json`."""
+        return json.dumps(asdict(self), indent=2, default=str)
+
+
+def convert(
+    source: str,
+    output: Path,
+    *,
+    file_type: str = "f16",
+    imatrix: Path | None = None,
+    pre: str | None = None,
+    split_max_bytes: int = 0,
+    verify: bool = True,
+    overwrite: bool = False,
+    progress: Progress = _quiet,
+) -> Conversion:
+    """Write a model as GGUF.
+
+    Args:
+        source: a run, a folder, a GGUF or a hub id.
+        output: the file, `*.gguf`.
+        file_type: of `FILE_TYPES`.
+        imatrix: llama.cpp's importance matrix.
+        pre: llama.cpp's name of the pre-tokenizer, where it is not recognised.
+        split_max_bytes: begin a new file beyond that.
+        verify: read the file back and compare it.
+        overwrite: replace a file that is there.
+        progress: is told what is being done.
+
+    Raises:
+        ExportError: the model cannot be written, or came out wrong.
+        OutputExists, StorageError: nothing was written.
+    """
+    progress("opening")
+    model = open_source(source)
+    for_config(model.config)
+    importance = read_imatrix(imatrix) if imatrix else None
+    with atomic_files(output, overwrite=overwrite) as folder:
+        written, readback = write_model(
+            folder / output.name,
+            model,
+            file_type=file_type,
+            importance=importance,
+            pre=pre,
+            split_max_bytes=split_max_bytes,
+            verify=verify,
+            progress=progress,
+        )
+        names = tuple(file.name for file in written.files)
+        size = sum(file.stat().st_size for file in written.files)
+    return Conversion(output.with_name(names[0]), names, size, _counted(written), readback)
+
+
+def write_model(
+    path: Path,
+    model: Convertible,
+    *,
+    file_type: str,
+    importance: Importance | None = None,
+    pre: str | None = None,
+    split_max_bytes: int = 0,
+    verify: bool = True,
+    progress: Progress = _quiet,
+) -> tuple[Written, Readback | None]:
+    """Write an opened model as GGUF, and read it back.
+
+    Raises:
+        ExportError: the model cannot be written, or came out wrong.
+    """
+    tokenizer = model.tokenizer._tokenizer
+    written = write_gguf(
+        path,
+        config=model.config,
+        tensors=model.tensors(),
+        tokenizer=tokenizer_metadata(tokenizer, int(model.config["vocab_size"]), pre=pre),
+        file_type=file_type,
+        name=model.name,
+        importance=importance,
+        split_max_bytes=split_max_bytes,
+        progress=progress,
+    )
+    if not verify:
+        return written, None
+    progress("reading it back")
+    return written, read_back(written.files, model.tensors(), tokenizer)
+
+
+def convert_to_folder(
+    source: str,
+    output: Path,
+    *,
+    dtype: str | None = None,
+    mlx_bits: int | None = None,
+    group_size: int = 64,
+    overwrite: bool = False,
+    progress: Progress = _quiet,
+) -> Conversion:
+    """Write a model as a folder that transformers and mlx-lm load, or packed for mlx-lm.
+
+    Args:
+        source: a run, a folder, a GGUF or a hub id.
+        output: the folder.
+        dtype: of the weights; as the source stores its own by default.
+        mlx_bits: pack matrices to so many bits with MLX.
+        group_size: weights that share a scale when packed.
+        overwrite: replace a folder that is there.
+        progress: is told what is being done.
+
+    Raises:
+        ModelError: there is no model, or it is damaged.
+        OutputExists, StorageError: nothing was written.
+    """
+    progress("opening")
+    model = open_source(source)
+    dtype = dtype or model.dtype
+    config = dense_config(model.config, dtype)
+    with atomic_folder(output, overwrite=overwrite, marker="config.json") as folder:
+        model.tokenizer.save_pretrained(str(folder))
+        if mlx_bits is None:
+            pieces = dense_pieces(model.tensors(), dtype, config)
+            types = Counter({dtype: sum(1 for _ in model.tensors())})
+        else:
+            packing = {"group_size": group_size, "bits": mlx_bits, "mode": "affine"}
+            config |= {"quantization": packing, "quantization_config": packing}
+            pieces = packed_pieces(
+                model.tensors(), bits=mlx_bits, group_size=group_size, dtype=dtype
+            )
+            types = Counter(
+                f"{mlx_bits} bits" if packable(tensor, group_size) else dtype
+                for tensor in model.tensors()
+            )
+        write_json(folder / "config.json", config)
+        progress("writing")
+        write_safetensors(folder, pieces)
+        files = sorted(folder.glob("model*.safetensors"))
+        size = sum(file.stat().st_size for file in files)
+        names = tuple(file.name for file in files)
+    return Conversion(output, names, size, dict(types), None)
+
+
+def _counted(written: Written) -> dict[str, int]:
+    return dict(Counter(type_.name for type_ in written.types.values()))

@@ -1,0 +1,122 @@
+"""What can be converted, opened: a run, a model's folder, a GGUF, a hub id."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlxtune.errors import ModelError
+from mlxtune.gguf.model import read_config
+from mlxtune.gguf.reader import GGUFFile
+from mlxtune.gguf.tensors import SourceTensor, gguf_tensors
+from mlxtune.layers.dense import dense_tensors
+from mlxtune.models.folder import CODES, folder_tensors, weight_files
+from mlxtune.models.load import LoadedModel, load_model, load_tokenizer
+from mlxtune.models.resolve import ModelSource, resolve_model
+from mlxtune.models.safetensors import read_safetensors
+from mlxtune.train.run import STATUS
+from mlxtune.train.session import open_run
+
+
+@dataclass(frozen=True)
+class Convertible:
+    """A model whose tensors can be gone through, one in memory at a time.
+
+    Attributes:
+        name: for people, and for the metadata.
+        config: as in config.json.
+        dtype: the float type that it is stored in.
+        tokenizer: mlx-lm's wrapper.
+        tensors: gives all parameters; each call begins anew.
+        load: gives the model, to be run.
+    """
+
+    name: str
+    config: dict[str, Any]
+    dtype: str
+    tokenizer: TokenizerWrapper
+    tensors: Callable[[], Iterable[SourceTensor]]
+    load: Callable[[], LoadedModel]
+
+
+def open_source(name: str) -> Convertible:
+    """Open a model for conversion; its weights are not read yet.
+
+    Args:
+        name: a run's folder, or what a recipe may give as `model.path`.
+
+    Raises:
+        ModelError, RunError: there is no model, or it is damaged.
+    """
+    path = Path(name).expanduser()
+    if (path / STATUS).is_file():
+        run, model = open_run(path, for_inference=False)
+        return from_loaded(run.recipe().name, model)
+    source = resolve_model(name)
+    return _from_gguf(source) if source.is_gguf else _from_folder(source)
+
+
+def from_loaded(name: str, model: LoadedModel) -> Convertible:
+    """A model that is loaded already, adapters and all; they are fused."""
+    return Convertible(
+        name=name,
+        config=model.config,
+        dtype=model.stored_dtype,
+        tokenizer=model.tokenizer,
+        tensors=lambda: (tensor.source() for tensor in dense_tensors(model.model)),
+        load=lambda: model,
+    )
+
+
+def _from_gguf(source: ModelSource) -> Convertible:
+    file = GGUFFile(source.path)
+    entry, config = read_config(file)
+    bfloat = any(info.type.name == "BF16" for info in file.tensors.values())
+    wide = all(info.type.name == "F32" for info in file.tensors.values())
+    return Convertible(
+        name=str(file.metadata.get("general.name") or source.path.stem),
+        config=config,
+        dtype="float32" if wide else "bfloat16" if bfloat else "float16",
+        tokenizer=load_tokenizer(source),
+        tensors=lambda: gguf_tensors(file, entry, config),
+        load=lambda: load_model(source),
+    )
+
+
+def _from_folder(source: ModelSource) -> Convertible:
+    try:
+        config: dict[str, Any] = json.loads((source.path / "config.json").read_text("utf-8"))
+        config["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"its config.json cannot be read: {error!r}", where=str(source.path)
+        ) from None
+    if "lm_head.weight" not in _headers(source.path):
+        config.setdefault("tie_word_embeddings", True)
+    return Convertible(
+        name=source.path.name if Path(source.name).exists() else source.name,
+        config=config,
+        dtype=_stored_dtype(source.path),
+        tokenizer=load_tokenizer(source),
+        tensors=lambda: folder_tensors(source.path, config),
+        load=lambda: load_model(source),
+    )
+
+
+def _headers(path: Path) -> dict[str, Any]:
+    return {name: t for file in weight_files(path) for name, t in read_safetensors(file).items()}
+
+
+def _stored_dtype(path: Path) -> str:
+    """The float type of most of a folder's bytes."""
+    names = {code: name for name, code in CODES.items()}
+    sizes = dict.fromkeys(names.values(), 0)
+    for tensor in _headers(path).values():
+        if tensor.dtype in names:
+            sizes[names[tensor.dtype]] += tensor.nbytes
+    return max(sizes, key=lambda name: sizes[name])

@@ -1,0 +1,175 @@
+"""Read a GGUF back and compare it with the model that it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGMLQuantizationType as Type
+
+from mlxtune.errors import ExportError
+from mlxtune.gguf.model import read_config
+from mlxtune.gguf.reader import GGUFFile
+from mlxtune.gguf.tensors import SourceTensor, gguf_tensors
+from mlxtune.gguf.tokenizer import read_tokenizer
+
+# Twice what llama.cpp's own quantizers leave, as a share of the weights' size, on weights
+# whose distribution is Laplace's: ones with heavy tails come out worse than normal ones.
+USUAL_ERROR = {
+    Type.F32: 1e-6,
+    Type.F16: 1e-3,
+    Type.BF16: 4e-3,
+    Type.Q8_0: 0.014,
+    Type.Q6_K: 0.044,
+    Type.Q5_K: 0.086,
+    Type.Q5_1: 0.09,
+    Type.Q5_0: 0.11,
+    Type.Q4_K: 0.17,
+    Type.Q4_1: 0.19,
+    Type.Q4_0: 0.22,
+    Type.Q3_K: 0.36,
+    Type.Q2_K: 0.69,
+}
+
+SAMPLE = (
+    "find . -name '*.py' -mtime -7 | xargs grep -n \"TODO\"",
+    "Grüße, 世界! 🦙🏽 naïve café",
+    "  leading, trailing  \n\n\ttabs\r\nand 1234567890 digits 3.14159",
+    "def f(x):\n    return x ** 2  # squared\n",
+)
+
+
+@dataclass(frozen=True)
+class Readback:
+    """How a file differs from its source.
+
+    Attributes:
+        tensors: how many were compared.
+        error: type to ‖file − source‖ / ‖source‖ over all tensors of that type.
+        worst: the tensor with the largest such error.
+        worst_error: its error.
+        texts: how many texts are tokenized alike, by the tokenizer read back.
+        template_kept: whether the chat template is the source's; None if it has none.
+    """
+
+    tensors: int
+    error: dict[str, float]
+    worst: str
+    worst_error: float
+    texts: int
+    template_kept: bool | None
+
+
+def read_back(
+    files: Sequence[Path],
+    tensors: Iterable[SourceTensor],
+    tokenizer: Any,
+    texts: Sequence[str] = SAMPLE,
+) -> Readback:
+    """Compare a GGUF with its source, one tensor in memory at a time.
+
+    Args:
+        files: the GGUF, or its parts.
+        tensors: of the source.
+        tokenizer: of the source, Hugging Face's.
+        texts: to tokenize with both.
+
+    Raises:
+        ExportError: a tensor is missing or further off than its type explains, or the
+            tokenizer or template is not what was written.
+    """
+    parts = [GGUFFile(file) for file in files]
+    entry, config = read_config(parts[0])
+    written = {
+        tensor.name: (tensor, type_)
+        for part in parts
+        for tensor, type_ in zip(
+            gguf_tensors(part, entry, config),
+            [info.type for name, info in part.tensors.items() if not name.startswith("rope_")],
+            strict=True,
+        )
+    }
+    sums: dict[str, list[float]] = {}
+    worst, worst_error, count = "", -1.0, 0
+    for source in tensors:
+        if source.name not in written:
+            raise _wrong(f"the tensor {source.name} is not in the file", files[0])
+        tensor, type_ = written.pop(source.name)
+        squares = _squares(tensor.load(), source.load())
+        error = _share(squares)
+        if not error <= USUAL_ERROR.get(type_, np.inf):
+            raise _wrong(
+                f"{source.name} as {type_.name} differs from its source by {error:.2g} of its "
+                f"size; {USUAL_ERROR[type_]:.2g} is the most that this type explains",
+                files[0],
+            )
+        total = sums.setdefault(type_.name, [0.0, 0.0])
+        total[0] += squares[0]
+        total[1] += squares[1]
+        count += 1
+        if error > worst_error:
+            worst, worst_error = source.name, error
+    if written:
+        raise _wrong(f"the file has {next(iter(written))}, and its source has not", files[0])
+    return Readback(
+        tensors=count,
+        error={name: _share((total[0], total[1])) for name, total in sums.items()},
+        worst=worst,
+        worst_error=worst_error,
+        texts=_same_tokens(parts[0], tokenizer, texts),
+        template_kept=_same_template(parts[0], tokenizer),
+    )
+
+
+def _squares(got: npt.NDArray[np.float32], want: npt.NDArray[np.float32]) -> tuple[float, float]:
+    """Sums of squares of the difference and of what is wanted, in blocks: no large copies."""
+    if got.shape != want.shape:
+        return np.inf, 1.0
+    difference, size = 0.0, 0.0
+    flat, wanted = got.reshape(-1), want.reshape(-1)
+    for start in range(0, flat.size, 1 << 16):
+        a, b = flat[start : start + (1 << 16)], wanted[start : start + (1 << 16)]
+        d = a - b
+        difference += float(d @ d)
+        size += float(b @ b)
+    return difference, size
+
+
+def _share(squares: tuple[float, float]) -> float:
+    difference, size = squares
+    if difference == 0:
+        return 0.0
+    return float(np.sqrt(difference / size)) if size else float("inf")
+
+
+def _same_tokens(file: GGUFFile, tokenizer: Any, texts: Sequence[str]) -> int:
+    again = read_tokenizer(file.metadata, where=str(file.path))
+    for text in texts:
+        want = tokenizer(text, add_special_tokens=False).input_ids
+        got = again(text, add_special_tokens=False).input_ids
+        if got != want:
+            raise _wrong(
+                f"its tokenizer cuts {text[:40]!r} differently than the source's", file.path
+            )
+    return len(texts)
+
+
+def _same_template(file: GGUFFile, tokenizer: Any) -> bool | None:
+    wanted = tokenizer.chat_template
+    if not wanted:
+        return None
+    if file.metadata.get("tokenizer.chat_template") != wanted:
+        raise _wrong("its chat template is not the source's", file.path)
+    return True
+
+
+def _wrong(what: str, path: Path) -> ExportError:
+    return ExportError(
+        f"the file does not hold what was converted: {what}",
+        where=str(path),
+        remedy="nothing was left there; --no-verify writes it all the same. Please report this",
+    )

@@ -1,0 +1,174 @@
+"""Rotary positions in GGUF, both ways: their base, and how long contexts stretch them.
+
+`config.json` keeps the stretching in `rope_scaling`, newer ones in `rope_parameters`.
+GGUF keeps linear and YaRN scaling as metadata, and those of Llama 3 and Phi 3 (LongRoPE)
+as tensors of one divisor for each frequency.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlxtune.errors import ExportError, ModelError
+from mlxtune.gguf.architectures import Architecture, Config, head_dim, shortest
+from mlxtune.gguf.reader import GGUFFile
+
+Factors = npt.NDArray[np.float32]
+
+# One divisor for each pair of rotated dimensions.
+FREQUENCIES = "rope_freqs.weight"
+LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+ROPE_TENSORS = (FREQUENCIES, LONG, SHORT)
+
+
+def rope_metadata(entry: Architecture, config: Config) -> dict[str, int | float | str]:
+    """Metadata of the rotation.
+
+    Raises:
+        ExportError: the config scales it in a way that llama.cpp does not know for this
+            architecture.
+    """
+    values: dict[str, int | float | str] = {"rope.freq_base": theta(config)}
+    if entry.rope_dimension:
+        values["rope.dimension_count"] = rotated_dimensions(entry, config)
+    kind, scaling = _scaling(config)
+    if kind == "linear":
+        values["rope.scaling.type"] = "linear"
+        values["rope.scaling.factor"] = float(scaling["factor"])
+    elif kind == "yarn" and not scaling.get("mscale_all_dim"):
+        values["rope.scaling.type"] = "yarn"
+        values["rope.scaling.factor"] = float(scaling["factor"])
+        values["rope.scaling.original_context_length"] = int(
+            scaling.get("original_max_position_embeddings", 4096)
+        )
+    elif kind in _LONGROPE and entry.name == "phi3":
+        values["rope.scaling.attn_factor"] = _attention_factor(config)
+    elif kind not in ("default", "llama3"):
+        raise ExportError(
+            f"rope scaling of type {kind!r} cannot be written as GGUF for {entry.name} models",
+            where="config.json: rope_scaling",
+        )
+    return {f"{entry.name}.{key}": value for key, value in values.items()}
+
+
+def rope_tensors(entry: Architecture, config: Config) -> dict[str, Factors]:
+    """Tensors of the rotation: GGUF name to float32 (rotated dimensions / 2,)."""
+    kind, scaling = _scaling(config)
+    dims = rotated_dimensions(entry, config)
+    if kind == "llama3":
+        return {FREQUENCIES: _llama3(theta(config), dims, scaling)}
+    if kind in _LONGROPE:
+        return {
+            name: np.broadcast_to(np.array(scaling[key], np.float32), (dims // 2,)).copy()
+            for name, key in ((LONG, "long_factor"), (SHORT, "short_factor"))
+        }
+    return {}
+
+
+def rope_config(entry: Architecture, file: GGUFFile, config: Config) -> Config:
+    """What config.json says of a GGUF's rotation.
+
+    Args:
+        entry: of the file.
+        file: its metadata and tensors.
+        config: sizes, from `config_from_metadata`.
+
+    Raises:
+        ModelError: it is scaled in a way that is not known here.
+    """
+    meta = {k.removeprefix(f"{entry.name}."): v for k, v in file.metadata.items()}
+    said: Config = {"rope_theta": shortest(meta.get("rope.freq_base", 10000.0))}
+    if entry.rope_dimension:
+        share = meta.get("rope.dimension_count", 0) / head_dim(entry, config)
+        if 0 < share < 1:
+            said["partial_rotary_factor"] = share
+    kind = meta.get("rope.scaling.type", "none")
+    if FREQUENCIES in file.tensors:
+        said["rope_scaling"] = _known_llama3(file, said["rope_theta"])
+    elif LONG in file.tensors and SHORT in file.tensors:
+        said["rope_scaling"] = {
+            "type": "longrope",
+            "long_factor": [shortest(v) for v in file.data(LONG)],
+            "short_factor": [shortest(v) for v in file.data(SHORT)],
+        }
+    elif kind in ("linear", "yarn"):
+        said["rope_scaling"] = {
+            "type": kind,
+            "rope_type": kind,
+            "factor": shortest(meta["rope.scaling.factor"]),
+        }
+        if original := meta.get("rope.scaling.original_context_length"):
+            said["rope_scaling"]["original_max_position_embeddings"] = original
+    elif kind != "none":
+        raise ModelError(
+            f"GGUF files with rope scaling of type {kind!r} cannot be read yet",
+            where=str(file.path),
+            remedy="use the model's safetensors folder or hub id",
+        )
+    return said
+
+
+def theta(config: Config) -> float:
+    """Base of the rotary frequencies; newer configs keep it in `rope_parameters`."""
+    parameters = config.get("rope_parameters") or {}
+    return float(config.get("rope_theta") or parameters.get("rope_theta", 10000.0))
+
+
+def rotated_dimensions(entry: Architecture, config: Config) -> int:
+    """How many dimensions of a head are rotated."""
+    return int(head_dim(entry, config) * config.get("partial_rotary_factor", 1.0))
+
+
+_LONGROPE = ("longrope", "su")
+
+
+def _scaling(config: Config) -> tuple[str, dict[str, Any]]:
+    for key in ("rope_scaling", "rope_parameters"):  # its older and its newer name
+        scaling = config.get(key) or {}
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind != "default":
+            return str(kind), scaling
+    return "default", {}
+
+
+def _attention_factor(config: Config) -> float:
+    """LongRoPE's factor on queries and keys (arXiv 2402.13753, equation 6)."""
+    original = int(config.get("original_max_position_embeddings", 4096))
+    stretch = int(config.get("max_position_embeddings", original)) / original
+    return math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+
+
+def _llama3(base: float, dims: int, scaling: dict[str, Any]) -> Factors:
+    """Divisors of Llama 3's scaling: long waves are stretched, short ones are not."""
+    factor = float(scaling["factor"])
+    low = float(scaling.get("low_freq_factor", 1.0))
+    high = float(scaling.get("high_freq_factor", 4.0))
+    original = int(scaling.get("original_max_position_embeddings", 8192))
+    waves = 2 * math.pi * base ** (np.arange(0, dims, 2, dtype=np.float64) / dims)
+    smooth = (original / waves - low) / (high - low)
+    between = 1 / ((1 - smooth) / factor + smooth)
+    factors = np.where(waves < original / high, 1.0, between)
+    return np.where(waves > original / low, factor, factors).astype(np.float32)
+
+
+def _known_llama3(file: GGUFFile, base: float) -> dict[str, Any]:
+    """Scaling whose divisors are the file's; all of Llama 3 share all but the factor."""
+    wanted = file.data(FREQUENCIES).reshape(-1)
+    scaling = {
+        "rope_type": "llama3",
+        "factor": shortest(wanted.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    if not np.allclose(_llama3(base, 2 * len(wanted), scaling), wanted, rtol=1e-4):
+        raise ModelError(
+            "the GGUF's rope_freqs are not those of Llama 3's scaling",
+            where=str(file.path),
+            remedy="use the model's safetensors folder or hub id",
+        )
+    return scaling

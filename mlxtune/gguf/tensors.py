@@ -1,0 +1,86 @@
+"""A GGUF file as a stream of tensors under Hugging Face's names, one in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import gguf.quants
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGMLQuantizationType as Type
+
+from mlxtune.errors import ModelError
+from mlxtune.gguf.architectures import Architecture, Config, deinterleave_rows
+from mlxtune.gguf.reader import GGUFFile
+from mlxtune.gguf.rope import ROPE_TENSORS
+
+PLAIN = (Type.F32, Type.F16, Type.BF16)
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor of a model, loaded when its turn comes.
+
+    Attributes:
+        name: as mlx-lm calls the parameter, such as `model.norm.weight`.
+        shape: (out, in) for a projection, (experts, out, in) for stacked ones.
+        load: gives its values as float32.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    load: Callable[[], npt.NDArray[np.float32]]
+
+
+def gguf_tensors(file: GGUFFile, entry: Architecture, config: Config) -> Iterator[SourceTensor]:
+    """Every parameter of a GGUF file; those that it keeps of its rotation are left out.
+
+    Raises:
+        ModelError: a tensor is not part of the architecture.
+    """
+    for name, info in file.tensors.items():
+        if name not in ROPE_TENSORS:
+            hf_name = parameter_name(file, entry, name)
+            yield SourceTensor(hf_name, info.shape, _loader(file, name, hf_name, entry, config))
+
+
+def parameter_name(file: GGUFFile, entry: Architecture, name: str) -> str:
+    """What mlx-lm calls a tensor of a GGUF file.
+
+    Raises:
+        ModelError: it is not part of the architecture.
+    """
+    hf_name = entry.to_hf_name(name)
+    if hf_name is None:
+        raise ModelError(
+            f"the tensor {name} is not part of a plain {entry.name} model", where=str(file.path)
+        )
+    return hf_name
+
+
+def _loader(
+    file: GGUFFile, name: str, hf_name: str, entry: Architecture, config: Config
+) -> Callable[[], npt.NDArray[np.float32]]:
+    def load() -> npt.NDArray[np.float32]:
+        values = expanded(file.read(name), file.tensors[name].type)
+        if heads := entry.rotary_heads(hf_name, config):
+            values = deinterleave_rows(values, heads)
+        if offset := entry.offset(hf_name):
+            values = values - np.float32(offset)
+        return values
+
+    return load
+
+
+def expanded(data: npt.NDArray[np.generic], type_: Type) -> npt.NDArray[np.float32]:
+    """A tensor's data, as `GGUFFile.data` gives it, as float32.
+
+    Raises:
+        NotImplementedError: the type cannot be expanded.
+    """
+    if type_ == Type.BF16:
+        return (data.astype(np.uint32) << 16).view(np.float32)
+    if type_ in PLAIN:
+        return data.astype(np.float32, copy=False)
+    return np.asarray(gguf.quants.dequantize(data, type_), np.float32)

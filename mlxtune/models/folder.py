@@ -1,0 +1,233 @@
+"""A model's folder as a stream of tensors, one in memory at a time, and written as one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from mlxtune.errors import ModelError
+from mlxtune.gguf.tensors import SourceTensor
+from mlxtune.models.safetensors import (
+    Array,
+    Piece,
+    StoredTensor,
+    from_bfloat16,
+    read_safetensors,
+    to_bfloat16,
+)
+
+Values = npt.NDArray[np.float32]
+CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+# transformers keeps every expert's matrices apart, mlx-lm all in one; it takes them apart
+# too for these families.
+_EXPERT = re.compile(r"^(.*\.mlp)\.experts\.(\d+)\.(\w+_proj)\.(\w+)$")
+_EXPERTS_APART = ("qwen2_moe", "qwen3_moe", "olmoe")
+_STACKED = re.compile(r"^(.*\.mlp)\.switch_mlp\.(\w+_proj)\.weight$")
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a model's folder.
+
+    Raises:
+        ModelError: there are none.
+    """
+    files = sorted(path.glob("model*.safetensors"))
+    if not files:
+        pickled = any(path.glob("*.bin")) or any(path.glob("*.pt*"))
+        raise ModelError(
+            "this folder has no model*.safetensors",
+            where=str(path),
+            remedy="its weights are pickled, which is never read here: save them as safetensors"
+            if pickled
+            else "download the model again",
+        )
+    return files
+
+
+def folder_tensors(path: Path, config: dict[str, Any]) -> Iterator[SourceTensor]:
+    """Every parameter of a folder of Hugging Face's or MLX's layout, packed ones expanded.
+
+    Args:
+        path: the folder.
+        config: its config.json.
+
+    Raises:
+        ModelError: a file is missing, damaged, or of a packing that is not known.
+    """
+    stored: dict[str, StoredTensor] = {}
+    for file in weight_files(path):
+        stored |= read_safetensors(file)
+    experts: dict[str, dict[int, StoredTensor]] = {}
+    for name, tensor in stored.items():
+        if _left_out(name, stored, config):
+            continue
+        if expert := _EXPERT.match(name):
+            block, number, projection, kind = expert.groups()
+            stacked = f"{block}.switch_mlp.{projection}.{kind}"
+            experts.setdefault(stacked, {})[int(number)] = tensor
+        elif tensor.dtype == "U32":
+            yield _packed(tensor, stored, config)
+        else:
+            yield SourceTensor(name, tensor.shape, tensor.float32)
+    for name, parts in experts.items():
+        if sorted(parts) != list(range(len(parts))):
+            raise ModelError(f"of {name} some experts are missing", where=str(path))
+        ordered = [parts[number] for number in range(len(parts))]
+        yield SourceTensor(name, (len(parts), *ordered[0].shape), _stack(ordered))
+
+
+def _left_out(name: str, stored: dict[str, StoredTensor], config: dict[str, Any]) -> bool:
+    """Tensors that other tensors imply: a tied head, frequencies, scales of packed ones."""
+    module, _, kind = name.rpartition(".")
+    if kind in ("scales", "biases"):
+        return f"{module}.weight" in stored
+    tied = config.get("tie_word_embeddings", False)
+    return kind == "inv_freq" or (tied and module == "lm_head")
+
+
+def _stack(parts: list[StoredTensor]) -> Callable[[], Values]:
+    def load() -> Values:
+        stacked = np.empty((len(parts), *parts[0].shape), np.float32)
+        for number, part in enumerate(parts):
+            stacked[number] = part.float32()
+        return stacked
+
+    return load
+
+
+def _packed(
+    tensor: StoredTensor, stored: dict[str, StoredTensor], config: dict[str, Any]
+) -> SourceTensor:
+    """A weight that MLX packed, expanded when it is loaded."""
+    module = tensor.name.removesuffix(".weight")
+    said = config.get("quantization") or config.get("quantization_config") or {}
+    own = said.get(module)
+    how = own if isinstance(own, dict) else said
+    bits, group_size = how.get("bits"), how.get("group_size")
+    scales = stored.get(f"{module}.scales")
+    if scales is None or not bits:
+        raise ModelError(
+            f"the tensor {tensor.name} is packed in a way that its config.json does not tell",
+            where=str(tensor.file),
+        )
+    width = tensor.shape[-1] * 32 // bits
+
+    def load() -> Values:
+        biases = stored.get(f"{module}.biases")
+        full = mx.dequantize(
+            _mx(tensor),
+            _mx(scales),
+            None if biases is None else _mx(biases),
+            group_size=group_size,
+            bits=bits,
+            mode=how.get("mode", "affine"),
+        )
+        values = np.array(full.astype(mx.float32))
+        del full
+        mx.clear_cache()
+        return values
+
+    return SourceTensor(tensor.name, (*tensor.shape[:-1], width), load)
+
+
+def _mx(tensor: StoredTensor) -> mx.array:
+    """As MLX's array; scales in float32, so that nothing is rounded on the way."""
+    values = tensor.read()
+    if tensor.dtype == "BF16":
+        return mx.array(from_bfloat16(values))
+    return mx.array(values.astype(np.float32) if tensor.dtype == "F16" else values)
+
+
+def dense_pieces(
+    tensors: Iterable[SourceTensor], dtype: str, config: dict[str, Any]
+) -> Iterator[Piece]:
+    """Tensors as transformers and mlx-lm both read them: floats, every expert by itself.
+
+    Args:
+        tensors: of a model.
+        dtype: `float32`, `float16` or `bfloat16`.
+        config: its config.json; experts of families that are not known to mlx-lm in
+            transformers' form stay stacked.
+    """
+    apart = config.get("model_type") in _EXPERTS_APART
+    for tensor in tensors:
+        if apart and (stacked := _STACKED.match(tensor.name)):
+            block, projection = stacked.groups()
+            names = [f"{block}.experts.{n}.{projection}.weight" for n in range(tensor.shape[0])]
+            entries = tuple((name, CODES[dtype], tensor.shape[1:]) for name in names)
+        else:
+            entries = ((tensor.name, CODES[dtype], tensor.shape),)
+        yield Piece(entries, _converted(tensor, dtype))
+
+
+def _converted(tensor: SourceTensor, dtype: str) -> Callable[[], list[Array]]:
+    return lambda: [to_dtype(tensor.load(), dtype)]
+
+
+def to_dtype(values: Values, dtype: str) -> Array:
+    """Values in a float type; bfloat16 as uint16."""
+    if dtype == "bfloat16":
+        return to_bfloat16(values)
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16 if dtype == "float16" else np.float32, copy=False)
+
+
+def packed_pieces(
+    tensors: Iterable[SourceTensor], *, bits: int, group_size: int, dtype: str
+) -> Iterator[Piece]:
+    """Tensors with all matrices packed affinely by MLX, named as mlx-lm loads them.
+
+    Args:
+        tensors: of a model.
+        bits: 2, 3, 4, 5, 6 or 8.
+        group_size: 32, 64 or 128.
+        dtype: of scales, biases and what is not packed.
+    """
+    for tensor in tensors:
+        if not packable(tensor, group_size):
+            yield Piece(((tensor.name, CODES[dtype], tensor.shape),), _converted(tensor, dtype))
+            continue
+        module = tensor.name.removesuffix(".weight")
+        *rows, width = tensor.shape
+        groups = (*rows, width // group_size)
+        yield Piece(
+            (
+                (f"{module}.weight", "U32", (*rows, width * bits // 32)),
+                (f"{module}.scales", CODES[dtype], groups),
+                (f"{module}.biases", CODES[dtype], groups),
+            ),
+            _quantized(tensor, bits, group_size, dtype),
+        )
+
+
+def packable(tensor: SourceTensor, group_size: int) -> bool:
+    """Whether mlx-lm packs this parameter: the weight of a projection or an embedding."""
+    return (
+        len(tensor.shape) > 1
+        and tensor.name.endswith(".weight")
+        and tensor.shape[-1] % group_size == 0
+    )
+
+
+def _quantized(
+    tensor: SourceTensor, bits: int, group_size: int, dtype: str
+) -> Callable[[], list[Array]]:
+    def load() -> list[Array]:
+        values = mx.array(tensor.load()).astype(getattr(mx, dtype))
+        codes, scales, biases = mx.quantize(values, group_size=group_size, bits=bits)
+        given = [
+            np.array(a.view(mx.uint16) if dtype == "bfloat16" else a) for a in (scales, biases)
+        ]
+        arrays = [np.array(codes), *given]
+        del values, codes, scales, biases
+        mx.clear_cache()
+        return arrays
+
+    return load

@@ -1,0 +1,188 @@
+"""Every architecture as GGUF in llama.cpp, against the same model in mlx-lm.
+
+Small models with random weights, trained for a moment on one text, so that they are sure
+of something; real tokenizers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from conftest import SMOLLM2
+from mlx.utils import tree_flatten
+
+from mlxtune.export.convert import convert
+from mlxtune.models.load import load_model, load_tokenizer
+from mlxtune.models.resolve import ModelSource, resolve_model
+
+TEXT = (
+    "To find the ten largest files below a folder, list all with their sizes, sort the "
+    "list and keep its end: du -a . | sort -n | tail -n 10"
+)
+COMMON: dict[str, Any] = {
+    "hidden_size": 256,
+    "num_hidden_layers": 3,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 512,
+    "rope_theta": 50_000.0,
+    "tie_word_embeddings": True,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+GEMMA = {
+    "head_dim": 64,
+    "query_pre_attn_scalar": 64,
+    "rope_theta": 10_000.0,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+    "llama-3-rope": {"model_type": "llama", "rope_theta": 500_000.0, "rope_scaling": LLAMA3},
+    "mistral": {"model_type": "llama", "head_dim": 32},
+    "qwen2": {"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 2.0}},
+    "qwen3": {
+        "head_dim": 64,
+        "rope_scaling": {
+            "type": "yarn",
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "qwen3_moe": {
+        "head_dim": 64,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 256,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+    },
+    # mlx-lm lets Gemma 2 look back without bounds, so the text is shorter than the window.
+    "gemma2": GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3_text": GEMMA
+    | {"num_hidden_layers": 7, "rope_theta": 1e6, "rope_local_base_freq": 10_000.0}
+    | {"sliding_window_pattern": 6, "sliding_window": 16},
+    "phi3": {"tie_word_embeddings": False, "num_key_value_heads": 4},
+    "smollm3": {"num_hidden_layers": 5},
+    "granite": {
+        "attention_multiplier": 0.1,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+}
+
+
+def config_of(name: str) -> dict[str, Any]:
+    own = MODELS[name]
+    return {"model_type": name, **COMMON, **own}
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return load_tokenizer(resolve_model(SMOLLM2))
+
+
+def trained(config: dict[str, Any], tokens: list[int], steps: int = 12) -> nn.Module:
+    """A model that knows one text by heart."""
+    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    mx.random.seed(0)
+    model = module.Model(module.ModelArgs.from_dict(config))
+    mx.eval(model.parameters())
+    model.freeze(keys=["embed_tokens"], strict=False)
+    for layer in [model.model.embed_tokens, *([model.lm_head] if "lm_head" in model else [])]:
+        layer.freeze()
+    x = mx.array([tokens])
+    optimizer = optim.Adam(1e-2)
+
+    def loss(x: mx.array) -> mx.array:
+        return nn.losses.cross_entropy(model(x[:, :-1]), x[:, 1:]).mean()
+
+    step = nn.value_and_grad(model, loss)
+    for _ in range(steps):
+        _, gradient = step(x)
+        optimizer.update(model, gradient)
+        mx.eval(model.parameters(), optimizer.state)
+    return model
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def source(request, tokenizer, tmp_path_factory):
+    """A folder of Hugging Face's layout, and the text's tokens."""
+    config = config_of(request.param) | {"vocab_size": 49152}
+    tokens = tokenizer.encode(TEXT)
+    model = trained(config, tokens)
+    folder = tmp_path_factory.mktemp(request.param) / "model"
+    folder.mkdir()
+    tokenizer.save_pretrained(str(folder))
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, tokens
+
+
+def logprobs(model: nn.Module, tokens: list[int]) -> np.ndarray:
+    logits = model(mx.array([tokens]))[0].astype(mx.float32)
+    return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+
+
+def in_llamacpp(path: Path, tokens: list[int], places: list[int], count: int = 20):
+    """What llama.cpp expects next after so many tokens: ids and log-probabilities."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx, params.cpuparams.n_threads, params.warmup = 512, 2, False
+    params.verbosity = -1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = xllamacpp.Server(params)
+    found = []
+    for place in places:
+        body = {"prompt": tokens[:place], "n_predict": 1, "n_probs": count, "temperature": 0}
+        answer = httpx.post(f"{server.listening_address}/completion", json=body, timeout=60).json()
+        top = answer["completion_probabilities"][0]["top_logprobs"]
+        found.append(([t["id"] for t in top], [t["logprob"] for t in top]))
+    return found
+
+
+def test_f32_gives_the_log_probabilities_of_mlx(source, tmp_path):
+    folder, tokens = source
+    made = convert(str(folder), tmp_path / "m.gguf", file_type="f32")
+    assert made.readback.worst_error < 1e-6  # a norm's +1 rounds
+    want = logprobs(load_model(ModelSource("x", folder)).model, tokens)
+    places = [1, 2, 3, 17, 33, len(tokens) - 1]
+    for place, (ids, got) in zip(places, in_llamacpp(made.path, tokens, places), strict=True):
+        assert np.abs(want[place - 1][ids] - got).max() < 1e-3, place
+
+
+@pytest.mark.parametrize("file_type", ["q8_0", "q4_k_m"])
+def test_quantized_files_say_the_same(source, tmp_path, file_type):
+    folder, tokens = source
+    made = convert(str(folder), tmp_path / "m.gguf", file_type=file_type)
+    want = logprobs(load_model(ModelSource("x", folder)).model, tokens)
+    places = list(range(1, len(tokens)))
+    found = in_llamacpp(made.path, tokens, places, count=1)
+    same = [
+        ids[0] == want[place - 1].argmax() for place, (ids, _) in zip(places, found, strict=True)
+    ]
+    print(file_type, np.mean(same))
+    assert np.mean(same) >= {"q8_0": 0.99, "q4_k_m": 0.9}[file_type]
