@@ -15,12 +15,17 @@ import httpx
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import mlx_lm.utils
 import numpy as np
 import pytest
 from conftest import SMOLLM2
+from helpers import with_adapters
 from mlx.utils import tree_flatten
 
-from mlxtune.export.convert import convert
+from mlxtune.adapters.store import save_adapter
+from mlxtune.export.adapter import export_adapter
+from mlxtune.export.convert import convert, convert_to_folder
+from mlxtune.layers.inject import projections
 from mlxtune.models.load import load_model, load_tokenizer
 from mlxtune.models.resolve import ModelSource, resolve_model
 
@@ -125,13 +130,12 @@ def trained(config: dict[str, Any], tokens: list[int], steps: int = 12) -> nn.Mo
     return model
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
-def source(request, tokenizer, tmp_path_factory):
+def written(name: str, tokenizer, place: Path) -> tuple[Path, list[int]]:
     """A folder of Hugging Face's layout, and the text's tokens."""
-    config = config_of(request.param) | {"vocab_size": 49152}
+    config = config_of(name) | {"vocab_size": 49152}
     tokens = tokenizer.encode(TEXT)
     model = trained(config, tokens)
-    folder = tmp_path_factory.mktemp(request.param) / "model"
+    folder = place / "model"
     folder.mkdir()
     tokenizer.save_pretrained(str(folder))
     weights = dict(tree_flatten(model.parameters()))
@@ -140,12 +144,17 @@ def source(request, tokenizer, tmp_path_factory):
     return folder, tokens
 
 
+@pytest.fixture(scope="module", params=list(MODELS))
+def source(request, tokenizer, tmp_path_factory):
+    return written(request.param, tokenizer, tmp_path_factory.mktemp(request.param))
+
+
 def logprobs(model: nn.Module, tokens: list[int]) -> np.ndarray:
     logits = model(mx.array([tokens]))[0].astype(mx.float32)
     return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
 
 
-def in_llamacpp(path: Path, tokens: list[int], places: list[int], count: int = 20):
+def in_llamacpp(path: Path, tokens: list[int], places: list[int], count: int = 20, adapter=None):
     """What llama.cpp expects next after so many tokens: ids and log-probabilities."""
     xllamacpp = pytest.importorskip("xllamacpp")
     params = xllamacpp.CommonParams()
@@ -154,6 +163,8 @@ def in_llamacpp(path: Path, tokens: list[int], places: list[int], count: int = 2
     params.verbosity = -1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    if adapter is not None:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
     server = xllamacpp.Server(params)
     found = []
     for place in places:
@@ -172,6 +183,12 @@ def test_f32_gives_the_log_probabilities_of_mlx(source, tmp_path):
     places = [1, 2, 3, 17, 33, len(tokens) - 1]
     for place, (ids, got) in zip(places, in_llamacpp(made.path, tokens, places), strict=True):
         assert np.abs(want[place - 1][ids] - got).max() < 1e-3, place
+    # The way back: the file itself in MLX, and as a folder that mlx-lm loads.
+    again = load_model(resolve_model(str(made.path))).model
+    assert np.abs(logprobs(again, tokens) - want).max() < 1e-3
+    convert_to_folder(str(made.path), tmp_path / "folder")
+    loaded, _ = mlx_lm.utils.load_model(tmp_path / "folder")
+    assert np.abs(logprobs(loaded, tokens) - want).max() < 1e-3
 
 
 @pytest.mark.parametrize("file_type", ["q8_0", "q4_k_m"])
@@ -184,5 +201,26 @@ def test_quantized_files_say_the_same(source, tmp_path, file_type):
     same = [
         ids[0] == want[place - 1].argmax() for place, (ids, _) in zip(places, found, strict=True)
     ]
-    print(file_type, np.mean(same))
-    assert np.mean(same) >= {"q8_0": 0.99, "q4_k_m": 0.9}[file_type]
+    read = load_model(resolve_model(str(made.path))).model  # packed where MLX can hold it
+    same_in_mlx = logprobs(read, tokens)[:-1].argmax(-1) == want[:-1].argmax(-1)
+    least = {"q8_0": 0.99, "q4_k_m": 0.9}[file_type]
+    assert np.mean(same) >= least
+    assert np.mean(same_in_mlx) >= least
+
+
+@pytest.mark.parametrize("name", ["llama-3-rope", "qwen3", "gemma3_text"])
+def test_an_adapter_as_gguf_does_in_llama_cpp_what_it_does_in_mlx(name, tokenizer, tmp_path):
+    folder, tokens = written(name, tokenizer, tmp_path)
+    base = convert(str(folder), tmp_path / "m.gguf", file_type="f32").path
+    loaded = load_model(ModelSource(str(folder), folder)).model
+    plain = logprobs(loaded, tokens)
+    paths = [path for path in projections(loaded) if ".layers." in path]
+    adapted = with_adapters(loaded, paths)
+    save_adapter(tmp_path / "adapter", adapted, base=str(folder))
+    made = export_adapter(tmp_path / "adapter", "gguf", output=tmp_path / "out")
+    want = logprobs(adapted, tokens)
+    assert np.abs(want - plain).max() > 0.5
+    places = [1, 9, len(tokens) - 1]
+    found = in_llamacpp(base, tokens, places, adapter=made.folder / "adapter.gguf")
+    for place, (ids, got) in zip(places, found, strict=True):
+        assert np.abs(want[place - 1][ids] - got).max() < 1e-3, place

@@ -170,12 +170,13 @@ def readback_line(readback: Readback) -> str:
 )
 @IMATRIX
 @VERIFY
-@click.option("--adapter-only", is_flag=True, help="Write the adapter alone, unfused; with --to.")
+@click.option("--adapter-only", is_flag=True, help="Write the adapter alone, unfused.")
 @click.option(
     "--to",
     "layout",
     type=click.Choice(["peft", "mlx-lm"]),
-    help="Library that the adapter is for. RUN may then be any adapter's folder.",
+    help="Library that the adapter is for; RUN may then be any adapter's folder.  [default: "
+    "a GGUF for llama.cpp and Ollama]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
 @AS_JSON
@@ -191,13 +192,13 @@ def export(
     as_json: bool,
 ) -> None:
     """Write a run as GGUF with a Modelfile, for Ollama, llama.cpp and mistral.rs."""
-    if adapter_only != (layout is not None):
-        raise click.UsageError("--adapter-only and --to go together")
+    if layout is not None and not adapter_only:
+        raise click.UsageError("--to goes with --adapter-only")
     if adapter_only and quantize is not None:
         raise click.UsageError("--quantize is of fused models; an adapter stays float32")
     prepare()
-    if layout is not None:
-        _export_adapter(run, layout, output, overwrite, as_json)
+    if adapter_only:
+        _export_adapter(run, layout or "gguf", output, overwrite, as_json)
         return
     import json
     from dataclasses import asdict

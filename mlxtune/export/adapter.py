@@ -6,18 +6,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlxtune.adapters.gguf import write_gguf_adapter
 from mlxtune.adapters.peft import write_peft
 from mlxtune.adapters.saved import CONFIG, SavedAdapter
 from mlxtune.adapters.store import read_adapter, write_mlx_lm
 from mlxtune.errors import ExportError
 from mlxtune.files import atomic_folder
 from mlxtune.fuse import require_outside
+from mlxtune.models.load import model_config
+from mlxtune.models.resolve import resolve_model
 from mlxtune.train.run import STATUS, Run, adapter_folder
+
+GGUF = "adapter.gguf"
 
 # What each library reads, and how to load it there.
 _LAYOUTS: dict[str, str] = {
     "peft": 'PeftModel.from_pretrained(model, "{folder}")',
     "mlx-lm": "mlx_lm.generate --model {base} --adapter-path {folder}",
+    "gguf": "llama-server -m BASE.gguf --lora {folder}/adapter.gguf",
 }
 
 
@@ -47,7 +53,7 @@ def export_adapter(
 
     Args:
         path: a run, or an adapter's folder as mlxtune, mlx-lm or PEFT writes it.
-        layout: `peft` or `mlx-lm`.
+        layout: `peft`, `mlx-lm`, or `gguf` for llama.cpp and Ollama.
         output: folder to write; `export/<layout>` in the run by default.
         overwrite: replace `output` if it exists.
 
@@ -68,7 +74,8 @@ def export_adapter(
         output = path / "export" / layout
     require_outside(output, path)
     write = _writer(layout, run)
-    with atomic_folder(output, overwrite=overwrite, marker=CONFIG) as folder:
+    marker = GGUF if layout == "gguf" else CONFIG
+    with atomic_folder(output, overwrite=overwrite, marker=marker) as folder:
         write(folder, adapter)
     load = _LAYOUTS[layout].format(folder=output, base=adapter.base)
     return AdapterExport(output, layout, adapter.kind, len(adapter.targets), load)
@@ -77,5 +84,12 @@ def export_adapter(
 def _writer(layout: str, run: Run | None) -> Callable[[Path, SavedAdapter], None]:
     if layout == "mlx-lm":
         return write_mlx_lm
+    if layout == "gguf":
+        return _write_gguf
     rslora = run is not None and run.recipe().lora.rslora
     return lambda folder, adapter: write_peft(folder, adapter, rslora=rslora)
+
+
+def _write_gguf(folder: Path, adapter: SavedAdapter) -> None:
+    """Which rows are reordered is known of the base; its config suffices."""
+    write_gguf_adapter(folder / GGUF, adapter, model_config(resolve_model(adapter.base)))

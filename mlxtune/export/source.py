@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,12 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlxtune.errors import ModelError
 from mlxtune.gguf.model import read_config
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.gguf.tensors import SourceTensor, gguf_tensors
 from mlxtune.layers.dense import dense_tensors
 from mlxtune.models.folder import CODES, folder_tensors, weight_files
-from mlxtune.models.load import LoadedModel, load_model, load_tokenizer
+from mlxtune.models.load import LoadedModel, load_model, load_tokenizer, model_config
 from mlxtune.models.resolve import ModelSource, resolve_model
 from mlxtune.models.safetensors import read_safetensors
 from mlxtune.train.run import STATUS
@@ -89,13 +87,7 @@ def _from_gguf(source: ModelSource) -> Convertible:
 
 
 def _from_folder(source: ModelSource) -> Convertible:
-    try:
-        config: dict[str, Any] = json.loads((source.path / "config.json").read_text("utf-8"))
-        config["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"its config.json cannot be read: {error!r}", where=str(source.path)
-        ) from None
+    config = model_config(source)
     if "lm_head.weight" not in _headers(source.path):
         config.setdefault("tie_word_embeddings", True)
     return Convertible(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
 
 from mlxtune.arrays import flat
 from mlxtune.errors import ModelError
-from mlxtune.gguf.model import open_model
+from mlxtune.gguf.model import open_model, read_config
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.gguf.tokenizer import read_tokenizer
 from mlxtune.models.folder import weight_files
@@ -90,6 +91,25 @@ def load_tokenizer(source: ModelSource, *, chat_template: str | None = None) -> 
         with _told(source):
             tokenizer = mlx_lm.utils.load_tokenizer(source.path)
     return _with_template(tokenizer, chat_template)
+
+
+def model_config(source: ModelSource) -> dict[str, Any]:
+    """config.json of a model, or what a GGUF says in its place; no weights are read.
+
+    Raises:
+        ModelError: it is missing, damaged, or the GGUF is of an unknown kind.
+    """
+    if source.is_gguf:
+        return read_config(GGUFFile(source.path))[1]
+    path = source.path / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"this file cannot be read as a config: {error}", where=str(path)
+        ) from None
+    return config
 
 
 def _gguf_tokenizer(file: GGUFFile, source: ModelSource) -> TokenizerWrapper:

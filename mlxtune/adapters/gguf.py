@@ -1,0 +1,77 @@
+"""A LoRA adapter as GGUF, for `llama-server --lora` and Ollama's ADAPTER.
+
+llama.cpp adds `alpha / rank * B @ A` to a tensor for which the file has `NAME.lora_a`,
+(rank, in), and `NAME.lora_b`, (out, rank).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import mlx.core as mx
+import numpy as np
+
+from mlxtune.adapters.saved import SavedAdapter
+from mlxtune.errors import ExportError
+from mlxtune.files import atomic_files
+from mlxtune.gguf.architectures import Architecture, Config, for_config, interleave_rows
+
+_FUSE = "fuse it into the model instead: mlxtune export RUN, without --adapter-only"
+
+
+def write_gguf_adapter(path: Path, adapter: SavedAdapter, config: Config) -> None:
+    """Write an adapter that goes on the GGUF of its base.
+
+    Args:
+        path: the file.
+        adapter: a LoRA; its scale becomes alpha.
+        config: of the base, as in config.json.
+
+    Raises:
+        ExportError: llama.cpp has no such adapters, or not on these layers.
+        StorageError: the disk refuses the write.
+    """
+    entry = for_config(config)
+    if adapter.kind != "lora":
+        raise ExportError(
+            "llama.cpp knows LoRA only, and this is a DoRA", where=adapter.where, remedy=_FUSE
+        )
+    tensors = {}
+    for target in adapter.targets:
+        name = _tensor(entry, target, adapter, tied=bool(config.get("tie_word_embeddings")))
+        a, b = (np.array(adapter.arrays[f"{target}.lora_{x}"].astype(mx.float32)) for x in "ab")
+        b = b.T
+        if heads := entry.rotary_heads(f"{target}.weight", config):
+            b = interleave_rows(b, heads)
+        tensors[f"{name}.lora_a"] = np.ascontiguousarray(a.T)
+        tensors[f"{name}.lora_b"] = np.ascontiguousarray(b)
+    with atomic_files(path, overwrite=True) as folder:
+        writer = gguf.GGUFWriter(folder / path.name, entry.name)
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", adapter.scale * adapter.rank)
+        writer.add_string("general.base_model.0.name", adapter.base)
+        for name, values in tensors.items():
+            writer.add_tensor(name, values)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def _tensor(entry: Architecture, target: str, adapter: SavedAdapter, *, tied: bool) -> str:
+    name = entry.to_gguf_name(f"{target}.weight")
+    if name is None or (tied and target == "lm_head") or target == "model.embed_tokens":
+        raise ExportError(
+            f"llama.cpp has no place for an adapter of {target}",
+            where=adapter.where,
+            remedy=_FUSE,
+        )
+    if adapter.arrays[f"{target}.lora_a"].ndim > 2:
+        raise ExportError(
+            f"{target} is of many experts at once, which is not written as an adapter",
+            where=adapter.where,
+            remedy=_FUSE,
+        )
+    return name
