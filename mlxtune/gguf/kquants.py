@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -26,7 +26,7 @@ from gguf.constants import GGMLQuantizationType as Type
 
 from mlxtune.errors import ExportError
 from mlxtune.gguf import layout
-from mlxtune.gguf.arithmetic import MLX, NUMPY, Arithmetic
+from mlxtune.gguf.arithmetic import MLX, NUMPY, Arithmetic, aligned
 from mlxtune.gguf.plain import PLAIN, half
 from mlxtune.gguf.scales import TINY, Steps, fit, fit_min, fit_positive, fit_refined
 
@@ -67,8 +67,9 @@ class _Groups:
     def weights(self) -> Floats:
         """Of the errors, where there is an importance."""
         assert self.importance is not None and self.variance is not None
-        root: Floats = np.sqrt(self.variance + self.x * self.x)
-        return self.importance * root
+        result = aligned(self.x.shape)
+        np.sqrt(self.variance + self.x * self.x, out=result)
+        return cast(Floats, np.multiply(self.importance, result, out=result))
 
     def search(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> list[Floats]:
         """The results of a search, whose arrays may be on the GPU, as NumPy's."""
@@ -108,12 +109,14 @@ def _search_min(
 
 def _with_minimum(g: _Groups, top: int, scale_top: int, steps: Steps) -> tuple[Any, ...]:
     """Blocks of groups with a scale and a minimum: d, m, scales, minimums, codes."""
+    absolute = False
     if g.importance is not None:
-        weights, steps, absolute = g.weights, _WEIGHED, False
-    elif absolute := scale_top == 15:  # Q2_K
-        weights = np.abs(g.x)
+        weights, steps = g.weights, _WEIGHED
     else:
-        weights = np.sqrt(NUMPY.sum_rows(g.x * g.x) / np.float32(len(g.x))) + np.abs(g.x)
+        weights = np.abs(g.x, out=aligned(g.x.shape))
+        absolute = scale_top == 15  # Q2_K
+        if not absolute:
+            weights += np.sqrt(NUMPY.sum_rows(g.x * g.x) / np.float32(len(g.x)))
     scale, minimum, search_codes = _search_min(g, top, steps, weights, absolute)
     d, scales = _shared(g, scale, weights, scale_top)
     m, minimums = _shared(g, minimum, weights, scale_top)
@@ -270,13 +273,16 @@ _WEIGHED_PLAIN: dict[Type, _Format] = {
 }
 
 
-def quantize(values: Floats, type: Type, importance: Floats | None = None) -> Bytes:
+def quantize(
+    values: Floats, type: Type, importance: Floats | None = None, *, threads: int | None = None
+) -> Bytes:
     """Quantize a matrix.
 
     Args:
         values: float32 (rows, width), width a multiple of the type's block.
         type: Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K or Q6_K.
         importance: float32 (width,), or None. Q8_0 makes no use of it.
+        threads: how many to work with; as many as there are cores, if None.
 
     Returns:
         uint8 (rows, bytes of a row).
@@ -297,11 +303,12 @@ def quantize(values: Floats, type: Type, importance: Floats | None = None) -> By
     chunk = (_GPU_CHUNK if _arithmetic(type) is MLX else _CHUNK) // block
     starts = range(0, len(result), chunk)
     # A GPU is busy with one chunk at a time, and MLX wants one thread.
-    if _arithmetic(type) is MLX or len(starts) < 2:
+    threads = threads or _cores()
+    if _arithmetic(type) is MLX or threads == 1 or len(starts) == 1:
         for start in starts:
             work(slice(start, start + chunk))
     else:
-        with ThreadPoolExecutor(_cores()) as pool:
+        with ThreadPoolExecutor(threads) as pool:
             list(pool.map(lambda start: work(slice(start, start + chunk)), starts))
     return result.reshape(rows, -1)
 
@@ -349,9 +356,10 @@ def _worker(
 
 def _grouped(blocks: Floats, group: int) -> Floats:
     """(blocks, weights) to (weights of a group, groups), as `_Groups` has them."""
-    return np.ascontiguousarray(blocks.reshape(len(blocks), -1, group).transpose(2, 1, 0)).reshape(
-        group, -1
-    )
+    turned = blocks.reshape(len(blocks), -1, group).transpose(2, 1, 0)
+    result = aligned(turned.shape)
+    np.copyto(result, turned)
+    return cast(Floats, result.reshape(group, -1))
 
 
 def _mean_squares(rows: Floats) -> Floats:
