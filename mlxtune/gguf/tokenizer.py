@@ -4,9 +4,10 @@
 SentencePiece's BPE (`spm.py`). What both have is here: tokens and their types, special
 ids, what is put around a text, the chat template.
 
-Known limit: GGUF has no place for tokens that swallow the white space beside them.
+Known limits: GGUF has no place for tokens that swallow the white space beside them.
 llama.cpp takes those of Phi-3 to do so where `general.name` has `phi-3` in it, and so does
-`read_tokenizer`.
+`read_tokenizer`. llama.cpp goes by the text of some tokens, whatever their type: `</s>` is
+a mark to it even in Qwen's vocabulary, where it is a token like any other.
 """
 
 from __future__ import annotations
@@ -75,11 +76,7 @@ def _with_defaults(metadata: dict[str, Any]) -> dict[str, Any]:
 def _read(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     types: list[int] = metadata["tokenizer.ggml.token_type"]
-    vocab = {
-        token: number
-        for number, (token, type_) in enumerate(zip(tokens, types, strict=True))
-        if type_ != TokenType.UNUSED
-    }
+    vocab = {token: number for number, token in enumerate(_used(tokens, types))}
     is_bpe = metadata["tokenizer.ggml.model"] == bpe.MODEL
     core = bpe.read_bpe(metadata, vocab) if is_bpe else spm.read_spm(metadata, vocab)
     _add_special(core, metadata)
@@ -95,6 +92,14 @@ def _read(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
     )
     tokenizer.chat_template = _read_templates(metadata)
     return tokenizer
+
+
+def _used(tokens: list[str], types: list[int]) -> list[str]:
+    """Tokens without the padding at their end."""
+    if len(tokens) != len(types):
+        raise ValueError(f"{len(tokens)} tokens have {len(types)} types")
+    count = next((i for i in range(len(types), 0, -1) if types[i - 1] != TokenType.UNUSED), 0)
+    return tokens[:count]
 
 
 def _add_special(core: Tokenizer, metadata: dict[str, Any]) -> None:
@@ -203,7 +208,7 @@ def _tokens(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> tuple[list[s
     tokens, types = [], []
     for number in range(vocab_size):
         tokens.append(by_id.get(number, spm.padding(number)))
-        if number not in by_id:
+        if tokens[-1] == spm.padding(number) and number not in added:
             types.append(int(TokenType.UNUSED))
         elif number not in added:
             types.append(int(TokenType.NORMAL))

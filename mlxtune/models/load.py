@@ -7,12 +7,17 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
-from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
+from mlx_lm.tokenizer_utils import (
+    BPEStreamingDetokenizer,
+    SPMStreamingDetokenizer,
+    TokenizerWrapper,
+)
 
 from mlxtune.arrays import flat
 from mlxtune.errors import ModelError
@@ -114,7 +119,10 @@ def model_config(source: ModelSource) -> dict[str, Any]:
 
 def _gguf_tokenizer(file: GGUFFile, source: ModelSource) -> TokenizerWrapper:
     hf_tokenizer = read_tokenizer(file.metadata, where=str(source.path))
-    return TokenizerWrapper(hf_tokenizer, BPEStreamingDetokenizer)
+    if not hf_tokenizer.backend_tokenizer.model.byte_fallback:
+        return TokenizerWrapper(hf_tokenizer, BPEStreamingDetokenizer)
+    prefix = file.metadata.get("tokenizer.ggml.add_space_prefix", True)
+    return TokenizerWrapper(hf_tokenizer, partial(SPMStreamingDetokenizer, trim_space=prefix))
 
 
 def _with_template(tokenizer: TokenizerWrapper, chat_template: str | None) -> TokenizerWrapper:
