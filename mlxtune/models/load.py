@@ -141,8 +141,10 @@ def _from_gguf(source: ModelSource) -> tuple[nn.Module, TokenizerWrapper, dict[s
         model,
         class_predicate=lambda path, _layer: read.packing.get(path, False),
     )
+    # Where a model learns from its weights that its head is tied.
+    sanitize = getattr(model, "sanitize", dict)
     try:
-        model.load_weights(list(read.weights.items()), strict=True)
+        model.load_weights(list(sanitize(read.weights).items()), strict=True)
     except ValueError as error:
         raise ModelError(
             f"its tensors are not those of its architecture: {error}", where=str(source.path)
