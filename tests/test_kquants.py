@@ -10,6 +10,7 @@ import importlib.util
 from pathlib import Path
 
 import gguf
+import mlx.core as mx
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
@@ -195,6 +196,22 @@ def test_mlx_gives_the_same_bytes(monkeypatch, ggml, type_, weights):
     want = ggml(values, type_, importance(weights))
     monkeypatch.setattr(kquants, "_arithmetic", lambda type_: MLX)
     assert differing(quantize(values, type_, importance(weights)), want, type_) == 0
+
+
+class Backwards:
+    """MLX, but its sums begin with the last element."""
+
+    def __getattr__(self, name: str):
+        return getattr(MLX, name)
+
+    def sum_rows(self, a: mx.array) -> mx.array:
+        return MLX.sum_rows(a[::-1])
+
+
+@pytest.mark.parametrize("type_", K_TYPES, ids=lambda t: t.name)
+def test_an_arithmetic_that_gives_other_bytes_is_found_out(type_):
+    assert kquants.gives_the_same(type_, MLX)
+    assert not kquants.gives_the_same(type_, Backwards())
 
 
 def test_values_of_any_order_in_memory_are_taken():

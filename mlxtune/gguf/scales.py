@@ -198,32 +198,38 @@ def refine(
     Returns:
         The scale, 0 where it is not defined, and the codes.
     """
-    rows = range(x.shape[0])
     weighted = xp.multiply(weights, x)
     sum_lx = xp.sum_rows(xp.multiply(weighted, codes))
     sum_l2 = xp.sum_rows(xp.multiply(xp.multiply(weights, codes), codes))
-    code = [_byte(xp, codes[i]) if unsigned else codes[i] for i in rows]
+    codes = _byte(xp, codes) if unsigned else codes
+
+    def clip(code: Array) -> Array:
+        return xp.minimum(code, float(n)) if unsigned else xp.clip(code, -n, n - 1)
+
+    # Groups in which nothing moved will not move later either.
+    moving = xp.indices(sum_lx == sum_lx)
     for _ in range(5):
-        moved = sum_lx != sum_lx
-        for i in rows:
-            w, wx, old = weights[i], weighted[i], code[i]
-            lx = sum_lx - wx * old
-            l2 = sum_l2 - w * old * old
-            new = xp.nearest(x[i] * l2 / lx)
-            new = xp.minimum(new, float(n)) if unsigned else xp.clip(new, -n, n - 1)
-            candidate = (lx > 0) & (new != old)
-            before = l2
-            lx, l2 = lx + wx * new, l2 + w * new * new
-            candidate = candidate & ((before if unsigned else l2) > 0)
-            candidate = candidate & (lx * lx * sum_l2 > sum_lx * sum_lx * l2)
-            code[i] = xp.where(candidate, _byte(xp, new) if unsigned else new, old)
-            sum_lx = xp.where(candidate, lx, sum_lx)
-            sum_l2 = xp.where(candidate, l2, sum_l2)
-            moved = moved | candidate
-            xp.compute(code[i], sum_lx, sum_l2, moved)
-        if not bool(moved.any()):
+        part = [a[:, moving] for a in (x, weights, weighted, codes)]
+        lx, l2 = sum_lx[moving], sum_l2[moving]
+        moved = lx != lx
+        found = []
+        for value, w, wx, old in zip(*part, strict=True):
+            new_lx, new_l2 = lx - wx * old, l2 - w * old * old
+            new = clip(xp.nearest(value * new_l2 / new_lx))
+            better = (new_lx > 0) & (new != old)
+            if unsigned:
+                better = better & (new_l2 > 0)
+            new_lx, new_l2 = new_lx + wx * new, new_l2 + w * new * new
+            better = better & (new_l2 > 0) & (new_lx * new_lx * l2 > lx * lx * new_l2)
+            found.append(xp.where(better, _byte(xp, new) if unsigned else new, old))
+            lx, l2 = xp.where(better, new_lx, lx), xp.where(better, new_l2, l2)
+            moved = moved | better
+            xp.compute(found[-1], lx, l2, moved)
+        codes[:, moving], sum_lx[moving], sum_l2[moving] = xp.stack(found), lx, l2
+        moving = moving[xp.indices(moved)]
+        if not len(moving):
             break
-    return xp.where(sum_l2 > 0, sum_lx / sum_l2, 0.0), xp.stack(code)
+    return xp.where(sum_l2 > 0, sum_lx / sum_l2, 0.0), codes
 
 
 def _byte(xp: Arithmetic, codes: Array) -> Array:
