@@ -213,6 +213,17 @@ def test_an_arithmetic_that_gives_other_bytes_is_found_out():
     assert not kquants.gives_the_same(Backwards())
 
 
+@pytest.mark.parametrize("type_", TYPES, ids=lambda t: t.name)
+def test_halves_and_their_neighbours_are_rounded_alike(ggml, type_):
+    steps = np.arange(-127, 127, dtype=np.float32) + np.float32(0.5)
+    near = np.concatenate([np.nextafter(steps, -1e9), steps, np.nextafter(steps, 1e9)])
+    values = np.resize(near, (3, WIDTH)).astype(np.float32)
+    values[:, ::32] = 127  # scales of 1
+    values[:, 1::32] = -127
+    want = ggml(values, type_)
+    assert differing(quantize(values, type_), want, type_) == 0
+
+
 def test_values_of_any_order_in_memory_are_taken():
     values = rows("normal", 8)
     for same in (np.asfortranarray(values), np.repeat(values, 2, axis=0)[::2]):

@@ -41,8 +41,6 @@ _WEIGHED = Steps(-0.9, 0.05, 36)
 _CHUNK = 1 << 16
 # A GPU wants more at a time.
 _GPU_CHUNK = 1 << 22
-# A group this narrow may overflow while it is rounded.
-_NARROW = 1e-30
 
 
 @dataclass(frozen=True)
@@ -95,13 +93,12 @@ def _search_min(
     g: _Groups, top: int, steps: Steps, weights: Floats, absolute: bool = False
 ) -> tuple[Floats, Floats, Callable[[Any], Floats]]:
     """Scales and minimums of all groups, and a function that gives the codes of some."""
-    span = g.x.max(axis=0) - np.minimum(g.x.min(axis=0), 0)
-    careful = bool(((span > 0) & (span < _NARROW)).any())
     scale, minimum, code_scale, code_low = g.search(
-        fit_min, g.x, weights, top, steps, absolute=absolute, careful=careful
+        fit_min, g.x, weights, top, steps, absolute=absolute
     )
 
     def codes(some: Any) -> Floats:
+        # In the narrowest groups a scale overflows, and ggml's rounding makes codes of that.
         rounded = NUMPY.nearest((g.x[:, some] - code_low[some]) * code_scale[some])
         return np.asarray(np.clip(rounded, 0, top), np.float32)
 

@@ -57,7 +57,6 @@ def fit_min(
     steps: Steps,
     *,
     absolute: bool = False,
-    careful: bool = False,
 ) -> MinFit:
     """Scale and minimum with the least weighted error that the steps lead to.
 
@@ -72,10 +71,8 @@ def fit_min(
         top: the largest code.
         steps: the scales to try.
         absolute: measure errors by their size instead of their square.
-        careful: some numbers are so large or small that rounding may overflow.
     """
     codes, products, spare = xp.scratch(x, 3)
-    nearest = xp.nearest if careful else xp.rint
     sum_w = xp.sum_rows(weights)
     sum_x = xp.sum_rows(xp.multiply(weights, x, out=spare))
     low, high = xp.first_min(x), xp.max_rows(x)
@@ -85,7 +82,7 @@ def fit_min(
     def round_with(scale: Array, low: Array) -> Array:
         result = xp.subtract(x, low, out=codes)
         result = xp.multiply(result, scale, out=codes)
-        return xp.clip(nearest(result, out=codes), 0, top, out=codes)
+        return xp.clip(xp.rint(result, out=codes), 0, top, out=codes)
 
     def error_of(codes: Array, scale: Array, low: Array) -> Array:
         result = xp.multiply(codes, scale, out=spare)
@@ -137,7 +134,7 @@ class Fit(NamedTuple):
     empty: Array
 
 
-def fit(xp: Arithmetic, x: Array, weights: Array | None, n: int, *, careful: bool = False) -> Fit:
+def fit(xp: Arithmetic, x: Array, weights: Array | None, n: int) -> Fit:
     """Scale with the least weighted squared error among 19 near n / max |x|.
 
     Args:
@@ -145,10 +142,8 @@ def fit(xp: Arithmetic, x: Array, weights: Array | None, n: int, *, careful: boo
         x: the weights.
         weights: of the errors; x² where there are none.
         n: codes go from -n to n - 1.
-        careful: some numbers are so large or small that rounding may overflow.
     """
     codes, products = xp.scratch(x, 2)
-    nearest = xp.nearest if careful else xp.rint
     if weights is None:
         weights = xp.multiply(x, x)
     weighted = xp.multiply(weights, x)
@@ -157,7 +152,7 @@ def fit(xp: Arithmetic, x: Array, weights: Array | None, n: int, *, careful: boo
 
     def sums(code_scale: Array) -> tuple[Array, Array]:
         rounded = xp.multiply(x, code_scale, out=codes)
-        rounded = xp.clip(nearest(rounded, out=codes), -n, n - 1, out=codes)
+        rounded = xp.clip(xp.rint(rounded, out=codes), -n, n - 1, out=codes)
         sum_lx = xp.sum_rows(xp.multiply(weighted, rounded, out=products))
         product = xp.multiply(weights, rounded, out=products)
         return sum_lx, xp.sum_rows(xp.multiply(product, rounded, out=products))
