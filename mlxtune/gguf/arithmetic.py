@@ -40,6 +40,7 @@ def aligned(shape: tuple[int, ...]) -> Array:
 class Arithmetic(Protocol):
     """What both libraries offer. `out` may be None."""
 
+    def __hash__(self) -> int: ...
     def add(self, a: Array, b: Array, out: Array = None) -> Array: ...
     def subtract(self, a: Array, b: Array, out: Array = None) -> Array: ...
     def multiply(self, a: Array, b: Array, out: Array = None) -> Array: ...
@@ -72,6 +73,9 @@ class Arithmetic(Protocol):
         """Buffers of the shape of `like` to pass as `out`."""
 
     def stack(self, rows: list[Array]) -> Array: ...
+
+    def indices(self, mask: Array) -> Array:
+        """Where a mask (groups,) is true."""
 
     def compute(self, *arrays: Array) -> None:
         """One step of a search is done and these are its results: compute them now."""
@@ -127,6 +131,9 @@ class _NumPy:
     def scratch(self, like: Array, count: int) -> list[Array]:
         return [aligned(np.shape(like)) for _ in range(count)]
 
+    def indices(self, mask: Array) -> Array:
+        return np.flatnonzero(mask)
+
     def compute(self, *arrays: Array) -> None: ...
 
 
@@ -169,6 +176,9 @@ class _MLX:
 
     def scratch(self, like: Array, count: int) -> list[Array]:
         return [None] * count
+
+    def indices(self, mask: Array) -> Array:
+        return mx.array(np.flatnonzero(np.array(mask)))
 
     def compute(self, *arrays: Array) -> None:
         # Without this the graph of a whole search, with all its buffers, would build up.

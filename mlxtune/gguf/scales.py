@@ -57,7 +57,6 @@ def fit_min(
     steps: Steps,
     *,
     absolute: bool = False,
-    careful: bool = False,
 ) -> MinFit:
     """Scale and minimum with the least weighted error that the steps lead to.
 
@@ -72,10 +71,8 @@ def fit_min(
         top: the largest code.
         steps: the scales to try.
         absolute: measure errors by their size instead of their square.
-        careful: some numbers are so large or small that rounding may overflow.
     """
     codes, products, spare = xp.scratch(x, 3)
-    nearest = xp.nearest if careful else xp.rint
     sum_w = xp.sum_rows(weights)
     sum_x = xp.sum_rows(xp.multiply(weights, x, out=spare))
     low, high = xp.first_min(x), xp.max_rows(x)
@@ -85,7 +82,7 @@ def fit_min(
     def round_with(scale: Array, low: Array) -> Array:
         result = xp.subtract(x, low, out=codes)
         result = xp.multiply(result, scale, out=codes)
-        return xp.clip(nearest(result, out=codes), 0, top, out=codes)
+        return xp.clip(xp.rint(result, out=codes), 0, top, out=codes)
 
     def error_of(codes: Array, scale: Array, low: Array) -> Array:
         result = xp.multiply(codes, scale, out=spare)
@@ -137,7 +134,7 @@ class Fit(NamedTuple):
     empty: Array
 
 
-def fit(xp: Arithmetic, x: Array, weights: Array | None, n: int, *, careful: bool = False) -> Fit:
+def fit(xp: Arithmetic, x: Array, weights: Array | None, n: int) -> Fit:
     """Scale with the least weighted squared error among 19 near n / max |x|.
 
     Args:
@@ -145,10 +142,8 @@ def fit(xp: Arithmetic, x: Array, weights: Array | None, n: int, *, careful: boo
         x: the weights.
         weights: of the errors; x² where there are none.
         n: codes go from -n to n - 1.
-        careful: some numbers are so large or small that rounding may overflow.
     """
     codes, products = xp.scratch(x, 2)
-    nearest = xp.nearest if careful else xp.rint
     if weights is None:
         weights = xp.multiply(x, x)
     weighted = xp.multiply(weights, x)
@@ -157,7 +152,7 @@ def fit(xp: Arithmetic, x: Array, weights: Array | None, n: int, *, careful: boo
 
     def sums(code_scale: Array) -> tuple[Array, Array]:
         rounded = xp.multiply(x, code_scale, out=codes)
-        rounded = xp.clip(nearest(rounded, out=codes), -n, n - 1, out=codes)
+        rounded = xp.clip(xp.rint(rounded, out=codes), -n, n - 1, out=codes)
         sum_lx = xp.sum_rows(xp.multiply(weighted, rounded, out=products))
         product = xp.multiply(weights, rounded, out=products)
         return sum_lx, xp.sum_rows(xp.multiply(product, rounded, out=products))
@@ -198,32 +193,38 @@ def refine(
     Returns:
         The scale, 0 where it is not defined, and the codes.
     """
-    rows = range(x.shape[0])
     weighted = xp.multiply(weights, x)
     sum_lx = xp.sum_rows(xp.multiply(weighted, codes))
     sum_l2 = xp.sum_rows(xp.multiply(xp.multiply(weights, codes), codes))
-    code = [_byte(xp, codes[i]) if unsigned else codes[i] for i in rows]
+    codes = _byte(xp, codes) if unsigned else codes
+
+    def clip(code: Array) -> Array:
+        return xp.minimum(code, float(n)) if unsigned else xp.clip(code, -n, n - 1)
+
+    # Groups in which nothing moved will not move later either.
+    moving = xp.indices(sum_lx == sum_lx)
     for _ in range(5):
-        moved = sum_lx != sum_lx
-        for i in rows:
-            w, wx, old = weights[i], weighted[i], code[i]
-            lx = sum_lx - wx * old
-            l2 = sum_l2 - w * old * old
-            new = xp.nearest(x[i] * l2 / lx)
-            new = xp.minimum(new, float(n)) if unsigned else xp.clip(new, -n, n - 1)
-            candidate = (lx > 0) & (new != old)
-            before = l2
-            lx, l2 = lx + wx * new, l2 + w * new * new
-            candidate = candidate & ((before if unsigned else l2) > 0)
-            candidate = candidate & (lx * lx * sum_l2 > sum_lx * sum_lx * l2)
-            code[i] = xp.where(candidate, _byte(xp, new) if unsigned else new, old)
-            sum_lx = xp.where(candidate, lx, sum_lx)
-            sum_l2 = xp.where(candidate, l2, sum_l2)
-            moved = moved | candidate
-            xp.compute(code[i], sum_lx, sum_l2, moved)
-        if not bool(moved.any()):
+        part = [a[:, moving] for a in (x, weights, weighted, codes)]
+        lx, l2 = sum_lx[moving], sum_l2[moving]
+        moved = lx != lx
+        found = []
+        for value, w, wx, old in zip(*part, strict=True):
+            new_lx, new_l2 = lx - wx * old, l2 - w * old * old
+            new = clip(xp.nearest(value * new_l2 / new_lx))
+            better = (new_lx > 0) & (new != old)
+            if unsigned:
+                better = better & (new_l2 > 0)
+            new_lx, new_l2 = new_lx + wx * new, new_l2 + w * new * new
+            better = better & (new_l2 > 0) & (new_lx * new_lx * l2 > lx * lx * new_l2)
+            found.append(xp.where(better, _byte(xp, new) if unsigned else new, old))
+            lx, l2 = xp.where(better, new_lx, lx), xp.where(better, new_l2, l2)
+            moved = moved | better
+            xp.compute(found[-1], lx, l2, moved)
+        codes[:, moving], sum_lx[moving], sum_l2[moving] = xp.stack(found), lx, l2
+        moving = moving[xp.indices(moved)]
+        if not len(moving):
             break
-    return xp.where(sum_l2 > 0, sum_lx / sum_l2, 0.0), xp.stack(code)
+    return xp.where(sum_l2 > 0, sum_lx / sum_l2, 0.0), codes
 
 
 def _byte(xp: Arithmetic, codes: Array) -> Array:
