@@ -98,7 +98,15 @@ DEFAULTS = {
     },
     "checkpoint": {"steps": 100, "keep": 2},
     "log": {"steps": 5},
-    "export": {"quantize": "q8_0"},
+    "export": {
+        "quantize": "q8_0",
+        "to": None,
+        "name": None,
+        "num_ctx": None,
+        "temperature": None,
+        "system": None,
+        "license": None,
+    },
     "prep": {
         "drop_unreadable": True,
         "fix_encoding": True,

@@ -9,6 +9,14 @@ from pathlib import Path
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -154,6 +162,44 @@ def status_line(first: str, *, every: float = 0.0) -> Iterator[Callable[[str], N
         return
     with console.status(first) as status:
         yield limited(status.update)
+
+
+@contextmanager
+def transfer_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar of bytes on stderr; a function that is told what is done, and how far it is.
+
+    Where stderr is no terminal, a line for each thing that is done.
+    """
+    console = Console(stderr=True)
+    said = ""
+    if not console.is_terminal:
+
+        def say(what: str, _done: int, _total: int) -> None:
+            nonlocal said
+            if what != said:
+                said = what
+                console.print(what, highlight=False, soft_wrap=True, markup=False)
+
+        yield say
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task("", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            nonlocal said
+            if what != said:
+                said = what
+                bars.reset(task, description=what)
+            bars.update(task, completed=done, total=total or None)
+
+        yield show
 
 
 def show_comparison(result: Comparison, *, samples: int) -> None:

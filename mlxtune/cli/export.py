@@ -12,6 +12,7 @@ import click
 from mlxtune.cli.shared import DTYPE, PATH, prepare
 
 if TYPE_CHECKING:
+    from mlxtune.export.bundle import Bundle
     from mlxtune.export.convert import Conversion
     from mlxtune.export.verify import Readback
 
@@ -33,6 +34,9 @@ FILE_TYPES = [
     "q3_k_m",
     "q2_k",
 ]
+# Of `export.handover` and `export.adapter`, for the same reason.
+RUNTIMES = ("ollama", "llamacpp", "mistralrs")
+LAYOUTS = ("peft", "mlx-lm", "gguf")
 IMATRIX = click.option(
     "--imatrix", type=PATH, help="llama.cpp's importance matrix, for the types below 6 bits."
 )
@@ -170,13 +174,18 @@ def readback_line(readback: Readback) -> str:
 )
 @IMATRIX
 @VERIFY
-@click.option("--adapter-only", is_flag=True, help="Write the adapter alone, unfused.")
 @click.option(
     "--to",
-    "layout",
-    type=click.Choice(["peft", "mlx-lm"]),
-    help="Library that the adapter is for; RUN may then be any adapter's folder.  [default: "
-    "a GGUF for llama.cpp and Ollama]",
+    type=click.Choice([*RUNTIMES, *LAYOUTS]),
+    help="Program to hand the model to, or with --adapter-only the library that the adapter "
+    "is for; RUN may then be any adapter's folder.",
+)
+@click.option("--name", help="What Ollama is to call the model.  [default: as the recipe says]")
+@click.option("--dry-run", is_flag=True, help="Write the files and print what --to would do.")
+@click.option(
+    "--adapter-only",
+    is_flag=True,
+    help="Write the adapter alone, unfused: as GGUF for llama.cpp and Ollama, or see --to.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
 @AS_JSON
@@ -186,44 +195,85 @@ def export(
     quantize: str | None,
     imatrix: Path | None,
     verify: bool,
+    to: str | None,
+    name: str | None,
+    dry_run: bool,
     adapter_only: bool,
-    layout: str | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Write a run as GGUF with a Modelfile, for Ollama, llama.cpp and mistral.rs."""
-    if layout is not None and not adapter_only:
-        raise click.UsageError("--to goes with --adapter-only")
-    if adapter_only and quantize is not None:
-        raise click.UsageError("--quantize is of fused models; an adapter stays float32")
-    prepare()
+    """Write a run as GGUF with a Modelfile, for Ollama, llama.cpp and mistral.rs.
+
+    With --to the model is handed over: Ollama gets it, llama.cpp and mistral.rs answer a
+    prompt with it if they are installed.
+    """
     if adapter_only:
-        _export_adapter(run, layout or "gguf", output, overwrite, as_json)
+        if to is not None and to not in LAYOUTS:
+            raise click.UsageError(f"with --adapter-only --to is {' or '.join(LAYOUTS)}")
+        of_models = {
+            "--quantize": quantize,
+            "--imatrix": imatrix,
+            "--name": name,
+            "--dry-run": dry_run or None,
+        }
+        for option, given in of_models.items():
+            if given is not None:
+                raise click.UsageError(f"{option} is of fused models, not of adapters")
+        prepare()
+        _export_adapter(run, to or "gguf", output, overwrite, as_json)
         return
-    import json
-    from dataclasses import asdict
-
-    from mlxtune.cli.display import status_line
+    if to in LAYOUTS:
+        raise click.UsageError(f"--to {to} goes with --adapter-only")
+    prepare()
+    from mlxtune.cli.display import status_line, transfer_bar
     from mlxtune.export.bundle import export_run
+    from mlxtune.export.handover import hand_over
+    from mlxtune.export.ollama import require_name
+    from mlxtune.train.run import Run
 
+    recipe = Run.open(run).recipe()
+    to = to or recipe.export.to
+    name = name or recipe.export.name or recipe.name
+    if dry_run and to is None:
+        raise click.UsageError("--dry-run goes with --to")
+    if to == "ollama":
+        require_name(name)
     with status_line("opening", every=0.2 if sys.stderr.isatty() else 10.0) as progress:
         bundle = export_run(
             run,
             output=output,
             file_type=quantize,
+            name=name,
             imatrix=imatrix,
             verify=verify,
             overwrite=overwrite,
             progress=progress,
         )
-    if as_json:
-        click.echo(json.dumps(asdict(bundle), indent=2, default=str))
+    if not as_json:
+        _tell_bundle(bundle, commands=to is None)
+    if to is None:
+        if as_json:
+            click.echo(bundle.as_json())
         return
+    with transfer_bar() as bar:
+        handed = hand_over(
+            bundle.folder, to, name=name, modelfile=bundle.modelfile, dry_run=dry_run, progress=bar
+        )
+    if as_json:
+        click.echo(bundle.as_json(handed))
+        return
+    click.echo(handed.note)
+    for command in handed.commands:
+        click.echo(f"  {command}")
+
+
+def _tell_bundle(bundle: Bundle, *, commands: bool) -> None:
     click.echo(f"{bundle.folder}: model.gguf ({bundle.gguf_bytes / 1e6:.0f} MB), Modelfile, README")
     if bundle.readback is not None:
         click.echo(f"  {readback_line(bundle.readback)}")
-    for runtime, command in bundle.commands.items():
-        click.echo(f"  {runtime:<11}{command}")
+    if commands:
+        for runtime, command in bundle.commands.items():
+            click.echo(f"  {runtime:<11}{command}")
 
 
 def _export_adapter(

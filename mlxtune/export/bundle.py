@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from mlxtune.data.render import Renderer
 from mlxtune.export.convert import write_model
-from mlxtune.export.modelfile import modelfile
+from mlxtune.export.handover import GGUF, LABELS, MODELFILE, HandOver, run_commands
+from mlxtune.export.modelfile import Modelfile, modelfile
 from mlxtune.export.source import from_loaded
 from mlxtune.export.verify import Readback
 from mlxtune.files import atomic_folder, write_json, write_text
@@ -20,7 +23,7 @@ from mlxtune.recipe.schema import Recipe
 from mlxtune.train.run import Run
 from mlxtune.train.session import open_run
 
-GGUF, MODELFILE, CARD, REPORT = "model.gguf", "Modelfile", "README.md", "export.json"
+CARD, REPORT = "README.md", "export.json"
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Bundle:
         gguf_bytes: its size.
         readback: how it differs from the trained model; None if it was not looked at.
         commands: runtime to the command that runs it.
+        modelfile: what the file of that name says.
     """
 
     folder: Path
@@ -40,13 +44,23 @@ class Bundle:
     gguf_bytes: int
     readback: Readback | None
     commands: dict[str, str]
+    modelfile: Modelfile
+
+    def as_json(self, handed: HandOver | None = None) -> str:
+        """For `--json`, with what became of it; the Modelfile is in the folder."""
+        value: dict[str, Any] = asdict(self)
+        del value["modelfile"]
+        if handed is not None:
+            value["hand_over"] = asdict(handed)
+        return json.dumps(value, indent=2, default=str)
 
 
 def export_run(
     path: Path,
     *,
     output: Path | None = None,
-    file_type: str | None,
+    file_type: str | None = None,
+    name: str | None = None,
     imatrix: Path | None = None,
     verify: bool = True,
     overwrite: bool = False,
@@ -58,13 +72,14 @@ def export_run(
         path: the run.
         output: folder to write; `export/<file type>` in the run by default.
         file_type: of `FILE_TYPES`; what the recipe says by default.
+        name: what Ollama is to call it; what the recipe says by default.
         imatrix: llama.cpp's importance matrix.
         verify: read the file back and compare it.
         overwrite: replace `output` if it exists.
         progress: is told what is being done.
 
     Raises:
-        ExportError: the model's architecture or tokenizer cannot be written.
+        ExportError: the model's architecture, tokenizer or Modelfile cannot be written.
         OutputExists, StorageError: nothing was written.
     """
     run, model = open_run(path, for_inference=False)
@@ -73,7 +88,8 @@ def export_run(
     folder = output or path / "export" / file_type
     require_outside(folder, path)
     for_config(model.config)
-    commands = run_commands(folder, recipe.name)
+    commands = _commands(folder, name or recipe.export.name or recipe.name)
+    ollama = modelfile(Renderer(model.tokenizer), model.tokenizer, recipe.export)
     card = model_card(run, recipe, model, file_type, commands)
     with atomic_folder(folder, overwrite=overwrite, marker=GGUF) as temporary:
         _, readback = write_model(
@@ -86,19 +102,17 @@ def export_run(
         )
         if readback is not None:
             write_json(temporary / REPORT, asdict(readback))
-        renderer = Renderer(model.tokenizer)
-        write_text(temporary / MODELFILE, modelfile(renderer, model.tokenizer))
+        write_text(temporary / MODELFILE, ollama.text())
         write_text(temporary / CARD, card)
-    return Bundle(folder, file_type, (folder / GGUF).stat().st_size, readback, commands)
+    return Bundle(folder, file_type, (folder / GGUF).stat().st_size, readback, commands, ollama)
 
 
-def run_commands(folder: Path, name: str) -> dict[str, str]:
+def _commands(folder: Path, name: str) -> dict[str, str]:
     """The command that runs the exported model, for each runtime."""
-    gguf = folder / GGUF
+    commands = {label: run_commands(to, folder, name) for to, label in LABELS.items()}
     return {
-        "Ollama": f"ollama create {name} -f {folder / MODELFILE} && ollama run {name}",
-        "llama.cpp": f"llama-cli -m {gguf} -cnv",
-        "mistral.rs": f"mistralrs run -f {gguf}",
+        label: " && ".join(lines) if label == "Ollama" else lines[-1]
+        for label, lines in commands.items()
     }
 
 

@@ -77,13 +77,18 @@ def _from_gguf(source: ModelSource) -> Convertible:
     bfloat = any(info.type.name == "BF16" for info in file.tensors.values())
     wide = all(info.type.name == "F32" for info in file.tensors.values())
     return Convertible(
-        name=str(file.metadata.get("general.name") or source.path.stem),
+        name=str(file.metadata.get("general.name") or _called(source)),
         config=config,
         dtype="float32" if wide else "bfloat16" if bfloat else "float16",
         tokenizer=load_tokenizer(source),
         tensors=lambda: gguf_tensors(file, entry, config),
         load=lambda: load_model(source),
     )
+
+
+def _called(source: ModelSource) -> str:
+    """Files in Ollama's store have no suffix, and a digest for a name."""
+    return source.path.stem if source.path.suffix else source.name
 
 
 def _from_folder(source: ModelSource) -> Convertible:

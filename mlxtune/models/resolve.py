@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxtune.errors import ModelError
+from mlxtune.models.ollama_store import find_model
 
 # What a model consists of. No *.py and no pickles: nothing of a model is ever executed.
 HUB_PATTERNS = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
@@ -22,7 +23,8 @@ class ModelSource:
 
     Attributes:
         name: as the recipe says it.
-        path: a folder with config.json and safetensors, or a `.gguf` file.
+        path: a folder with config.json and safetensors, or a GGUF file, which in Ollama's
+            store has no suffix.
     """
 
     name: str
@@ -35,7 +37,7 @@ class ModelSource:
 
 
 def resolve_model(name: str, *, revision: str | None = None) -> ModelSource:
-    """Find a model: a folder, a `.gguf` file, `pkg:PACKAGE/FILE`, or a hub id.
+    """Find a model: a folder, a `.gguf` file, `pkg:PACKAGE/FILE`, `ollama:NAME`, or a hub id.
 
     A hub id is downloaded on first use; with HF_HUB_OFFLINE set only the local cache is
     looked at.
@@ -48,7 +50,7 @@ def resolve_model(name: str, *, revision: str | None = None) -> ModelSource:
         ModelError: nothing is found there.
     """
     path = Path(name).expanduser()
-    if revision is not None and (name.startswith("pkg:") or path.exists()):
+    if revision is not None and (name.startswith(("pkg:", "ollama:")) or path.exists()):
         raise ModelError(
             "only models of the hub have revisions; this one is on this machine",
             where="model.revision",
@@ -56,6 +58,8 @@ def resolve_model(name: str, *, revision: str | None = None) -> ModelSource:
         )
     if name.startswith("pkg:"):
         return ModelSource(name, _in_package(name))
+    if name.startswith("ollama:"):
+        return ModelSource(name, find_model(name.removeprefix("ollama:")))
     if path.is_dir():
         _require_config(path)
         return ModelSource(name, path)

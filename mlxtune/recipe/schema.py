@@ -55,12 +55,12 @@ class Section(BaseModel):
 class ModelSection(Section):
     """`[model]`: what is trained.
 
-    `path` is a hub id, a folder, a `.gguf` file or `pkg:PACKAGE/FILE`. `quantize` packs
-    the projections to that many bits, or in that mode, while loading (QLoRA), and
-    `double_quantization` the scales of `nf4`; `dequantize` does the opposite to a packed
-    model: faster steps, more memory. `quantized_matmul` says whether products take packed
-    weights as they are or expand them first. `chat_template` names a Jinja file that
-    replaces the model's own template.
+    `path` is a hub id, a folder, a `.gguf` file, `pkg:PACKAGE/FILE` or `ollama:NAME`.
+    `quantize` packs the projections to that many bits, or in that mode, while loading
+    (QLoRA), and `double_quantization` the scales of `nf4`; `dequantize` does the opposite
+    to a packed model: faster steps, more memory. `quantized_matmul` says whether products
+    take packed weights as they are or expand them first. `chat_template` names a Jinja file
+    that replaces the model's own template.
     """
 
     path: str = Field(min_length=1)
@@ -290,10 +290,40 @@ class LogSection(Section):
     steps: PositiveInt = 5
 
 
-class ExportSection(Section):
-    """`[export]`: what `mlxtune export` does when it isn't told otherwise."""
+FileType = Literal[
+    "f32",
+    "f16",
+    "bf16",
+    "q8_0",
+    "q6_k",
+    "q5_k_m",
+    "q5_k_s",
+    "q4_k_m",
+    "q4_k_s",
+    "q5_0",
+    "q5_1",
+    "q4_0",
+    "q4_1",
+    "q3_k_m",
+    "q2_k",
+]
 
-    quantize: Literal["f16", "q8_0"] = "q8_0"
+
+class ExportSection(Section):
+    """`[export]`: what `mlxtune export` does when it isn't told otherwise.
+
+    `to` is the program that the model is handed to, `name` what Ollama calls it (the
+    run's name by default). `num_ctx`, `temperature`, `system` and the text of the file
+    `license` go into the Modelfile.
+    """
+
+    quantize: FileType = "q8_0"
+    to: Literal["ollama", "llamacpp", "mistralrs"] | None = None
+    name: str | None = Field(default=None, min_length=1)
+    num_ctx: PositiveInt | None = None
+    temperature: float | None = Field(default=None, ge=0)
+    system: str | None = None
+    license: str | None = Field(default=None, min_length=1)
 
 
 class Recipe(Section):

@@ -205,7 +205,10 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     lora = recipe.lora
     if lora.init_from is not None:
         lora = lora.model_copy(update={"init_from": absolute(lora.init_from)})
-    changes = {"data": data, "eval": evaluation, "model": model, "lora": lora}
+    export = recipe.export
+    if export.license is not None:
+        export = export.model_copy(update={"license": absolute(export.license)})
+    changes = {"data": data, "eval": evaluation, "model": model, "lora": lora, "export": export}
     return recipe.model_copy(update=changes)
 
 

@@ -1,0 +1,180 @@
+"""Models in Ollama's own store, found without Ollama.
+
+A store has `manifests/<host>/<namespace>/<model>/<tag>`, JSON in the form of an OCI image
+manifest, and `blobs/sha256-<hex>`; the layer of type `application/vnd.ollama.image.model`
+is a GGUF file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from mlxtune.errors import ModelError
+
+_HOST, _NAMESPACE, _TAG = "registry.ollama.ai", "library", "latest"
+_LAYER = "application/vnd.ollama.image."
+_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
+# No part begins with a dot, so none leads out of the store.
+_PART = re.compile(r"\w[\w.-]{0,127}", re.ASCII)
+_HOST_PART = re.compile(r"\w[\w.-]{0,127}(:\d{1,5})?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """What Ollama calls a model: `[host/][namespace/]model[:tag]`."""
+
+    host: str
+    namespace: str
+    model: str
+    tag: str
+
+    @property
+    def parts(self) -> tuple[str, str, str, str]:
+        """Folders and file of its manifest."""
+        return self.host, self.namespace, self.model, self.tag
+
+    def __str__(self) -> str:
+        text = f"{self.model}:{self.tag}"
+        if self.host != _HOST:
+            return f"{self.host}/{self.namespace}/{text}"
+        return text if self.namespace == _NAMESPACE else f"{self.namespace}/{text}"
+
+
+def parse_name(text: str) -> ModelName | None:
+    """A name with what it leaves out filled in; None if Ollama takes no such name."""
+    *before, last = text.split("/")
+    model, colon, tag = last.partition(":")
+    if len(before) > 2 or (colon and not tag):
+        return None
+    host, namespace = [_HOST, _NAMESPACE][: 2 - len(before)] + before
+    name = ModelName(host, namespace, model, tag or _TAG)
+    if not _HOST_PART.fullmatch(host) or "." in namespace:
+        return None
+    return name if all(_PART.fullmatch(part) for part in name.parts[1:]) else None
+
+
+def stores() -> tuple[Path, ...]:
+    """Where Ollama keeps models: `$OLLAMA_MODELS`, else the user's and the service's place."""
+    if named := os.environ.get("OLLAMA_MODELS", "").strip("\"' "):
+        return (Path(named).expanduser(),)
+    return (
+        Path.home() / ".ollama/models",
+        Path("/usr/share/ollama/.ollama/models"),
+    )
+
+
+def find_model(text: str, *, among: Sequence[Path] | None = None) -> Path:
+    """The GGUF file of a model that Ollama has.
+
+    Args:
+        text: `[host/][namespace/]model[:tag]`, as `ollama list` shows it.
+        among: stores to look in; `stores()` by default.
+
+    Returns:
+        A file in the store's `blobs`; its name has no suffix.
+
+    Raises:
+        ModelError: there is no store, no such model in one, or it is damaged or of a kind
+            that is no single GGUF.
+    """
+    where = f"ollama:{text}"
+    name = parse_name(text)
+    if name is None:
+        raise ModelError(
+            "this is no name of a model in Ollama",
+            where=where,
+            remedy="it has the form ollama:MODEL, ollama:MODEL:TAG or ollama:NAMESPACE/MODEL:TAG",
+        )
+    places = stores() if among is None else among
+    present = [place for place in places if (place / "manifests").is_dir()]
+    if not present:
+        raise ModelError(
+            "Ollama has no store of models here",
+            where=where,
+            remedy=f"looked in {', '.join(map(str, places))}; OLLAMA_MODELS names another place",
+        )
+    for store in present:
+        if (manifest := _manifest(store, name)) is not None:
+            return _gguf(store, manifest, where)
+    raise ModelError("Ollama has no such model", where=where, remedy=_names_near(present, name))
+
+
+def _manifest(store: Path, name: ModelName) -> Path | None:
+    """The file of a name, which Ollama takes in capitals or not."""
+    exact = store.joinpath("manifests", *name.parts)
+    if exact.is_file():
+        return exact
+    wanted = [part.casefold() for part in name.parts]
+    for path in _manifests(store):
+        if [part.casefold() for part in path.parts[-4:]] == wanted:
+            return path
+    return None
+
+
+def _manifests(store: Path) -> Iterable[Path]:
+    return (path for path in sorted((store / "manifests").glob("*/*/*/*")) if path.is_file())
+
+
+def _names_near(present: Sequence[Path], name: ModelName) -> str:
+    known = {str(ModelName(*path.parts[-4:])) for store in present for path in _manifests(store)}
+    near = get_close_matches(str(name), known, n=5, cutoff=0.5) or sorted(known)[:5]
+    if not near:
+        return f"it has none; `ollama pull {name}` gets it"
+    return f"it has {', '.join(near)}; `ollama pull {name}` gets what is not there"
+
+
+def _gguf(store: Path, manifest: Path, where: str) -> Path:
+    layers = _layers(manifest, where)
+    kinds = [kind for kind, _ in layers]
+    if "adapter" in kinds:
+        raise ModelError(
+            "this model is one in Ollama with an adapter on it, which would be left out",
+            where=where,
+            remedy="name the model that it was made from",
+        )
+    digests = [digest for kind, digest in layers if kind == "model"]
+    if len(digests) != 1:
+        held = f"{len(digests)} GGUF files" if digests else "no GGUF file"
+        raise ModelError(
+            f"this model consists of {held}",
+            where=where,
+            remedy="only models of one GGUF file are read out of Ollama's store",
+        )
+    found = _DIGEST.fullmatch(digests[0])
+    if found is None:
+        raise _damaged(manifest, f"the digest {digests[0][:80]!r} is none", where)
+    blob = store / "blobs" / f"sha256-{found[1]}"
+    if not blob.is_file():
+        raise _damaged(manifest, f"there is no {blob}", where)
+    return blob
+
+
+def _layers(manifest: Path, where: str) -> list[tuple[str, str]]:
+    """(kind, digest) of each layer."""
+    try:
+        value: Any = json.loads(manifest.read_bytes())
+        return [
+            (str(layer["mediaType"]).removeprefix(_LAYER), str(layer["digest"]))
+            for layer in value["layers"]
+        ]
+    except OSError as error:
+        raise ModelError(
+            f"Ollama's manifest cannot be read: {error.strerror or error}", where=where
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(manifest, f"{type(error).__name__}: {error}", where) from None
+
+
+def _damaged(manifest: Path, how: str, where: str) -> ModelError:
+    return ModelError(
+        f"Ollama's manifest of this model is damaged: {how}",
+        where=where,
+        remedy=f"`ollama pull` writes it anew: {manifest}",
+    )

