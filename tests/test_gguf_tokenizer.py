@@ -257,7 +257,7 @@ def test_a_hub_tokenizer_written_and_read_is_the_same_tokenizer(name):
     for role in ("bos", "eos", "unk", "pad"):
         assert getattr(back, f"{role}_token_id") == getattr(hub, f"{role}_token_id")
     assert back.chat_template == hub.chat_template
-    if name != "gemma3":  # its 262144 tokens are written again from a GGUF, below
+    if name in ("qwen3", "phi3"):  # the larger ones are written again from a GGUF, below
         again = tokenizer_metadata(back, len(written(name)[f"{GGML}tokens"]))
         assert again | {"general.name": written(name)["general.name"]} == written(name)
 
