@@ -152,13 +152,14 @@ def _write(path: Path, metadata: dict[str, Any]) -> None:
     shapes |= {f"blk.0.{name}.weight": (WIDTH,) for name in ("attn_norm", "ffn_norm")}
     shapes |= {"output_norm.weight": (WIDTH,)}
     shapes |= {"token_embd.weight": (len(metadata["tokenizer.ggml.tokens"]), WIDTH)}
+    packed = gguf.GGMLQuantizationType.Q4_0
+    block, size = gguf.GGML_QUANT_SIZES[packed]
     for name, shape in shapes.items():
-        values = np.zeros(shape, np.float32)
         if len(shape) == 1:
-            writer.add_tensor(name, values)
+            writer.add_tensor(name, np.zeros(shape, np.float32))
         else:
-            packed = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q4_0)
-            writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+            row = shape[1] // block * size
+            writer.add_tensor(name, np.zeros((shape[0], row), np.uint8), raw_dtype=packed)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -22,7 +22,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mlxtune.errors import ExportError, ModelError
-from mlxtune.gguf import fingerprints, pretokenizers, spm
+from mlxtune.gguf import fingerprints, pretokenizers
 from mlxtune.gguf.pretokenizers import PRE_TOKENIZERS
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.gguf.sentencepiece import sentencepiece_metadata
@@ -34,7 +34,8 @@ TLDR = Path(__file__).parents[2] / "shared/data/tldr.jsonl"
 ROWS = {"gemma3": 262144, "phi3": 32064, "qwen3": 151936}
 HUB = ("qwen3", "llama3_1", "gemma3", "nemo", "phi3")
 FILES = (*GOLDEN, *UNTOLD, "gemma-3")
-# Those whose full check would take seconds each have it in few tests.
+# Without those of the same tokens as another, which take seconds each.
+DISTINCT = tuple(name for name in FILES if name not in ("qwen35", "mpt"))
 HARD = [
     fingerprints.TEXT,
     "a   b\n\n\n\tc  ",
@@ -86,6 +87,12 @@ def written(name: str) -> dict[str, Any]:
     values = tokenizer_metadata(hub, ROWS.get(name, len(hub)))
     # llama.cpp needs the name to know that Phi-3's marks swallow white space.
     return values | {"general.name": "phi-3" if name == "phi3" else name}
+
+
+@cache
+def rewritten(name: str) -> dict[str, Any]:
+    """Metadata of a GGUF, read and written. Do not change it."""
+    return tokenizer_metadata(tokenizer(name), len(metadata(name)[f"{GGML}tokens"]))
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +150,7 @@ def test_marks_around_a_text_are_llama_cpps(name, llama_cpp):
         assert tokenizer(name)(text).input_ids == vocab(text, add_special=True)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_text_is_decoded_as_it_was(name):
     for text in pages()[:100]:
         assert tokenizer(name).decode(ids(tokenizer(name), text)) == text
@@ -159,8 +166,8 @@ def pre_tokenizers_with_own_rule() -> list[str]:
 @pytest.mark.parametrize("pre", pre_tokenizers_with_own_rule())
 def test_every_rule_cuts_as_llama_cpps_of_that_name(pre, llama_cpp):
     """Any vocabulary shows where text is cut; this one is small."""
-    values = metadata("gpt-2") | {f"{GGML}pre": pre}
-    texts = pages()[:200] + HARD
+    values = metadata("deepseek-coder") | {f"{GGML}pre": pre}
+    texts = pages()[:100] + HARD
     if pre == "tiny_aya":  # the test text has digits next to letters: see the known limits
         texts.remove(fingerprints.TEXT)
     with llama_cpp(values) as vocab:
@@ -205,8 +212,11 @@ def test_a_pre_tokenizer_not_known_is_refused_by_name():
 @pytest.mark.parametrize("name", HUB)
 def test_a_hub_tokenizer_is_written_so_that_llama_cpp_tokenizes_alike(name, llama_cpp):
     hub, vocab = from_hub(name), llama_cpp(written(name))
-    form = "NFC" if name == "qwen3" else None
-    texts = [unicodedata.normalize(form, text) if form else text for text in pages() + HARD]
+    texts = pages() + HARD
+    if name == "qwen3":
+        texts = [unicodedata.normalize("NFC", text) for text in texts]
+    if name == "nemo":  # llama.cpp's rule has no combining marks: see the known limits
+        texts = [t for t in texts if not any(unicodedata.category(c)[0] == "M" for c in t)]
     assert differing(hub, vocab, texts) == []
 
 
@@ -247,8 +257,9 @@ def test_a_hub_tokenizer_written_and_read_is_the_same_tokenizer(name):
     for role in ("bos", "eos", "unk", "pad"):
         assert getattr(back, f"{role}_token_id") == getattr(hub, f"{role}_token_id")
     assert back.chat_template == hub.chat_template
-    again = tokenizer_metadata(back, len(written(name)[f"{GGML}tokens"]))
-    assert again | {"general.name": written(name)["general.name"]} == written(name)
+    if name in ("qwen3", "phi3"):  # the larger ones are written again from a GGUF, below
+        again = tokenizer_metadata(back, len(written(name)[f"{GGML}tokens"]))
+        assert again | {"general.name": written(name)["general.name"]} == written(name)
 
 
 def test_types_of_a_hub_vocabulary():
@@ -264,10 +275,13 @@ def test_types_of_a_hub_vocabulary():
 
 
 def test_a_token_that_the_template_writes_needs_its_row():
-    hub = copy.deepcopy(from_hub("gemma3"))
-    hub.chat_template = "<image_soft_token>"
-    with pytest.raises(ExportError, match="262145 tokens"):
-        tokenizer_metadata(hub, 262144)
+    small = with_parts()
+    small.add_tokens(["<image>"])
+    assert "<image>" not in tokenizer_metadata(small, 256)[f"{GGML}tokens"]
+    assert tokenizer_metadata(small, 257)[f"{GGML}tokens"][256] == "<image>"
+    small.chat_template = "<image>"
+    with pytest.raises(ExportError, match="257 tokens"):
+        tokenizer_metadata(small, 256)
 
 
 # ------------------------------------------------------------------------ there and back
@@ -279,12 +293,11 @@ SILENT = {  # the file leaves out what llama.cpp takes by default, and we say it
     f"{GGML}unknown_token_id",
 }
 SAID = {f"{GGML}add_eos_token": False, f"{GGML}add_sep_token": False}  # and the other way round
-SAME_RULE = {"command-r", "refact", "starcoder", "mpt"}  # names of one rule: the first is written
+SAME_RULE = {"command-r", "refact", "starcoder"}  # names of one rule: the first is written
 OLD = {  # of old converters, that did not mark padding as unused or wrote needless scores
     "phi-3": {"token_type", "scores"},
     "aquila": {"scores", "token_type"},
     "qwen2": {"token_type"},
-    "qwen35": {"token_type"},
     "refact": {"token_type"},
     # SentencePiece says "unknown" of <unk>, tokenizer.json only "special".
     "llama-spm": {"scores", "token_type"},
@@ -293,10 +306,10 @@ OLD = {  # of old converters, that did not mark padding as unused or wrote needl
 }
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_a_vocabulary_read_and_written_is_the_same_metadata(name):
     want = {k: v for k, v in metadata(name).items() if k.startswith("tokenizer.")}
-    got = tokenizer_metadata(tokenizer(name), len(want[f"{GGML}tokens"]))
+    got = rewritten(name)
     assert got[f"{GGML}tokens"] == want[f"{GGML}tokens"]
     for key in want.keys() | got.keys():
         short = key.removeprefix(GGML)
@@ -312,15 +325,14 @@ def test_a_vocabulary_read_and_written_is_the_same_metadata(name):
             assert PRE_TOKENIZERS[got[key]].rules == PRE_TOKENIZERS[want[key]].rules
 
 
-@pytest.mark.parametrize("name", ["gemma-3", "llama-spm"])
+@pytest.mark.parametrize("name", ["gemma-3", "llama-spm", "baichuan"])
 def test_scores_are_in_the_same_order(name):
-    """Only their order counts: of every token that two others make."""
-    want = metadata(name)
-    got = tokenizer_metadata(tokenizer(name), len(want[f"{GGML}tokens"]))
-    tokens, types = want[f"{GGML}tokens"], want[f"{GGML}token_type"]
-    assert spm._merges(tokens, got[f"{GGML}scores"], types) == spm._merges(
-        tokens, want[f"{GGML}scores"], types
-    )
+    """Only the order counts, and only of tokens that two others make."""
+    got, want = rewritten(name)[f"{GGML}scores"], metadata(name)[f"{GGML}scores"]
+    lowest = min(got)
+    made = [i for i, score in enumerate(got) if score > lowest]
+    assert len(made) > 29_000
+    assert sorted(made, key=lambda i: -got[i]) == sorted(made, key=lambda i: -want[i])
 
 
 # ------------------------------------------------------------------------ random text
@@ -524,8 +536,7 @@ def test_padding_is_unused_and_goes_again():
 def test_named_templates_survive():
     several = tokenizer("command-r").chat_template
     assert several.keys() == {"default", "tool_use", "rag"}
-    want = metadata("command-r")
-    got = tokenizer_metadata(tokenizer("command-r"), len(want[f"{GGML}tokens"]))
+    got, want = rewritten("command-r"), metadata("command-r")
     for key in ("tokenizer.chat_template.rag", "tokenizer.chat_templates"):
         assert got[key] == want[key]
 
