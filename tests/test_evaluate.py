@@ -105,7 +105,7 @@ def test_export_names_the_commands(shell_run, tmp_path):
     for word in ("ollama create shell", "llama-cli -m", "mistralrs run -f"):
         assert word in result.stdout
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "model.gguf", "Modelfile", "README.md",
+        "model.gguf", "Modelfile", "README.md", "export.json",
     }  # fmt: skip
     modelfile = (tmp_path / "out/Modelfile").read_text()
     assert modelfile.startswith("FROM ./model.gguf\n")

@@ -173,9 +173,19 @@ def lion_with(beta1, beta2):
     return run
 
 
+def adamw_uncorrected(weight, gradients):
+    """Algorithm 2 of the paper without its lines 9 and 10, which correct the moments."""
+    w, m, v = weight.astype(np.float64), 0.0, 0.0
+    for g in gradients:
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        w = w - RATE * (m / (np.sqrt(v) + 1e-8) + DECAY * w)
+    return w
+
+
 @pytest.mark.parametrize(
     ("name", "options", "want"),
     [
+        ("adamw", {"bias_correction": False}, adamw_uncorrected),
         ("adamw", {"beta1": 0.5}, lambda *a: torch_adamw(*a, betas=(0.5, 0.999))),
         ("adamw", {"beta2": 0.9}, lambda *a: torch_adamw(*a, betas=(0.9, 0.9))),
         ("adamw", {"epsilon": 0.1}, lambda *a: torch_adamw(*a, eps=0.1)),
@@ -210,12 +220,14 @@ def test_betas_and_epsilon_are_those_that_are_given(name, options, want):
     ("name", "key"),
     [
         ("lion", "adam_epsilon"),
+        ("lion", "adam_bias_correction"),
         *product(["adafactor", "muon", "sgd"], ["adam_beta1", "adam_beta2", "adam_epsilon"]),
     ],
 )
 def test_what_an_optimizer_does_not_have_is_refused(name, key):
     with pytest.raises(ValueError, match=f"{key} goes with adamw, adamw_8bit.*not {name}"):
-        TrainSection.model_validate({"optimizer": name, key: 0.5})
+        value = True if key == "adam_bias_correction" else 0.5
+        TrainSection.model_validate({"optimizer": name, key: value})
     with pytest.raises(ValueError, match=f"{name} has no"):
         make_optimizer(name, Two(), weight_decay=0.0, **{key.removeprefix("adam_"): 0.5})
 

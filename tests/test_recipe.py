@@ -78,6 +78,7 @@ DEFAULTS = {
         "adam_beta1": None,
         "adam_beta2": None,
         "adam_epsilon": None,
+        "adam_bias_correction": None,
         "lora_plus_ratio": 1.0,
         "neftune_noise_alpha": 0.0,
         "max_seq_length": 2048,

@@ -206,7 +206,9 @@ def train_mlxtune(job: dict[str, Any], turns: Turns) -> None:
                 "lr_scheduler": "constant",
                 "warmup_ratio": 0.0,
                 "max_grad_norm": 0.0,
-                "weight_decay": 0.01,  # as MLX's AdamW has it by itself
+                # As MLX's AdamW has it by itself.
+                "weight_decay": 0.01,
+                "adam_bias_correction": job.get("bias_correction", False),
                 "max_seq_length": job["max_seq_length"],
             },
             "checkpoint": {"steps": 10**6},

@@ -214,6 +214,7 @@ class TrainSection(Section):
     adam_beta1: float | None = Field(default=None, ge=0, lt=1)
     adam_beta2: float | None = Field(default=None, ge=0, lt=1)
     adam_epsilon: float | None = Field(default=None, gt=0)
+    adam_bias_correction: bool | None = None
     lora_plus_ratio: float = Field(default=1.0, gt=0)
     neftune_noise_alpha: float = Field(default=0.0, ge=0)
     max_seq_length: PositiveInt = 2048
@@ -233,6 +234,7 @@ class TrainSection(Section):
             "adam_beta1": ("adamw", "adamw_8bit", "lion"),
             "adam_beta2": ("adamw", "adamw_8bit", "lion"),
             "adam_epsilon": ("adamw", "adamw_8bit"),
+            "adam_bias_correction": ("adamw", "adamw_8bit"),
         }
         for key, optimizers in owners.items():
             if getattr(self, key) is not None and self.optimizer not in optimizers:

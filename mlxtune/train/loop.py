@@ -97,6 +97,7 @@ class Trainer:
             beta1=train.adam_beta1,
             beta2=train.adam_beta2,
             epsilon=train.adam_epsilon,
+            bias_correction=train.adam_bias_correction,
         )
         self._progress = Progress()
 

@@ -24,6 +24,7 @@ def make_optimizer(
     beta1: float | None = None,
     beta2: float | None = None,
     epsilon: float | None = None,
+    bias_correction: bool | None = None,
 ) -> Optimizer:
     """An optimizer with its state ready for the model's trainable parameters.
 
@@ -45,6 +46,8 @@ def make_optimizer(
         weight_decay: 0 for none.
         beta1, beta2: other decay rates of the moments, of those that have two.
         epsilon: another term in the denominator of AdamW.
+        bias_correction: whether AdamW makes up for moments that begin at zero. Without, as
+            mlx-lm has it, its steps are several times longer at first.
 
     Raises:
         ValueError: no optimizer has that name, or it has no such betas or epsilon.
@@ -60,6 +63,10 @@ def make_optimizer(
         ]
     elif beta1 is not None or beta2 is not None:
         raise ValueError(f"{name} has no two betas")
+    if bias_correction is not None:
+        if name not in ("adamw", "adamw_8bit"):
+            raise ValueError(f"{name} has no bias to correct")
+        options["bias_correction"] = bias_correction
     if epsilon is not None:
         if name not in ("adamw", "adamw_8bit"):
             raise ValueError(f"{name} has no epsilon that can be chosen")
