@@ -13,7 +13,7 @@ from mlxtune.cli.shared import DTYPE, PATH, prepare
 
 if TYPE_CHECKING:
     from mlxtune.export.bundle import Bundle
-    from mlxtune.export.convert import Conversion
+    from mlxtune.export.convert import Conversion, Verified
     from mlxtune.export.verify import Readback
 
 # Of `gguf.mixing`, whose import takes longer than `--help` may.
@@ -39,6 +39,9 @@ RUNTIMES = ("ollama", "llamacpp", "mistralrs")
 LAYOUTS = ("peft", "mlx-lm", "gguf")
 IMATRIX = click.option(
     "--imatrix", type=PATH, help="llama.cpp's importance matrix, for the types below 6 bits."
+)
+PRE = click.option(
+    "--pre", help="llama.cpp's name of the pre-tokenizer, where it is not recognised."
 )
 VERIFY = click.option(
     "--verify/--no-verify", default=True, help="Read a GGUF back and compare it.  [default: on]"
@@ -66,7 +69,7 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print what was w
 )
 @click.option("--dtype", type=DTYPE, help="Type of a folder's weights.  [default: the source's]")
 @IMATRIX
-@click.option("--pre", help="llama.cpp's name of the pre-tokenizer, where it is not recognised.")
+@PRE
 @click.option("--split-max-size", help="Begin a new GGUF beyond this size, such as 4G or 500M.")
 @VERIFY
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
@@ -148,13 +151,25 @@ def _told(made: Conversion) -> str:
     lines = [f"{made.path}: {made.nbytes / 1e6:,.0f} MB, tensors: {types}"]
     if len(made.files) > 1:
         lines.append(f"  in {len(made.files)} files; runtimes are given the first")
-    if made.readback is not None:
-        lines.append(f"  {readback_line(made.readback)}")
+    if made.verified is not None:
+        lines += verified_lines(made.verified)
     return "\n".join(lines)
 
 
-def readback_line(readback: Readback) -> str:
-    """How a file differs from its source, in a line."""
+def verified_lines(verified: Verified) -> list[str]:
+    """How a file differs from its source, for people."""
+    lines = [_readback_line(verified.readback)]
+    if (run := verified.llamacpp) is not None:
+        lines.append(
+            f"in llama.cpp: divergence from MLX {run.mean_kl:.2g} nats, same best token at "
+            f"{run.top1:.0%} of {run.places} places"
+        )
+    else:
+        lines.append("not run: `pip install 'mlxtune[llamacpp]'` lets it be tried in llama.cpp")
+    return [f"  {line}" for line in lines]
+
+
+def _readback_line(readback: Readback) -> str:
     errors = ", ".join(f"{name} {error:.2g}" for name, error in readback.error.items() if error)
     return (
         f"read back: {readback.tensors} tensors"
@@ -173,6 +188,7 @@ def readback_line(readback: Readback) -> str:
     help="Type of the weights.  [default: as the recipe says]",
 )
 @IMATRIX
+@PRE
 @VERIFY
 @click.option(
     "--to",
@@ -194,6 +210,7 @@ def export(
     output: Path | None,
     quantize: str | None,
     imatrix: Path | None,
+    pre: str | None,
     verify: bool,
     to: str | None,
     name: str | None,
@@ -245,6 +262,7 @@ def export(
             file_type=quantize,
             name=name,
             imatrix=imatrix,
+            pre=pre,
             verify=verify,
             overwrite=overwrite,
             progress=progress,
@@ -269,8 +287,8 @@ def export(
 
 def _tell_bundle(bundle: Bundle, *, commands: bool) -> None:
     click.echo(f"{bundle.folder}: model.gguf ({bundle.gguf_bytes / 1e6:.0f} MB), Modelfile, README")
-    if bundle.readback is not None:
-        click.echo(f"  {readback_line(bundle.readback)}")
+    if bundle.verified is not None:
+        click.echo("\n".join(verified_lines(bundle.verified)))
     if commands:
         for runtime, command in bundle.commands.items():
             click.echo(f"  {runtime:<11}{command}")

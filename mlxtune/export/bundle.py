@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from mlxtune.data.render import Renderer
-from mlxtune.export.convert import write_model
+from mlxtune.export.convert import Verified, write_model
 from mlxtune.export.handover import GGUF, LABELS, MODELFILE, HandOver, run_commands
 from mlxtune.export.modelfile import Modelfile, modelfile
+from mlxtune.export.runtime import ROWS
 from mlxtune.export.source import from_loaded
-from mlxtune.export.verify import Readback
 from mlxtune.files import atomic_folder, write_json, write_text
 from mlxtune.fuse import require_outside
 from mlxtune.gguf.architectures import for_config
 from mlxtune.gguf.imatrix import read_imatrix
 from mlxtune.models.load import LoadedModel
 from mlxtune.recipe.schema import Recipe
+from mlxtune.train.corpus import read_corpus
 from mlxtune.train.run import Run
 from mlxtune.train.session import open_run
 
@@ -34,7 +35,7 @@ class Bundle:
         folder: holds model.gguf, Modelfile, README.md and export.json.
         file_type: of the GGUF.
         gguf_bytes: its size.
-        readback: how it differs from the trained model; None if it was not looked at.
+        verified: how it differs from the trained model; None if it was not looked at.
         commands: runtime to the command that runs it.
         modelfile: what the file of that name says.
     """
@@ -42,7 +43,7 @@ class Bundle:
     folder: Path
     file_type: str
     gguf_bytes: int
-    readback: Readback | None
+    verified: Verified | None
     commands: dict[str, str]
     modelfile: Modelfile
 
@@ -62,6 +63,7 @@ def export_run(
     file_type: str | None = None,
     name: str | None = None,
     imatrix: Path | None = None,
+    pre: str | None = None,
     verify: bool = True,
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda _: None,
@@ -74,7 +76,8 @@ def export_run(
         file_type: of `FILE_TYPES`; what the recipe says by default.
         name: what Ollama is to call it; what the recipe says by default.
         imatrix: llama.cpp's importance matrix.
-        verify: read the file back and compare it.
+        pre: llama.cpp's name of the pre-tokenizer, where it is not recognised.
+        verify: read the file back and compare it, in llama.cpp too if that is installed.
         overwrite: replace `output` if it exists.
         progress: is told what is being done.
 
@@ -92,19 +95,28 @@ def export_run(
     ollama = modelfile(Renderer(model.tokenizer), model.tokenizer, recipe.export)
     card = model_card(run, recipe, model, file_type, commands)
     with atomic_folder(folder, overwrite=overwrite, marker=GGUF) as temporary:
-        _, readback = write_model(
+        _, verified = write_model(
             temporary / GGUF,
             from_loaded(recipe.name, model),
             file_type=file_type,
             importance=read_imatrix(imatrix) if imatrix else None,
+            pre=pre,
             verify=verify,
+            rows=_held_out_rows(recipe, model) if verify else None,
             progress=progress,
         )
-        if readback is not None:
-            write_json(temporary / REPORT, asdict(readback))
+        if verified is not None:
+            write_json(temporary / REPORT, asdict(verified))
         write_text(temporary / MODELFILE, ollama.text())
         write_text(temporary / CARD, card)
-    return Bundle(folder, file_type, (folder / GGUF).stat().st_size, readback, commands, ollama)
+    return Bundle(folder, file_type, (folder / GGUF).stat().st_size, verified, commands, ollama)
+
+
+def _held_out_rows(recipe: Recipe, model: LoadedModel) -> list[list[int]]:
+    """What the file is tried with: held-out records, else some that were trained on."""
+    corpus = read_corpus(recipe, Renderer(model.tokenizer))
+    samples = corpus.held_out or corpus.parts[0].samples
+    return [sample.tokens.tolist() for sample in samples[:ROWS]]
 
 
 def _commands(folder: Path, name: str) -> dict[str, str]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mlxtune.export.runtime import RuntimeCheck, check_in_llamacpp, installed
 from mlxtune.export.source import Convertible, open_source
-from mlxtune.export.verify import Readback, read_back
+from mlxtune.export.verify import SAMPLE, Readback, read_back
 from mlxtune.files import atomic_files, atomic_folder, write_json
 from mlxtune.fuse import dense_config
 from mlxtune.gguf.architectures import for_config
 from mlxtune.gguf.imatrix import read_imatrix
-from mlxtune.gguf.tokenizer import tokenizer_metadata
 from mlxtune.gguf.writer import Importance, Written, write_gguf
 from mlxtune.models.folder import dense_pieces, packable, packed_pieces
 from mlxtune.models.safetensors import write_safetensors
@@ -27,6 +28,19 @@ def _quiet(_: str) -> None:
 
 
 @dataclass(frozen=True)
+class Verified:
+    """What was seen of a written file.
+
+    Attributes:
+        readback: its tensors, tokenizer and template, read back.
+        llamacpp: what it says there; None where that is not installed.
+    """
+
+    readback: Readback
+    llamacpp: RuntimeCheck | None
+
+
+@dataclass(frozen=True)
 class Conversion:
     """What was written.
 
@@ -35,14 +49,14 @@ class Conversion:
         files: names of the weight files in it.
         nbytes: of them together.
         types: how many tensors have which type.
-        readback: how a GGUF differs from its source; None if it was not looked at.
+        verified: how a GGUF differs from its source; None if it was not looked at.
     """
 
     path: Path
     files: tuple[str, ...]
     nbytes: int
     types: dict[str, int]
-    readback: Readback | None
+    verified: Verified | None
 
     def as_json(self) -> str:
         """For `--json`."""
@@ -83,7 +97,7 @@ def convert(
     for_config(model.config)
     importance = read_imatrix(imatrix) if imatrix else None
     with atomic_files(output, overwrite=overwrite) as folder:
-        written, readback = write_model(
+        written, verified = write_model(
             folder / output.name,
             model,
             file_type=file_type,
@@ -95,7 +109,7 @@ def convert(
         )
         names = tuple(file.name for file in written.files)
         size = sum(file.stat().st_size for file in written.files)
-    return Conversion(output.with_name(names[0]), names, size, _counted(written), readback)
+    return Conversion(output.with_name(names[0]), names, size, _counted(written), verified)
 
 
 def write_model(
@@ -107,21 +121,29 @@ def write_model(
     pre: str | None = None,
     split_max_bytes: int = 0,
     verify: bool = True,
+    rows: Sequence[Sequence[int]] | None = None,
     progress: Progress = _quiet,
-) -> tuple[Written, Readback | None]:
-    """Write an opened model as GGUF, and read it back.
+) -> tuple[Written, Verified | None]:
+    """Write an opened model as GGUF, read it back, and run it where llama.cpp is at hand.
+
+    Args:
+        path: the file.
+        model: what to write.
+        file_type, importance, pre, split_max_bytes, progress: as in `convert`.
+        verify: compare the file with the model.
+        rows: token ids for which llama.cpp and MLX are compared; some texts by default.
 
     Raises:
         ExportError: the model cannot be written, or came out wrong.
     """
-    tokenizer = model.tokenizer._tokenizer
+    tokenizer = model.tokenizer()._tokenizer
     written = write_gguf(
         path,
         config=model.config,
         tensors=model.tensors(),
-        tokenizer=tokenizer_metadata(tokenizer, int(model.config["vocab_size"]), pre=pre),
+        tokenizer=model.vocabulary(pre),
         file_type=file_type,
-        name=model.name,
+        name=_told_name(model),
         importance=importance,
         split_max_bytes=split_max_bytes,
         progress=progress,
@@ -129,7 +151,31 @@ def write_model(
     if not verify:
         return written, None
     progress("reading it back")
-    return written, read_back(written.files, model.tensors(), tokenizer)
+    readback = read_back(written.files, model.tensors(), tokenizer)
+    if not installed():
+        return written, Verified(readback, None)
+    progress("running it in llama.cpp")
+    if rows is None:
+        rows = [tokenizer(text).input_ids for text in SAMPLE]
+    return written, Verified(
+        readback, check_in_llamacpp(written.files[0], model.load().model, rows, file_type)
+    )
+
+
+_PHI3 = re.compile(r"phi-?3", re.IGNORECASE)
+_PHI3_MARKS = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
+
+
+def _told_name(model: Convertible) -> str:
+    """`general.name`, by which llama.cpp decides that marks swallow the space behind them.
+
+    It does so where the name says Phi 3, as Phi 3 needs it, and loads no such file whose
+    vocabulary lacks Phi 3's marks.
+    """
+    has_marks = set(model.tokenizer().get_vocab()) >= _PHI3_MARKS
+    if model.config["model_type"] == "phi3" and has_marks:
+        return model.name if _PHI3.search(model.name) else f"{model.name} (Phi-3)"
+    return _PHI3.sub("phi_3", model.name)
 
 
 def convert_to_folder(
@@ -162,7 +208,7 @@ def convert_to_folder(
     dtype = dtype or model.dtype
     config = dense_config(model.config, dtype)
     with atomic_folder(output, overwrite=overwrite, marker="config.json") as folder:
-        model.tokenizer.save_pretrained(str(folder))
+        model.tokenizer().save_pretrained(str(folder))
         if mlx_bits is None:
             pieces = dense_pieces(model.tensors(), dtype, config)
             types = Counter({dtype: sum(1 for _ in model.tensors())})

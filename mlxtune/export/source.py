@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxtune.gguf.model import read_config
 from mlxtune.gguf.reader import GGUFFile
+from mlxtune.gguf.sentencepiece import sentencepiece_metadata
 from mlxtune.gguf.tensors import SourceTensor, gguf_tensors
+from mlxtune.gguf.tokenizer import tokenizer_metadata
 from mlxtune.layers.dense import dense_tensors
 from mlxtune.models.folder import CODES, folder_tensors, weight_files
 from mlxtune.models.load import LoadedModel, load_model, load_tokenizer, model_config
@@ -29,7 +32,9 @@ class Convertible:
         name: for people, and for the metadata.
         config: as in config.json.
         dtype: the float type that it is stored in.
-        tokenizer: mlx-lm's wrapper.
+        tokenizer: gives mlx-lm's wrapper.
+        vocabulary: gives the tokenizer as GGUF's metadata, told llama.cpp's name of its
+            pre-tokenizer where that is not recognised.
         tensors: gives all parameters; each call begins anew.
         load: gives the model, to be run.
     """
@@ -37,7 +42,8 @@ class Convertible:
     name: str
     config: dict[str, Any]
     dtype: str
-    tokenizer: TokenizerWrapper
+    tokenizer: Callable[[], TokenizerWrapper]
+    vocabulary: Callable[[str | None], dict[str, Any]]
     tensors: Callable[[], Iterable[SourceTensor]]
     load: Callable[[], LoadedModel]
 
@@ -65,7 +71,8 @@ def from_loaded(name: str, model: LoadedModel) -> Convertible:
         name=name,
         config=model.config,
         dtype=model.stored_dtype,
-        tokenizer=model.tokenizer,
+        tokenizer=lambda: model.tokenizer,
+        vocabulary=_vocabulary(lambda: model.tokenizer, model.config, model.source.path),
         tensors=lambda: (tensor.source() for tensor in dense_tensors(model.model)),
         load=lambda: model,
     )
@@ -76,11 +83,13 @@ def _from_gguf(source: ModelSource) -> Convertible:
     entry, config = read_config(file)
     bfloat = any(info.type.name == "BF16" for info in file.tensors.values())
     wide = all(info.type.name == "F32" for info in file.tensors.values())
+    tokenizer = cache(lambda: load_tokenizer(source))
     return Convertible(
         name=str(file.metadata.get("general.name") or _called(source)),
         config=config,
         dtype="float32" if wide else "bfloat16" if bfloat else "float16",
-        tokenizer=load_tokenizer(source),
+        tokenizer=tokenizer,
+        vocabulary=_vocabulary(tokenizer, config, source.path),
         tensors=lambda: gguf_tensors(file, entry, config),
         load=lambda: load_model(source),
     )
@@ -95,14 +104,30 @@ def _from_folder(source: ModelSource) -> Convertible:
     config = model_config(source)
     if "lm_head.weight" not in _headers(source.path):
         config.setdefault("tie_word_embeddings", True)
+    tokenizer = cache(lambda: load_tokenizer(source))
     return Convertible(
         name=source.path.name if Path(source.name).exists() else source.name,
         config=config,
         dtype=_stored_dtype(source.path),
-        tokenizer=load_tokenizer(source),
+        tokenizer=tokenizer,
+        vocabulary=_vocabulary(tokenizer, config, source.path),
         tensors=lambda: folder_tensors(source.path, config),
         load=lambda: load_model(source),
     )
+
+
+def _vocabulary(
+    tokenizer: Callable[[], TokenizerWrapper], config: dict[str, Any], path: Path
+) -> Callable[[str | None], dict[str, Any]]:
+    """Metadata of a tokenizer; of SentencePiece's own file where a folder has no other."""
+    rows = int(config["vocab_size"])
+
+    def vocabulary(pre: str | None) -> dict[str, Any]:
+        if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
+            return sentencepiece_metadata(path, rows)
+        return tokenizer_metadata(tokenizer()._tokenizer, rows, pre=pre)
+
+    return vocabulary
 
 
 def _headers(path: Path) -> dict[str, Any]:

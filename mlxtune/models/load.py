@@ -111,9 +111,7 @@ def model_config(source: ModelSource) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         config["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"this file cannot be read as a config: {error}", where=str(path)
-        ) from None
+        raise ModelError(f"this is no readable config: {error}", where=str(path)) from None
     return config
 
 

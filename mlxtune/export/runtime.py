@@ -1,0 +1,145 @@
+"""Run a GGUF in llama.cpp and compare what it expects with what MLX expects.
+
+llama.cpp is taken from the package `xllamacpp`, which carries it; the server it starts
+lives in this process and is asked over the loopback.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+
+from mlxtune.errors import ExportError
+
+# Of each row, so many of the last places are looked at, and of each so many tokens: what
+# is beyond them counts as one.
+ROWS, PLACES, TOKENS = 4, 12, 64
+
+# Types that hardly change what a model says, and the most that they may.
+_FAITHFUL = {"f32": 0.01, "f16": 0.01, "bf16": 0.02, "q8_0": 0.05}
+
+
+@dataclass(frozen=True)
+class RuntimeCheck:
+    """How llama.cpp's next-token distributions differ from MLX's.
+
+    Attributes:
+        places: how many were compared.
+        mean_kl: mean Kullback-Leibler divergence of MLX's from llama.cpp's, nats.
+        top1: share of places with the same best token.
+    """
+
+    places: int
+    mean_kl: float
+    top1: float
+
+
+def installed() -> bool:
+    """Whether llama.cpp is at hand."""
+    return importlib.util.find_spec("xllamacpp") is not None
+
+
+def check_in_llamacpp(
+    path: Path, model: nn.Module, rows: Sequence[Sequence[int]], file_type: str
+) -> RuntimeCheck:
+    """Compare what follows the last tokens of some rows.
+
+    Args:
+        path: the GGUF.
+        model: what it was made of, in MLX.
+        rows: token ids.
+        file_type: of the GGUF; those that hardly lose anything must not differ much.
+
+    Raises:
+        ExportError: llama.cpp does not run the file, or says something else.
+    """
+    chosen = [list(row) for row in rows[:ROWS] if len(row) > 1]
+    divergences, same = [], []
+    with _Server(path, max((len(row) for row in chosen), default=1)) as server:
+        for row in chosen:
+            expected = _log_probabilities(model, row)
+            for place in range(max(1, len(row) - PLACES), len(row)):
+                told = server.next_token(row[:place])
+                if told is None:
+                    continue
+                ids, got = told
+                want = expected[place - 1]
+                divergences.append(_divergence(want[ids], np.array(got)))
+                same.append(ids[0] == int(want.argmax()))
+    if not same:
+        return RuntimeCheck(0, 0.0, 1.0)
+    found = RuntimeCheck(len(same), float(np.mean(divergences)), float(np.mean(same)))
+    if found.mean_kl > _FAITHFUL.get(file_type, np.inf):
+        raise ExportError(
+            f"llama.cpp expects other tokens than MLX: divergence {found.mean_kl:.2g} nats, same "
+            f"best token at {found.top1:.0%} of {found.places} places",
+            where=str(path),
+            remedy="--no-verify writes the file all the same. Please report this",
+        )
+    return found
+
+
+def _log_probabilities(model: nn.Module, row: list[int]) -> npt.NDArray[np.float32]:
+    logits = model(mx.array([row]))[0].astype(mx.float32)
+    return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+
+
+def _divergence(want: npt.NDArray[np.floating], got: npt.NDArray[np.floating]) -> float:
+    """KL over the tokens that were told, and one more that stands for all others."""
+    p, q = np.exp(want.astype(np.float64)), np.exp(got.astype(np.float64))
+    p = np.append(p, max(1 - p.sum(), 1e-9))
+    q = np.append(q, max(1 - q.sum(), 1e-9))
+    return float(np.sum(p * np.log(np.maximum(p, 1e-30) / np.maximum(q, 1e-30))))
+
+
+class _Server:
+    """llama.cpp with one model, for as long as the block runs."""
+
+    def __init__(self, path: Path, length: int) -> None:
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx = max(256, 2 * length)
+        params.cpuparams.n_threads = os.cpu_count() or 1
+        params.warmup = False
+        params.verbosity = -1
+        # MLX keeps keys and values in its own type; float16 ones would be another error.
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        try:
+            self._server = xllamacpp.Server(params)
+        except RuntimeError as error:
+            raise ExportError(
+                f"llama.cpp does not load the file: {error}",
+                where=str(path),
+                remedy="--no-verify writes the file all the same. Please report this",
+            ) from None
+        self._client = httpx.Client(base_url=self._server.listening_address, timeout=600)
+
+    def __enter__(self) -> _Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+        del self._server
+
+    def next_token(self, tokens: list[int]) -> tuple[list[int], list[float]] | None:
+        """The likeliest next tokens, best first, and their log-probabilities."""
+        asked = {"prompt": tokens, "n_predict": 1, "n_probs": TOKENS, "temperature": 0}
+        answer = self._client.post("/completion", json=asked).json()
+        if "error" in answer:
+            raise ExportError(f"llama.cpp gives no answer: {answer['error']}")
+        if "completion_probabilities" not in answer:
+            return None  # it tells none where its token is a part of a character
+        top = answer["completion_probabilities"][0]["top_logprobs"]
+        return [entry["id"] for entry in top], [entry["logprob"] for entry in top]

@@ -1,0 +1,218 @@
+"""`mlxtune convert` as people use it: every way in and out, and what can go wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+
+import mlx.core as mx
+import mlx_lm.utils
+import numpy as np
+import pytest
+from cli_tools import mlxtune
+from conftest import SMOLLM2, tiny_llama
+from helpers import distance, tiny
+
+from mlxtune.errors import ModelError, OutputExists
+from mlxtune.export.convert import convert, convert_to_folder
+from mlxtune.gguf.reader import GGUFFile
+from mlxtune.models.folder import folder_tensors
+from mlxtune.models.load import load_model, load_tokenizer, model_config
+from mlxtune.models.resolve import ModelSource, resolve_model
+from mlxtune.models.safetensors import from_bfloat16, read_safetensors, to_bfloat16
+
+IDS = mx.array([[5, 17, 99, 3, 42, 64, 7, 1]])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random two-block llama with a real tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    folder.mkdir()
+    load_tokenizer(resolve_model(SMOLLM2)).save_pretrained(str(folder))
+    model = tiny_llama(vocabulary=49152)
+    config = {k: v for k, v in asdict(model.args).items() if v is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = dict(mlx_lm.utils.tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    return folder
+
+
+def loaded(path):
+    return load_model(resolve_model(str(path))).model(IDS)
+
+
+def test_from_a_folder_to_gguf_to_a_folder_and_packed(folder, tmp_path):
+    want = loaded(folder)
+    done = mlxtune("convert", str(folder), "m.gguf", "--quantize=f32", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "read back" in done.stdout and "all equal" in done.stdout
+    assert distance(loaded(tmp_path / "m.gguf"), want) < 1e-5
+    done = mlxtune("convert", "m.gguf", "folder", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["files"] == ["model.safetensors"]
+    model, _ = mlx_lm.utils.load_model(tmp_path / "folder")
+    assert distance(model(IDS), want) < 1e-5
+    done = mlxtune(
+        *("convert", "folder", "packed", "--mlx-bits=8", "--group-size=32", "--dtype=float32"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    model, config = mlx_lm.utils.load_model(tmp_path / "packed")
+    assert config["quantization"] == {"group_size": 32, "bits": 8, "mode": "affine"}
+    assert 0 < distance(model(IDS), want) < 0.05
+    # And packed ones are a source again.
+    done = mlxtune("convert", "packed", "again.gguf", "--quantize=f32", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert distance(loaded(tmp_path / "again.gguf"), model(IDS)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("mode", "bits", "group_size"),
+    [("affine", 4, 64), ("affine", 3, 32), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)],
+)
+def test_what_mlx_lm_packed_is_expanded_as_mlx_expands_it(tmp_path, mode, bits, group_size):
+    model = tiny("llama")
+    packing = {"group_size": group_size, "bits": bits, "mode": mode}
+    mlx_lm.utils.quantize_model(model, {}, **packing)
+    weights = dict(mlx_lm.utils.tree_flatten(model.parameters()))
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights)
+    config = {"model_type": "llama", "tie_word_embeddings": True, "quantization": packing}
+    got = {t.name: t for t in folder_tensors(tmp_path, config)}
+    path = "model.layers.0.mlp.up_proj"
+    layer = model.layers[0].mlp.up_proj
+    arrays = [weights.get(f"{path}.{name}") for name in ("weight", "scales", "biases")]
+    want = mx.dequantize(*arrays, **packing)
+    assert got[f"{path}.weight"].shape == want.shape
+    assert np.abs(got[f"{path}.weight"].load() - np.array(want.astype(mx.float32))).max() < 1e-6
+    assert not any(name.endswith(("scales", "biases")) for name in got)
+    assert layer is not None
+
+
+def test_experts_go_apart_and_together(tmp_path):
+    model = tiny(
+        "qwen3_moe",
+        num_experts=3,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        norm_topk_prob=True,
+        tie_word_embeddings=True,
+    )
+    from mlxtune.gguf.tensors import SourceTensor
+    from mlxtune.models.folder import dense_pieces
+    from mlxtune.models.safetensors import write_safetensors
+
+    weights = dict(mlx_lm.utils.tree_flatten(model.parameters()))
+    tensors = [
+        SourceTensor(name, tuple(value.shape), lambda value=value: np.array(value))
+        for name, value in weights.items()
+    ]
+    config = {"model_type": "qwen3_moe", "tie_word_embeddings": True}
+    write_safetensors(tmp_path, dense_pieces(tensors, "float32", config))
+    stored = read_safetensors(tmp_path / "model.safetensors")
+    assert "model.layers.1.mlp.experts.2.down_proj.weight" in stored
+    again = {t.name: t for t in folder_tensors(tmp_path, config)}
+    assert again.keys() == weights.keys()
+    for name, tensor in again.items():
+        assert np.array_equal(tensor.load(), np.array(weights[name])), name
+
+
+def test_bfloat16_rounds_as_mlx_rounds():
+    values = np.random.default_rng(0).normal(size=10_000).astype(np.float32)
+    values = np.concatenate([values * 1e30, values * 1e-38, [np.inf, -np.inf, 0.0, -0.0, 1e39]])
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)
+    want = np.array(mx.array(values).astype(mx.bfloat16).view(mx.uint16))
+    assert np.array_equal(to_bfloat16(values), want)
+    assert np.isnan(from_bfloat16(to_bfloat16(np.array([np.nan], np.float32)))).all()
+
+
+def test_a_real_model_through_types_that_mlx_holds_and_those_it_does_not(tmp_path):
+    text = "The largest planet of the solar system is Jupiter, and the smallest is Mercury."
+    source = load_model(resolve_model(SMOLLM2))
+    ids = mx.array([source.tokenizer.encode(text)])
+    want = source.model(ids)
+    for file_type in ("q8_0", "q5_k_m", "q3_k_m"):
+        path = tmp_path / f"{file_type}.gguf"
+        convert(SMOLLM2, path, file_type=file_type, verify=False)
+        got = load_model(resolve_model(str(path))).model(ids)
+        off = (mx.linalg.norm(got - want) / mx.linalg.norm(want)).item()
+        assert off < {"q8_0": 0.05, "q5_k_m": 0.15, "q3_k_m": 0.3}[file_type], file_type
+
+
+def test_what_is_there_is_not_replaced_unasked_and_nothing_half_written_stays(
+    folder, tmp_path, monkeypatch
+):
+    convert(str(folder), tmp_path / "m.gguf", verify=False)
+    before = (tmp_path / "m.gguf").read_bytes()
+    with pytest.raises(OutputExists):
+        convert(str(folder), tmp_path / "m.gguf", file_type="f32")
+    with pytest.raises(OutputExists):
+        convert_to_folder(str(folder), folder)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlxtune.export.convert.read_back", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(str(folder), tmp_path / "m.gguf", file_type="f32", overwrite=True)
+    assert (tmp_path / "m.gguf").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nope", "out.gguf"], "no such folder"),
+        (["model/config.json", "out.gguf"], "a model is a folder"),
+        (["mamba", "out.gguf"], "'mamba' cannot be written as GGUF yet"),
+        (["short", "out.gguf"], "truncated"),
+        (["holes", "out.gguf"], "not a finite number"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_converted_is_told_in_a_block(folder, tmp_path, arguments, said):
+    for name in ("model", "mamba", "short", "holes"):
+        shutil.copytree(folder, tmp_path / name)
+    config = json.loads((tmp_path / "mamba/config.json").read_text())
+    (tmp_path / "mamba/config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    weights = tmp_path / "short/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    holes = mx.load(str(tmp_path / "holes/model.safetensors"))
+    holes["model.layers.0.mlp.up_proj.weight"][0, 0] = mx.nan
+    mx.save_safetensors(str(tmp_path / "holes/model.safetensors"), holes)
+    done = mlxtune("convert", *arguments, "--quantize=q8_0", cwd=tmp_path)
+    assert done.returncode == 1
+    assert said in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_file_that_differs_from_its_source_is_an_error(folder, tmp_path, monkeypatch):
+    from mlxtune.errors import ExportError
+    from mlxtune.gguf import writer
+
+    def off(values, type_, importance=None):
+        return writer_encode(values * 1.1, type_, importance)
+
+    writer_encode = writer.encode
+    monkeypatch.setattr(writer, "encode", off)
+    with pytest.raises(ExportError, match="differs from its source by"):
+        convert(str(folder), tmp_path / "m.gguf", file_type="q8_0")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_parts_are_written_beyond_a_size(folder, tmp_path):
+    made = convert(str(folder), tmp_path / "m.gguf", split_max_bytes=200_000, verify=False)
+    assert len(made.files) > 1 and made.path.name.endswith(f"-00001-of-{len(made.files):05d}.gguf")
+    names = [n for file in made.files for n in GGUFFile(tmp_path / file).tensors]
+    whole = convert(str(folder), tmp_path / "w.gguf", verify=False)
+    assert set(names) == set(GGUFFile(whole.path).tensors)
+
+
+def test_a_config_that_is_none_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ModelError, match="no readable config"):
+        model_config(ModelSource("x", tmp_path))
