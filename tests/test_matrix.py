@@ -21,6 +21,7 @@ import pytest
 from conftest import SMOLLM2
 from helpers import with_adapters
 from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step
 
 from mlxtune.adapters.store import save_adapter
 from mlxtune.export.adapter import export_adapter
@@ -132,9 +133,12 @@ def trained(config: dict[str, Any], tokens: list[int], steps: int = 20) -> nn.Mo
     return model
 
 
-def written(name: str, tokenizer, place: Path) -> tuple[Path, list[int]]:
-    """A folder of Hugging Face's layout, and the text's tokens."""
-    config = config_of(name) | {"vocab_size": 49152}
+def written(name: str, tokenizer, place: Path, *, plain=False) -> tuple[Path, list[int]]:
+    """A folder of Hugging Face's layout, and the text's tokens.
+
+    With `plain` the positions are not scaled, which mistral.rs does from GGUF for none.
+    """
+    config = config_of(name) | {"vocab_size": 49152} | ({"rope_scaling": None} if plain else {})
     tokens = tokenizer.encode(TEXT)
     model = trained(config, tokens)
     folder = place / "model"
@@ -227,3 +231,23 @@ def test_an_adapter_as_gguf_does_in_llama_cpp_what_it_does_in_mlx(name, tokenize
     found = in_llamacpp(base, tokens, places, adapter=made.folder / "adapter.gguf")
     for place, (ids, got) in zip(places, found, strict=True):
         assert np.abs(want[place - 1][ids] - got).max() < 1e-3, place
+
+
+# What mistral.rs reads of GGUF among these.
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "phi3"])
+def test_mistral_rs_goes_on_as_mlx_does(name, tokenizer, tmp_path):
+    mistralrs = pytest.importorskip("mistralrs")
+    folder, tokens = written(name, tokenizer, tmp_path, plain=True)
+    made = convert(str(folder), tmp_path / "m.gguf", file_type="f32", verify=False)
+    which = mistralrs.Which.GGUF(
+        quantized_model_id=str(tmp_path), quantized_filename=made.path.name
+    )
+    runner = mistralrs.Runner(which=which)
+    known = tokenizer.decode(tokens[:10])
+    assert runner.tokenize_text(known, False, None) == tokens[:10]
+    answer = runner.send_completion_request(
+        mistralrs.CompletionRequest(prompt=known, model="default", max_tokens=12, temperature=0.0)
+    )
+    model = load_model(ModelSource("x", folder)).model
+    want = [int(t) for t, _ in generate_step(mx.array(tokens[:10]), model, max_tokens=12)]
+    assert answer.choices[0].text == tokenizer.decode(want)
