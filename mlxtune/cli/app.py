@@ -16,6 +16,7 @@ import click
 
 import mlxtune
 from mlxtune.cli.data import data
+from mlxtune.cli.doctor import completion, doctor
 from mlxtune.cli.export import convert, export
 from mlxtune.cli.shared import DTYPE, PATH, SET, prepare
 from mlxtune.device import worker_rank
@@ -205,6 +206,8 @@ def chat(model: str, prompt: str | None, max_tokens: int) -> None:
 
 
 cli.add_command(data)
+cli.add_command(doctor)
+cli.add_command(completion)
 cli.add_command(convert)
 cli.add_command(export)
 
