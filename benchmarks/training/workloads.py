@@ -100,10 +100,16 @@ def chats(pairs: list[tuple[str, str]], tokenizer: Any) -> list[Row]:
 
 def long_texts(pairs: list[tuple[str, str]], tokenizer: Any) -> list[Row]:
     """Running text in rows of 1,024 tokens."""
+    return texts(pairs, tokenizer, 1024, 24)
+
+
+def texts(pairs: list[tuple[str, str]], tokenizer: Any, length: int, count: int) -> list[Row]:
+    """Running text in `count` rows of `length` tokens."""
     text = "\n".join(f"{prompt}\n    {command}" for prompt, command in islice(cycle(pairs), 4000))
     ids = tokenizer.encode(text, add_special_tokens=False)
     # Cut a little short: a cut made at a token may tokenize into one or two more.
-    rows = [tokenizer.decode(ids[at : at + 1020]) for at in range(0, 24 * 1020, 1020)]
+    size = length - 4
+    rows = [tokenizer.decode(ids[at : at + size]) for at in range(0, count * size, size)]
     return [{"text": row} for row in rows]
 
 
