@@ -16,6 +16,7 @@ from helpers import distance, tiny
 
 from mlxtune.errors import ModelError, OutputExists
 from mlxtune.export.convert import convert, convert_to_folder
+from mlxtune.gguf.mixing import FILE_TYPES
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.models.folder import folder_tensors
 from mlxtune.models.load import load_model, load_tokenizer, model_config
@@ -141,6 +142,15 @@ def test_a_real_model_through_types_that_mlx_holds_and_those_it_does_not(tmp_pat
         got = load_model(resolve_model(str(path))).model(ids)
         off = (mx.linalg.norm(got - want) / mx.linalg.norm(want)).item()
         assert off < {"q8_0": 0.05, "q5_k_m": 0.15, "q3_k_m": 0.3}[file_type], file_type
+
+
+@pytest.mark.parametrize("file_type", FILE_TYPES)
+def test_every_type_is_written_and_found_right_when_read_back(folder, tmp_path, file_type):
+    made = convert(str(folder), tmp_path / "m.gguf", file_type=file_type)
+    assert made.verified.readback.tensors == 20
+    assert made.verified.llamacpp.places > 20
+    whole = file_type in ("f32", "f16", "bf16")
+    assert (made.verified.readback.worst_error < 0.004) == whole
 
 
 def test_what_is_there_is_not_replaced_unasked_and_nothing_half_written_stays(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import gguf.quants
 import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType as Type
@@ -152,6 +153,9 @@ def encode(
     if type_ == Type.F16:
         with np.errstate(over="ignore"):
             return values.astype(np.float16)
+    if type_ == Type.BF16:
+        packed: npt.NDArray[np.uint8] = gguf.quants.quantize(values, type_)
+        return packed
     if values.ndim == 3 and importance is not None:
         each = zip(
             values, np.broadcast_to(importance, (len(values), values.shape[-1])), strict=True
