@@ -197,7 +197,7 @@ def adamw_uncorrected(weight, gradients):
         ("lion", {"beta1": 0.3}, lion_with(0.3, 0.99)),
         ("lion", {"beta2": 0.5}, lion_with(0.9, 0.5)),
     ],
-    ids=str,
+    ids=lambda value: "" if callable(value) else str(value),
 )
 def test_betas_and_epsilon_are_those_that_are_given(name, options, want):
     generator = np.random.default_rng(0)
