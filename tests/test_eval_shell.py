@@ -70,6 +70,7 @@ def test_the_same_command_in_other_words(a, b):
         ("rm ~/x", "rm '~/x'", True, True),
         ("ls > a", "ls >> a", True, True),
         ("ls > a", "ls > b", True, True),
+        ("ls -l; ls -l", "ls -l; ls", True, False),
         ("ls -- -l", "ls -l", True, False),
         ("head -n 5 f", "head -n 6 f", True, False),
         ("head -n 5 f", "head -c 5 f", True, False),
@@ -101,7 +102,9 @@ def test_scores_by_hand():
     assert compared("ls | wc", "ls")[2] == pytest.approx(2 * 1 / (3 + 1))
 
 
-@pytest.mark.parametrize("text", ["", "  ", "# comment", "ls |", "case x in a) ls;; esac", "'"])
+@pytest.mark.parametrize(
+    "text", ["", "  ", "# comment", "ls |", "case x in a) ls;; esac", "'", "é' ${ ' é"]
+)
 def test_what_bashlex_cannot_read_is_none(text):
     assert read_command(text) is None
 

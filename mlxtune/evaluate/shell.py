@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
+from types import FrameType
 from typing import Any
 
 from mlxtune.errors import MlxtuneError
@@ -28,6 +31,8 @@ SHELLS = ("bash", "dash")
 # Nobody asks for a longer command, and a parser in Python would take its time over it.
 MAX_LENGTH = 4000
 _SECONDS = 5.0
+# Of Python, in reading one command: a hundred times what a long one takes.
+_LINES = 1_000_000
 # Without a start-up file, and whatever the caller's environment holds.
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
 
@@ -125,9 +130,7 @@ class Script:
 
     def flags(self) -> Counter[Fact]:
         """Flags of all programs."""
-        return Counter(
-            {(c.program, *flag): n for c in self.commands for flag, n in c.flags.items()}
-        )
+        return Counter((c.program, *flag) for c in self.commands for flag in c.flags.elements())
 
     def facts(self) -> Counter[Fact]:
         """Everything that makes it another command if it were otherwise."""
@@ -218,13 +221,14 @@ def read_command(text: str) -> Script | None:
     if not text or len(text) > MAX_LENGTH:
         return None
     try:
-        trees = bashlex.parse(text)
+        with _at_most(_LINES):
+            trees = bashlex.parse(text)
         reader = _Reader(text)
         for number, tree in enumerate(trees):
             if number:
                 reader.connectors.append(";")
             reader.node(tree)
-    except Exception:
+    except (Exception, _TooLong):
         # It raises whatever comes: AttributeError for a comment, NotImplementedError, …
         return None
     return Script(tuple(reader.commands), tuple(reader.connectors))
@@ -251,6 +255,36 @@ def command_score(answer: Script, expected: Script) -> float:
     ours, theirs = answer.facts(), expected.facts()
     total = ours.total() + theirs.total()
     return 2 * (ours & theirs).total() / total if total else 1.0
+
+
+class _TooLong(BaseException):
+    """A parser runs in circles; no `except Exception` on the way keeps it there."""
+
+
+@contextmanager
+def _at_most(lines: int) -> Iterator[None]:
+    """Let a block run so many lines of Python.
+
+    bashlex 0.18 never ends on `é' ${ '`. A count tells the same on every machine, as a
+    time would not, and works in every thread, as a signal would not.
+
+    Raises:
+        _TooLong: it would run more.
+    """
+
+    def trace(_frame: FrameType, _event: str, _argument: Any) -> Any:
+        nonlocal lines
+        lines -= 1
+        if lines < 0:
+            raise _TooLong
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 class _Reader:
