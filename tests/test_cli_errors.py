@@ -227,7 +227,7 @@ def test_a_run_is_not_replaced_by_what_is_made_of_it(fails, world):
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        (["eval", "model"], "model: there is no run in this folder"),
+        (["eval", "model"], "model: a model alone has no held-out records"),
         (["export", "model"], "model: there is no run in this folder"),
         (
             ["export", "model", "--adapter-only", "--to=peft"],

@@ -17,8 +17,9 @@ import click
 import mlxtune
 from mlxtune.cli.data import data
 from mlxtune.cli.doctor import completion, doctor
+from mlxtune.cli.evaluate import evaluate
 from mlxtune.cli.export import convert, export
-from mlxtune.cli.shared import DTYPE, PATH, SET, prepare
+from mlxtune.cli.shared import ADAPTER, DTYPE, PATH, SET, prepare
 from mlxtune.device import worker_rank
 from mlxtune.errors import MlxtuneError, RecipeError, WorkerFailed
 
@@ -26,12 +27,6 @@ if TYPE_CHECKING:
     from mlxtune.train.distributed import Workers
 
 USER_ERROR, INTERRUPTED = 1, 130
-ADAPTER = click.option(
-    "--adapter",
-    type=PATH,
-    help="Use this instead of the run's own: another run, or an adapter's folder as mlxtune, "
-    "mlx-lm or PEFT writes it.",
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -111,50 +106,6 @@ def lora(
     click.echo(f"next: mlxtune eval {folder}   mlxtune export {folder}")
 
 
-@cli.command(name="eval")
-@click.argument("run", type=PATH)
-@ADAPTER
-@click.option("--data", type=PATH, help="Records to use instead of the held-out ones.")
-@click.option("--limit", type=click.IntRange(1), help="Use the first N records.")
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(1),
-    help="Cut answers off there.  [default: beyond the longest expected one]",
-)
-@click.option("--samples", type=click.IntRange(0), default=8, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print figures and answers as JSON.")
-def evaluate(
-    run: Path,
-    adapter: Path | None,
-    data: Path | None,
-    limit: int | None,
-    max_tokens: int | None,
-    samples: int,
-    as_json: bool,
-) -> None:
-    """Held-out loss and exact match of a run, base against tuned."""
-    prepare()
-    import json
-    from dataclasses import asdict
-
-    from mlxtune.cli.display import show_comparison, status_line
-    from mlxtune.evaluate.compare import compare_run
-
-    with status_line("loading") as progress:
-        result = compare_run(
-            run,
-            adapter=adapter,
-            data=data,
-            limit=limit,
-            max_tokens=max_tokens,
-            progress=progress,
-        )
-    if as_json:
-        click.echo(json.dumps(asdict(result), indent=2))
-    else:
-        show_comparison(result, samples=samples)
-
-
 @cli.command()
 @click.argument("run", type=PATH)
 @click.option("-o", "--output", type=PATH, required=True, help="Folder to write.")
@@ -208,6 +159,7 @@ def chat(model: str, prompt: str | None, max_tokens: int) -> None:
 cli.add_command(data)
 cli.add_command(doctor)
 cli.add_command(completion)
+cli.add_command(evaluate)
 cli.add_command(convert)
 cli.add_command(export)
 

@@ -21,7 +21,6 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from mlxtune.evaluate.compare import Comparison
 from mlxtune.train.metrics import Outline, Report
 
 # Seconds of silence before one is told that something is being done.
@@ -202,42 +201,6 @@ def transfer_bar() -> Iterator[Callable[[str, int, int], None]]:
         yield show
 
 
-def show_comparison(result: Comparison, *, samples: int) -> None:
-    """Scores side by side, by category, and some answers."""
-    console = Console()
-    scores = Table(title=f"{result.records} held-out records")
-    for column in ("", "base", "tuned"):
-        scores.add_column(column, justify="right" if column else "left")
-    base, tuned = result.base, result.tuned
-    scores.add_row("held-out loss", f"{base.held_out_loss:.4f}", f"{tuned.held_out_loss:.4f}")
-    if base.exact_match is not None and tuned.exact_match is not None:
-        scores.add_row("exact match", f"{base.exact_match:.1%}", f"{tuned.exact_match:.1%}")
-    console.print(scores)
-    categories = result.by_category()
-    if len(categories) > 1:
-        table = Table(title="exact match by category")
-        for column in ("category", "records", "base", "tuned"):
-            table.add_column(column, justify="left" if column == "category" else "right")
-        for name, (count, before, after) in categories.items():
-            table.add_row(name, str(count), f"{before:.0%}", f"{after:.0%}")
-        console.print(table)
-    if samples and result.answers:
-        # Spread over the records, so that not all are of one category.
-        every = max(1, len(result.answers) // samples)
-        table = Table(title="samples", show_lines=True)
-        for column in ("prompt", "expected", "base", "tuned"):
-            table.add_column(column, overflow="fold")
-        for answer in result.answers[::every][:samples]:
-            style = "green" if answer.tuned == answer.expected else ""
-            table.add_row(
-                Text(answer.prompt),
-                Text(answer.expected),
-                Text(_short(answer.base)),
-                Text(_short(answer.tuned), style=style),
-            )
-        console.print(table)
-
-
 def _describe(outline: Outline) -> list[str]:
     share = outline.trainable / outline.parameters
     held_out = f", {outline.held_out} held out" if outline.held_out else ""
@@ -269,7 +232,3 @@ def _time_left(outline: Outline, step: int, elapsed: float) -> str:
 
 def _gigabytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB"
-
-
-def _short(text: str, limit: int = 160) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -12,6 +12,12 @@ from mlxtune.device import run_with_blas
 
 DTYPE = click.Choice(["float32", "float16", "bfloat16"])
 PATH = click.Path(path_type=Path)
+ADAPTER = click.option(
+    "--adapter",
+    type=PATH,
+    help="Use this instead of the run's own: another run, or an adapter's folder as mlxtune, "
+    "mlx-lm or PEFT writes it.",
+)
 SET = click.option(
     "--set",
     "overrides",

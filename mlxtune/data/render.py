@@ -131,9 +131,9 @@ class Renderer:
         """Token ids of rendered text; the template has put all special tokens in it."""
         return list(self._core.encode(text, add_special_tokens=False).ids)
 
-    def decode(self, tokens: Iterable[int]) -> str:
-        """The text of tokens, special ones included."""
-        return str(self._core.decode([int(t) for t in tokens], skip_special_tokens=False))
+    def decode(self, tokens: Iterable[int], *, special: bool = True) -> str:
+        """The text of tokens; with `special` that of special ones too."""
+        return str(self._core.decode([int(t) for t in tokens], skip_special_tokens=not special))
 
     def samples(
         self, conversation: Conversation, record: int = 0, masking: Masking | None = None

@@ -1,169 +1,351 @@
-"""Base against tuned, on the same held-out records."""
+"""Models side by side, on the same records: base, tuned, and whatever was made of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
 
 from mlxtune.adapters.store import fitted, put_adapter, read_adapter
 from mlxtune.data.records import Conversation
 from mlxtune.data.render import Renderer
-from mlxtune.errors import DataError, ModelError
-from mlxtune.evaluate.answers import answers
+from mlxtune.errors import DataError
+from mlxtune.evaluate.bootstrap import Interval, mean_interval, paired_difference
+from mlxtune.evaluate.judge import Judge
+from mlxtune.evaluate.measure import Measured, Records, measure, read_records
+from mlxtune.evaluate.sandbox import sandbox
+from mlxtune.evaluate.scores import Scorer, Scores
+from mlxtune.evaluate.suite import Suite
+from mlxtune.evaluate.text import perplexity
 from mlxtune.layers.inject import fuse_lora
-from mlxtune.models.packed import enable_packs
-from mlxtune.recipe.schema import EvalSection
-from mlxtune.train.corpus import conversations_of, read_held_out
-from mlxtune.train.heldout import held_out_loss
-from mlxtune.train.model import layout_for, load_base
-from mlxtune.train.run import Run, adapter_folder
+from mlxtune.models.load import LoadedModel
+from mlxtune.models.resolve import resolve_model
+from mlxtune.recipe.schema import DataSource, ModelSection, Recipe, TrainSection
+from mlxtune.train.model import load_base
+from mlxtune.train.run import STATUS, Run, adapter_folder
+from mlxtune.train.session import open_run
+
+BASE, TUNED = "base", "tuned"
+# A model alone has no recipe that limits its records.
+_NO_LIMIT = 1 << 20
+
+
+DEFAULT_SUITE = Suite(name="heldout")
 
 
 @dataclass(frozen=True)
-class Scores:
+class Options:
+    """How to evaluate.
+
+    Attributes:
+        suite: what is measured.
+        data: a file of records instead of the suite's or the recipe's.
+        limit: use the first so many records.
+        max_tokens: cut answers off there, whatever the suite says.
+        others: name to model, evaluated too: a folder, a file, a run, a hub id.
+        execute: run answers in a sandbox and compare what they print.
+        progress: is told what is being done.
+    """
+
+    suite: Suite = DEFAULT_SUITE
+    data: Path | None = None
+    limit: int | None = None
+    max_tokens: int | None = None
+    others: Mapping[str, str] | None = None
+    execute: bool = False
+    progress: Callable[[str], None] = lambda _stage: None
+
+    def sources(self) -> list[DataSource]:
+        """The records named; none to take those that the recipe holds out."""
+        if self.data is not None:
+            return [DataSource(path=str(self.data))]
+        return [section.source() for section in self.suite.data]
+
+
+@dataclass(frozen=True)
+class Figures:
     """One model's figures.
 
     Attributes:
         held_out_loss: nats a supervised token.
-        exact_match: share of answers equal to the expected one, white space around
-            both removed; None where nothing was asked.
+        perplexity: exp of it.
+        bits_per_byte: the loss over the bytes of the supervised text, end of turn counted
+            in the loss: comparable between tokenizers.
+        tokens: supervised tokens.
+        general_loss: nats a token of the suite's plain text.
+        metrics: mean of each metric with its confidence interval.
+        gains: difference of each metric from the first model's, record by record.
     """
 
     held_out_loss: float
-    exact_match: float | None
+    perplexity: float
+    bits_per_byte: float | None
+    tokens: int
+    general_loss: float | None
+    metrics: dict[str, Interval | None]
+    gains: dict[str, Interval | None]
+
+    @property
+    def exact_match(self) -> float | None:
+        """Share of answers equal to the expected one, white space around both removed."""
+        interval = self.metrics.get("exact")
+        return interval.mean if interval is not None else None
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One record and what both models said."""
+    """One record, what each model said, and what that is worth."""
 
     prompt: str
     expected: str
-    base: str
-    tuned: str
     category: str
+    said: dict[str, str]
+    scores: dict[str, Scores]
+
+    @property
+    def base(self) -> str:
+        """The base model's answer."""
+        return self.said[BASE]
+
+    @property
+    def tuned(self) -> str:
+        """The tuned model's answer."""
+        return self.said[TUNED]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Base against tuned."""
+    """Models side by side.
 
-    run: str
+    Attributes:
+        subject: the run or model that was named.
+        suite: name of the suite.
+        records: how many.
+        figures: of each model; the first is what others are compared with.
+        answers: of records that ask for one.
+        notes: what could not be measured.
+        judge: what the judge did and cost; None without one.
+    """
+
+    subject: str
+    suite: str
     records: int
-    base: Scores
-    tuned: Scores
+    figures: dict[str, Figures]
     answers: tuple[Answered, ...]
+    notes: tuple[str, ...] = ()
+    judge: dict[str, Any] | None = None
 
-    def by_category(self) -> dict[str, tuple[int, float, float]]:
-        """Category to (records, exact match of base, of tuned)."""
+    @property
+    def base(self) -> Figures:
+        """The base model's figures."""
+        return self.figures[BASE]
+
+    @property
+    def tuned(self) -> Figures:
+        """The tuned model's figures."""
+        return self.figures[TUNED]
+
+    def by_category(self, metric: str = "exact") -> dict[str, tuple[float | int | None, ...]]:
+        """Category to the number of records and each model's mean of a metric."""
         groups: dict[str, list[Answered]] = {}
         for answer in self.answers:
             groups.setdefault(answer.category, []).append(answer)
         return {
-            category: (
-                len(group),
-                _share([a.base == a.expected for a in group]),
-                _share([a.tuned == a.expected for a in group]),
-            )
+            category: (len(group), *(_mean(group, name, metric) for name in self.figures))
             for category, group in sorted(groups.items())
         }
 
 
 def compare_run(
-    path: Path,
-    *,
-    adapter: Path | None = None,
-    data: Path | None = None,
-    limit: int | None = None,
-    max_tokens: int | None = None,
-    progress: Callable[[str], None] = lambda _stage: None,
+    path: Path, *, adapter: Path | None = None, options: Options | None = None, **how: Any
 ) -> Comparison:
-    """Evaluate a run's base model and its adapter on held-out records.
+    """Evaluate a run's base model, its adapter, and other models on held-out records.
 
     Args:
         path: the run.
         adapter: another run, or an adapter's folder, to use instead of the run's own.
-        data: records to use instead of the recipe's held-out ones.
-        limit: use the first so many.
-        max_tokens: answers are cut off there; by default a little beyond the longest
-            expected one, since a longer answer is wrong however it ends.
-        progress: is told what is being done.
+        options: how.
+        how: fields of `Options`, to change them.
 
     Raises:
         RunError: there is no finished run, or the adapter does not fit its model.
         DataError: there are no held-out records.
+        ModelError: another model cannot be found or loaded.
+        MlxtuneError: a metric needs what is not installed.
     """
+    options = replace(options or Options(), **how)
     run = Run.open(path)
     saved = read_adapter(adapter_folder(adapter) if adapter else run.finished_adapter())
     recipe = run.recipe()
-    if data is not None:  # as if the recipe named it
-        section = EvalSection(path=str(data))
-        recipe = recipe.model_copy(update={"eval": section})
-    model = load_base(recipe.model, for_inference=True)
-    saved = fitted(saved, model.model)  # before minutes are spent on the base
-    renderer = Renderer(model.tokenizer)
-    samples = read_held_out(recipe, renderer)
-    if not samples:
+
+    def models() -> Iterator[tuple[str, LoadedModel]]:
+        model = load_base(recipe.model, for_inference=True)
+        fitting = fitted(saved, model.model)  # before minutes are spent on the base
+        yield BASE, model
+        put_adapter(fitting, model.model)
+        model.model.eval()
+        if model.dtype == "float32":
+            # Nothing is lost, and an answer is a third faster without the adapters' products.
+            fuse_lora(model.model)
+        yield TUNED, model
+
+    return _compare(str(path), recipe, models, options)
+
+
+def compare_models(name: str, *, options: Options | None = None, **how: Any) -> Comparison:
+    """Evaluate a model alone, or beside others, on records that the options name.
+
+    Args:
+        name: a folder, a `.gguf` file, a hub id, …: what a recipe's `model.path` takes.
+        options: how.
+        how: fields of `Options`, to change them.
+
+    Raises:
+        DataError, ModelError, MlxtuneError: as `compare_run`.
+    """
+    options = replace(options or Options(), **how)
+    resolve_model(name)
+    sources = options.sources()
+    if not sources:
         raise DataError(
-            "the recipe holds no records out",
-            where=str(path),
-            remedy="name a file of records with --data",
+            "a model alone has no held-out records",
+            where=name,
+            remedy="name a file of records with --data, or a suite that has some with --suite",
         )
-    held_out = conversations_of(recipe, samples)
-    if limit is not None and limit < len(held_out):
-        # A record may be of several samples.
-        last = sorted({sample.record for sample in samples})[limit - 1]
-        samples = [sample for sample in samples if sample.record <= last]
-        held_out = held_out[:limit]
-    # Plain text has no answer: its loss is all there is to measure.
-    chats = [c for c in held_out if c.turns]
-    prompts = [renderer.prompt(conversation) for conversation in chats]
-    if max_tokens is None:
-        max_tokens = 8 + max((len(renderer.encode(c.answer())) for c in chats), default=0)
-    packing = False
-    with suppress(ModelError):
-        enable_packs(model.model)
-        packing = True
+    recipe = Recipe(
+        name="eval",
+        model=ModelSection(path=name),
+        data=tuple(sources),
+        train=TrainSection(max_seq_length=_NO_LIMIT),
+    )
 
-    def score(name: str) -> tuple[Scores, list[str]]:
-        progress(f"{name}: held-out loss")
-        loss = held_out_loss(model.model, samples, batch_size=16, layout=layout_for(packing))
-        progress(f"{name}: {len(prompts)} answers")
-        if not chats:
-            return Scores(loss, None), []
-        said = answers(model.model, model.tokenizer, prompts, max_tokens=max_tokens)
-        expected = [c.answer().strip() for c in chats]
-        right = _share([a == b for a, b in zip(said, expected, strict=True)])
-        return Scores(loss, right), said
+    def models() -> Iterator[tuple[str, LoadedModel]]:
+        yield "model", load_base(recipe.model, for_inference=True)
 
-    base, base_said = score("base")
-    put_adapter(saved, model.model)
-    model.model.eval()
-    if model.dtype == "float32":
-        # Nothing is lost, and an answer is a third faster without the adapters' products.
-        fuse_lora(model.model)
-    tuned, tuned_said = score("tuned")
+    return _compare(name, recipe, models, options)
+
+
+Models = Callable[[], Iterator[tuple[str, LoadedModel]]]
+
+
+def _compare(subject: str, recipe: Recipe, models: Models, options: Options) -> Comparison:
+    suite, others = options.suite, options.others or {}
+    for model in others.values():
+        _require_model(model)  # before minutes are spent on the first
+    with sandbox() if options.execute else nullcontext() as box:
+        scorer = Scorer(suite, box)
+        measured: dict[str, Measured] = {}
+        records: Records | None = None
+        for name, loaded in _all_models(models, others):
+            renderer = Renderer(loaded.tokenizer)
+            try:
+                records = read_records(recipe, options.sources(), renderer).first(options.limit)
+            except DataError as error:
+                if error.where != "eval":
+                    raise
+                raise DataError(error.what, where=subject, remedy=error.remedy) from None
+            measured[name] = measure(
+                loaded,
+                renderer,
+                records,
+                max_tokens=options.max_tokens or suite.max_tokens,
+                general_text=Path(suite.general_text) if suite.general_text else None,
+                progress=partial(_tell, options.progress, name),
+            )
+            del loaded  # two models at once may not fit
+            mx.clear_cache()
+        assert records is not None
+        chats = [c for c in records.conversations if c.turns]
+        answered = [
+            _answered(c, {name: m.answers[i] for name, m in measured.items()}, scorer)
+            for i, c in enumerate(chats)
+        ]
+    notes = scorer.notes([answer.expected for answer in answered])
+    report = None
+    if suite.judge is not None:
+        judge = Judge(suite.judge)
+        options.progress(f"judge: {suite.judge.model}")
+        for answer in answered:
+            for name, said in answer.said.items():
+                grade = judge.grade(answer.prompt, answer.expected, said)
+                answer.scores[name]["judge"] = grade
+        report = judge.report()
+        notes += judge.notes()
     return Comparison(
-        run=str(path),
-        records=len(held_out),
-        base=base,
-        tuned=tuned,
-        answers=tuple(map(_answered, chats, base_said, tuned_said)),
+        subject=subject,
+        suite=suite.name,
+        records=len(records.conversations),
+        figures=_figures(measured, answered),
+        answers=tuple(answered),
+        notes=tuple(notes),
+        judge=report,
     )
 
 
-def _answered(conversation: Conversation, base: str, tuned: str) -> Answered:
+def _tell(progress: Callable[[str], None], name: str, stage: str) -> None:
+    progress(f"{name}: {stage}")
+
+
+def _all_models(models: Models, others: Mapping[str, str]) -> Iterator[tuple[str, LoadedModel]]:
+    """One after the other, so that one is in memory at a time."""
+    yield from models()
+    for name, model in others.items():
+        if (Path(model).expanduser() / STATUS).is_file():
+            yield name, open_run(Path(model).expanduser())[1]
+        else:
+            yield name, load_base(ModelSection(path=model), for_inference=True)
+
+
+def _require_model(name: str) -> None:
+    path = Path(name).expanduser()
+    if (path / STATUS).is_file():
+        Run(path).finished_adapter()
+    else:
+        resolve_model(name)
+
+
+def _answered(conversation: Conversation, said: dict[str, str], scorer: Scorer) -> Answered:
     asked = [turn.content for turn in conversation.prompt_turns() if turn.role == "user"]
+    expected = conversation.answer().strip()
     return Answered(
         prompt=asked[-1] if asked else "",
-        expected=conversation.answer().strip(),
-        base=base,
-        tuned=tuned,
+        expected=expected,
         category=str(conversation.tags.get("category", "")),
+        said=said,
+        scores={name: scorer.score(answer, expected) for name, answer in said.items()},
     )
 
 
-def _share(hits: Sequence[bool]) -> float:
-    return sum(hits) / len(hits)
+def _figures(measured: Mapping[str, Measured], answered: Sequence[Answered]) -> dict[str, Figures]:
+    first = next(iter(measured))
+    names = list(answered[0].scores[first]) if answered else []
+
+    def values(model: str, metric: str) -> list[float | None]:
+        return [answer.scores[model][metric] for answer in answered]
+
+    figures = {}
+    for name, m in measured.items():
+        scores = {metric: values(name, metric) for metric in names}
+        kept = {k: [v for v in some if v is not None] for k, some in scores.items()}
+        gains = {k: paired_difference(values(first, k), scores[k]) for k in names}
+        figures[name] = Figures(
+            held_out_loss=m.loss,
+            perplexity=perplexity(m.loss),
+            bits_per_byte=m.bits_per_byte,
+            tokens=m.tokens,
+            general_loss=m.general_loss,
+            metrics={k: mean_interval(v) for k, v in kept.items()},
+            gains={} if name == first else gains,
+        )
+    return figures
+
+
+def _mean(group: Sequence[Answered], model: str, metric: str) -> float | None:
+    values = [answer.scores[model].get(metric) for answer in group]
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -7,12 +7,14 @@ import tomllib
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from mlxtune.errors import MlxtuneError, RecipeError
 from mlxtune.recipe.schema import PrepSection, Recipe
+
+Table = TypeVar("Table", bound=BaseModel)
 
 # What other trainers call these keys: Hugging Face Trainer and PEFT, Axolotl,
 # LLaMA-Factory, Unsloth, torchtune, mlx-lm.
@@ -119,24 +121,34 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: with all that is wrong in `problems`.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise RecipeError(
-            "there is no such recipe",
-            where=str(path),
-            remedy="`mlxtune init` writes one",
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the recipe cannot be read: {error}", where=str(path)) from None
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"this is not valid TOML: {error}", where=str(path)) from None
+    values = read_toml(path, "recipe", remedy="`mlxtune init` writes one")
     values.setdefault("name", path.stem)
     for override in overrides:
         _override(values, override)
     return parse_recipe(values, where=str(path))
+
+
+def read_toml(path: Path, kind: str, *, remedy: str) -> dict[str, Any]:
+    """The values of a TOML file.
+
+    Args:
+        path: the file.
+        kind: what it is, for messages.
+        remedy: what to do where it does not exist.
+
+    Raises:
+        RecipeError: it is missing, cannot be read or is no TOML.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise RecipeError(f"there is no such {kind}", where=str(path), remedy=remedy) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the {kind} cannot be read: {error}", where=str(path)) from None
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"this is not valid TOML: {error}", where=str(path)) from None
 
 
 def load_prep(
@@ -169,12 +181,28 @@ def parse_recipe(values: dict[str, Any], *, where: str) -> Recipe:
     Raises:
         RecipeError: with all that is wrong in `problems`.
     """
+    return validated(Recipe, values, "recipe", where=where)
+
+
+def validated(schema: type[Table], values: dict[str, Any], kind: str, *, where: str) -> Table:
+    """Values checked against a schema; all that is wrong is told together.
+
+    Args:
+        schema: of the whole file.
+        values: decoded.
+        kind: what the file is, for messages.
+        where: the file.
+
+    Raises:
+        RecipeError: with all that is wrong in `problems`.
+    """
     try:
-        return Recipe.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
-        problems = tuple(map(_problem, _causes(error.errors(include_url=False))))
+        details = _causes(error.errors(include_url=False))
+        problems = tuple(_problem(detail, schema) for detail in details)
     count = "one thing is" if len(problems) == 1 else f"{len(problems)} things are"
-    raise RecipeError(f"{count} wrong in this recipe", where=where, problems=problems)
+    raise RecipeError(f"{count} wrong in this {kind}", where=where, problems=problems)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -252,14 +280,14 @@ _IN_TOML_WORDS = {
 }
 
 
-def _problem(detail: Any) -> MlxtuneError:
+def _problem(detail: Any, schema: type[BaseModel]) -> MlxtuneError:
     """One pydantic error as one of ours."""
     location: tuple[str | int, ...] = detail["loc"]
     where = ""
     for part in location:
         where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else part
     if detail["type"] == "extra_forbidden":
-        return MlxtuneError("unknown key", where=where, remedy=_suggest(location))
+        return MlxtuneError("unknown key", where=where, remedy=_suggest(location, schema))
     if detail["type"] == "missing":
         return MlxtuneError("is missing", where=where)
     if location == ("data",) and isinstance(detail["input"], dict):
@@ -274,34 +302,34 @@ def _problem(detail: Any) -> MlxtuneError:
     )
 
 
-def _suggest(location: tuple[str | int, ...]) -> str:
+def _suggest(location: tuple[str | int, ...], schema: type[BaseModel]) -> str:
     *path, key = location
     name = str(key)
-    if name in FOREIGN_NAMES:
+    if schema is Recipe and name in FOREIGN_NAMES:
         return f"here it is called {FOREIGN_NAMES[name]}"
-    section = _section_at(path)
-    keys = list(section.model_fields)
+    keys = list(_section_at(path, schema).model_fields)
     if close := get_close_matches(name, keys, n=1, cutoff=0.6):
         return f"did you mean {close[0]}?"
+    tables = {table: _section_at([table], schema) for table in schema.model_fields}
     elsewhere = [
         f"{table}.{name}"
-        for table in Recipe.model_fields
-        if name in _section_at([table]).model_fields and _section_at([table]) is not Recipe
+        for table, section in tables.items()
+        if section is not schema and name in section.model_fields
     ]
     if elsewhere:
         return f"it belongs to another table: {elsewhere[0]}"
     return f"keys here: {', '.join(keys)}"
 
 
-def _section_at(path: list[str | int]) -> type[BaseModel]:
-    """The schema of the table at a path; the recipe itself for anything else."""
-    section: type[BaseModel] = Recipe
+def _section_at(path: list[str | int], schema: type[BaseModel]) -> type[BaseModel]:
+    """The schema of the table at a path; that of the whole file for anything else."""
+    section = schema
     for part in path:
         if isinstance(part, int):
             continue
         field = section.model_fields.get(part)
         inner = _models_in(field.annotation) if field else []
-        section = inner[0] if inner else Recipe
+        section = inner[0] if inner else schema
     return section
 
 

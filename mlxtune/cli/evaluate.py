@@ -1,0 +1,164 @@
+"""`mlxtune eval`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlxtune.cli.shared import ADAPTER, PATH, prepare
+
+if TYPE_CHECKING:
+    from mlxtune.evaluate.compare import Comparison, Options
+
+
+@click.command(name="eval")
+@click.argument("model", metavar="RUN|MODEL")
+@ADAPTER
+@click.option("--suite", type=PATH, help="A file that says what is measured, and on what.")
+@click.option("--data", type=PATH, help="Records to use instead of the held-out ones.")
+@click.option(
+    "--with",
+    "others",
+    multiple=True,
+    metavar="NAME=MODEL",
+    help="Evaluate this too: a fused folder, a .gguf file, another run.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Use the first N records.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    help="Cut answers off there.  [default: beyond the longest expected one]",
+)
+@click.option(
+    "--execute",
+    is_flag=True,
+    help="Run commands that only read, in a sandbox (bubblewrap), and compare what they print.",
+)
+@click.option("--tasks", help="Tasks of lm-eval instead, such as arc_easy,hellaswag.")
+@click.option("--task-path", type=PATH, help="A folder of task files of your own, for --tasks.")
+@click.option("--samples", type=click.IntRange(0), default=8, show_default=True)
+@click.option(
+    "-o", "--output", type=PATH, help="Folder of figures and answers.  [default: RUN/eval]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print figures and answers as JSON.")
+def evaluate(
+    model: str,
+    adapter: Path | None,
+    suite: Path | None,
+    data: Path | None,
+    others: tuple[str, ...],
+    limit: int | None,
+    max_tokens: int | None,
+    execute: bool,
+    tasks: str | None,
+    task_path: Path | None,
+    samples: int,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure a run, base against tuned, or a model alone."""
+    named = _named(others)
+    if tasks is not None:
+        if suite or data or others or max_tokens or execute:
+            raise click.UsageError("--tasks goes with --adapter, --task-path, --limit and --output")
+        prepare()
+        _tasks(model, adapter, tasks, task_path, limit, output, as_json)
+        return
+    if task_path is not None:
+        raise click.UsageError("--task-path goes with --tasks")
+    prepare()
+    from mlxtune.cli.display import status_line
+    from mlxtune.evaluate.compare import DEFAULT_SUITE, Options
+    from mlxtune.evaluate.suite import load_suite
+
+    with status_line("loading") as progress:
+        options = Options(
+            suite=load_suite(suite) if suite is not None else DEFAULT_SUITE,
+            data=data,
+            limit=limit,
+            max_tokens=max_tokens,
+            others=named,
+            execute=execute,
+            progress=progress,
+        )
+        result = _compared(model, adapter, options)
+    from mlxtune.evaluate.results import as_json as json_of
+    from mlxtune.evaluate.results import write_results
+
+    if as_json:
+        click.echo(json.dumps(json_of(result), indent=2))
+    else:
+        from mlxtune.cli.tables import show_comparison
+
+        show_comparison(result, samples=samples)
+    folder = output or (Path(model) / "eval" if _is_run(model) else None)
+    if folder is not None:
+        figures, answers = write_results(result, folder)
+        click.echo(f"{figures}, {answers.name}", err=as_json)
+
+
+def _named(others: tuple[str, ...]) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for other in others:
+        name, _, path = other.partition("=")
+        if not name or not path:
+            raise click.UsageError(f"--with {other}: write NAME=MODEL, such as gguf=model.gguf")
+        if name in (*named, "base", "tuned", "model"):
+            raise click.UsageError(f"--with {other}: there is a {name} already")
+        named[name] = path
+    return named
+
+
+def _is_run(model: str) -> bool:
+    return (Path(model).expanduser() / "run.json").is_file()
+
+
+def _compared(model: str, adapter: Path | None, options: Options) -> Comparison:
+    """A run if it is one, or if nothing else can be meant."""
+    from mlxtune.evaluate.compare import compare_models, compare_run
+
+    path = Path(model).expanduser()
+    is_model = path.suffix == ".gguf" or (path / "config.json").is_file()
+    if _is_run(model) or adapter is not None or not (is_model or options.sources()):
+        return compare_run(path, adapter=adapter, options=options)
+    return compare_models(model, options=options)
+
+
+def _tasks(
+    model: str,
+    adapter: Path | None,
+    tasks: str,
+    task_path: Path | None,
+    limit: int | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    from mlxtune.cli.display import status_line
+    from mlxtune.evaluate.harness import run_tasks
+
+    with status_line("loading") as progress:
+        result: dict[str, Any] = run_tasks(
+            model,
+            tasks.split(","),
+            adapter=adapter,
+            task_path=task_path,
+            limit=limit,
+            progress=progress,
+        )
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        from mlxtune.cli.tables import show_tasks
+
+        show_tasks(result)
+    folder = output or (Path(model) / "eval" if _is_run(model) else None)
+    if folder is not None:
+        from mlxtune.files import atomic_files, write_json
+
+        path = folder / "lm-eval.json"
+        with atomic_files(path, overwrite=True) as temporary:
+            write_json(temporary / path.name, result)
+        click.echo(path, err=as_json)

@@ -1,0 +1,141 @@
+"""What an evaluation looks like in a terminal, 60 columns wide or more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mlxtune.evaluate.bootstrap import Interval
+from mlxtune.evaluate.compare import Comparison, Figures
+
+_NAMES = {
+    "exact": "exact match",
+    "f1": "token F1",
+    "edit": "edit similarity",
+    "bash": "parses (bash)",
+    "dash": "parses (dash)",
+    "programs": "same programs",
+    "flags": "same flags",
+    "shell": "shell score",
+    "output": "same output",
+}
+
+
+def show_comparison(result: Comparison, *, samples: int) -> None:
+    """Figures side by side, by category, and some answers."""
+    console = Console()
+    console.print(_figures(result))
+    first = next(iter(result.figures.values()))
+    if any(first.metrics.values()):
+        console.print("[dim]± half of a 95% interval, by bootstrap over records[/]")
+    for name, figures in list(result.figures.items())[1:]:
+        for line in _gain_lines(next(iter(result.figures)), name, figures):
+            console.print(line, highlight=False)
+    for note in result.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+    if result.judge is not None:
+        console.print(_judge_line(result.judge), highlight=False, markup=False)
+    categories = result.by_category()
+    if len(categories) > 1 and "exact" in first.metrics:
+        console.print(_categories(result))
+    if samples and result.answers:
+        console.print(_samples(result, samples))
+
+
+def show_tasks(result: dict[str, Any]) -> None:
+    """What lm-eval measured, a row a figure."""
+    table = Table(title=f"lm-eval {result['lm_eval']}")
+    for column in ("task", "metric", "value", "±"):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
+    for task, figures in result["results"].items():
+        for metric, value in figures.items():
+            name, _, kind = metric.partition(",")
+            if name.endswith("_stderr") or not isinstance(value, float):
+                continue
+            error = figures.get(f"{name}_stderr,{kind}")
+            spread = f"{error:.4f}" if isinstance(error, float) else ""
+            label = name if kind in ("none", "") else f"{name} ({kind})"
+            table.add_row(task, label, f"{value:.4f}", spread)
+    Console().print(table)
+
+
+def _figures(result: Comparison) -> Table:
+    table = Table(title=f"{result.records} held-out records")
+    for column in ("", *result.figures):
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
+    models = list(result.figures.values())
+
+    def row(label: str, form: Callable[[Figures], str]) -> None:
+        cells = [form(figures) for figures in models]
+        if any(cell != "–" for cell in cells):
+            table.add_row(label, *cells)
+
+    row("held-out loss", lambda f: f"{f.held_out_loss:.4f}")
+    row("perplexity", lambda f: f"{f.perplexity:.4g}")
+    row("bits per byte", lambda f: _number(f.bits_per_byte))
+    row("general text loss", lambda f: _number(f.general_loss))
+    for metric in models[0].metrics:
+        row(_NAMES.get(metric, metric), lambda f, m=metric: _share(f.metrics[m]))  # type: ignore[misc]
+    return table
+
+
+def _categories(result: Comparison) -> Table:
+    table = Table(title="exact match by category")
+    for column in ("category", "records", *result.figures):
+        table.add_column(column, justify="left" if column == "category" else "right")
+    for name, (count, *means) in result.by_category().items():
+        table.add_row(name, str(count), *("–" if m is None else f"{m:.0%}" for m in means))
+    return table
+
+
+def _samples(result: Comparison, samples: int) -> Table:
+    # Spread over the records, so that not all are of one category.
+    every = max(1, len(result.answers) // samples)
+    table = Table(title="samples", show_lines=True)
+    for column in ("prompt", "expected", *result.figures):
+        table.add_column(column, overflow="fold")
+    for answer in result.answers[::every][:samples]:
+        said = [
+            Text(_short(text), style="green" if text == answer.expected else "")
+            for text in answer.said.values()
+        ]
+        table.add_row(Text(answer.prompt), Text(answer.expected), *said)
+    return table
+
+
+def _gain_lines(first: str, name: str, figures: Figures) -> list[str]:
+    """What changed from the first model, where that is more than chance."""
+    gains = [
+        f"{_NAMES.get(metric, metric)} {gain.mean:+.1%} ({gain.low:+.1%} to {gain.high:+.1%})"
+        for metric, gain in figures.gains.items()
+        if gain is not None and (gain.low > 0 or gain.high < 0)
+    ]
+    return [f"{first} → {name}: {gain}" for gain in gains[:1]]
+
+
+def _judge_line(judge: dict[str, Any]) -> str:
+    cost = f", cost {judge['cost']:.4g}" if judge["cost"] else ""
+    return (
+        f"judge {judge['model']}: {judge['graded']} of {judge['answers']} answers graded, "
+        f"{judge['from_cache']} from the cache, {judge['prompt_tokens']} + "
+        f"{judge['completion_tokens']} tokens{cost}"
+    )
+
+
+def _share(interval: Interval | None) -> str:
+    if interval is None:
+        return "–"
+    half = (interval.high - interval.low) / 2
+    return f"{interval.mean:.1%} ±{half * 100:.0f}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _short(text: str, limit: int = 160) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,116 @@
+"""Tasks of EleutherAI's lm-evaluation-harness, through mlx-lm's own adapter to it.
+
+What a task asks and how it is scored is theirs; the model is loaded by us, so that a run,
+a GGUF or an adapter is measured as any other model is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mlxtune.errors import MlxtuneError, RunError
+from mlxtune.models.load import LoadedModel
+from mlxtune.recipe.schema import ModelSection
+from mlxtune.train.model import load_base
+from mlxtune.train.run import STATUS
+from mlxtune.train.session import open_run
+
+
+def run_tasks(
+    model: str,
+    tasks: Sequence[str],
+    *,
+    adapter: Path | None = None,
+    task_path: Path | None = None,
+    limit: int | None = None,
+    progress: Callable[[str], None] = lambda _stage: None,
+) -> dict[str, Any]:
+    """What lm-eval measures of a model.
+
+    Args:
+        model: a run, or what a recipe's `model.path` takes.
+        tasks: names of tasks or groups.
+        adapter: of a run, another adapter than its own.
+        task_path: a folder of task files beside lm-eval's own.
+        limit: the first so many documents of each task.
+        progress: is told what is being done.
+
+    Returns:
+        `lm_eval`: its version, and `results`: task to metric to figure, as lm-eval names
+        them.
+
+    Raises:
+        MlxtuneError: lm-eval is not installed, or has no such task.
+        RunError, ModelError: the model cannot be loaded.
+    """
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+        from mlx_lm.evaluate import MLXLM
+    except ImportError as error:
+        raise MlxtuneError(
+            f"tasks are run by another package: {error.name}",
+            where="--tasks",
+            remedy='pip install "mlxtune[lm-eval]"',
+        ) from None
+    if task_path is not None and not task_path.is_dir():
+        raise MlxtuneError("there is no such folder", where=f"--task-path {task_path}")
+    manager = _manager(TaskManager, tasks, task_path)
+    for task in tasks:
+        if not manager.match_tasks([task]):
+            raise MlxtuneError(
+                f"lm-eval {version('lm_eval')} has no task {task!r}",
+                where="--tasks",
+                remedy="`lm-eval ls tasks` lists them; --task-path adds a folder of your own",
+            )
+    loaded = _load(model, adapter)
+    progress(f"tasks: {', '.join(tasks)}")
+    try:
+        found = lm_eval.simple_evaluate(
+            model=_wrapped(MLXLM, loaded),
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+            apply_chat_template=loaded.tokenizer.chat_template is not None,
+            bootstrap_iters=1000,
+        )
+    except (OSError, ConnectionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise MlxtuneError(
+            f"a task's data cannot be had: {reason}",
+            where="--tasks",
+            remedy="most tasks download their data once; a task of files goes by --task-path",
+        ) from error
+    return {"lm_eval": version("lm_eval"), "results": found["results"]}
+
+
+def _manager(made: Any, tasks: Sequence[str], task_path: Path | None) -> Any:
+    """What knows the tasks: the folder alone if it has all, since lm-eval's are thousands."""
+    if task_path is None:
+        return made()
+    own = made(include_path=str(task_path), include_defaults=False)
+    if all(own.match_tasks([task]) for task in tasks):
+        return own
+    return made(include_path=str(task_path))
+
+
+def _load(model: str, adapter: Path | None) -> LoadedModel:
+    path = Path(model).expanduser()
+    if (path / STATUS).is_file():
+        return open_run(path, adapter=adapter)[1]
+    if adapter is not None:
+        raise RunError("--adapter goes with a run", where=model)
+    return load_base(ModelSection(path=model), for_inference=True)
+
+
+def _wrapped(wrapper: Any, loaded: LoadedModel) -> Any:
+    """mlx-lm's adapter around a model that is loaded already: its own would load another."""
+    made = wrapper.__new__(wrapper)
+    super(wrapper, made).__init__()
+    made._model, made.tokenizer = loaded.model, loaded.tokenizer
+    made._max_tokens, made._batch_size, made._sampler = None, 8, None
+    made.use_chat_template = loaded.tokenizer.chat_template is not None
+    return made

@@ -1,0 +1,172 @@
+"""The judge against a stand-in for an endpoint, which misbehaves on demand."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from mlxtune.evaluate.judge import Judge
+from mlxtune.evaluate.suite import JudgeSection
+
+
+class Endpoint(ThreadingHTTPServer):
+    """Answers each request with the next of `script`, the last one again and again."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script = [good(5)]
+        self.seen = []
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.seen.append((self.path, self.headers.get("Authorization"), body))
+        script = self.server.script
+        status, headers, reply = script.pop(0) if len(script) > 1 else script[0]
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(reply if isinstance(reply, bytes) else json.dumps(reply).encode())
+
+    def log_message(self, *_arguments):
+        pass
+
+
+def good(grade, text='{{"reason": "so", "grade": {}}}'):
+    message = {"role": "assistant", "content": text.format(grade)}
+    usage = {"prompt_tokens": 100, "completion_tokens": 10}
+    return 200, {}, {"choices": [{"message": message}], "usage": usage}
+
+
+@pytest.fixture
+def endpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLXTUNE_CACHE", str(tmp_path))
+    server = Endpoint()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def naps():
+    return []
+
+
+@pytest.fixture
+def judge(endpoint, naps):
+    def make(**changes):
+        values = {
+            "endpoint": endpoint.url,
+            "model": "grader",
+            "rubric": "Is the command right?",
+            "price_input": 2.0,
+            "price_output": 10.0,
+        }
+        return Judge(JudgeSection(**values | changes), sleep=naps.append)
+
+    return make
+
+
+def test_a_grade_is_scaled_and_its_cost_counted(endpoint, judge):
+    endpoint.script = [good(5), good(1), good(2)]
+    asked = judge()
+    assert [asked.grade("q", "ls", a) for a in ("ls", "rm", "ls -l")] == [1.0, 0.0, 0.25]
+    report = asked.report()
+    assert report["cost"] == pytest.approx((300 * 2 + 30 * 10) / 1e6)
+    assert (report["graded"], report["requests"], asked.notes()) == (3, 3, [])
+    path, key, body = endpoint.seen[0]
+    assert path == "/v1/chat/completions" and key is None and body["temperature"] == 0
+    system, user = body["messages"]
+    assert (
+        "Is the command right?" in system["content"] and "from 1 (worst) to 5" in system["content"]
+    )
+    assert json.loads(user["content"]) == {"question": "q", "reference": "ls", "answer": "ls"}
+
+
+def test_what_was_asked_once_is_not_asked_again(endpoint, judge):
+    assert judge().grade("q", "ls", "ls") == 1
+    again = judge()
+    assert again.grade("q", "ls", "ls") == 1
+    assert len(endpoint.seen) == 1
+    assert (again.report()["from_cache"], again.report()["cost"]) == (1, 0)
+    judge(rubric="Another").grade("q", "ls", "ls")
+    assert len(endpoint.seen) == 2
+
+
+def test_the_key_comes_from_the_environment(endpoint, judge, monkeypatch):
+    monkeypatch.setenv("GRADER_KEY", "abc")
+    judge(api_key_env="GRADER_KEY").grade("q", "ls", "ls")
+    assert endpoint.seen[0][1] == "Bearer abc"
+    monkeypatch.delenv("GRADER_KEY")
+    without = judge(api_key_env="GRADER_KEY")
+    assert without.grade("q", "x", "y") is None and len(endpoint.seen) == 1
+    assert "GRADER_KEY" in without.notes()[0] and "1 of 1" in without.notes()[0]
+
+
+def test_overload_is_waited_for(endpoint, judge, naps):
+    endpoint.script = [(429, {"Retry-After": "7"}, {}), (503, {}, b"busy"), (500, {}, b""), good(5)]
+    assert judge().grade("q", "ls", "ls") == 1
+    assert naps == [7.0, 2.0, 4.0]
+
+
+def test_silence_is_waited_for(endpoint, judge, naps):
+    # A port that nobody listens on, and one that listens and says nothing.
+    import socket
+
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        url = f"http://127.0.0.1:{mute.getsockname()[1]}"
+        slow = judge(endpoint=url, timeout=0.05, retries=1)
+        assert slow.grade("q", "ls", "ls") is None
+    assert naps == [1.0] and "ReadTimeout" in slow.notes()[0]
+
+
+def test_an_endpoint_that_is_down_is_given_up_with_what_there_is(endpoint, judge, naps):
+    endpoint.script = [good(4), (500, {}, b"")]
+    asked = judge(retries=2)
+    grades = [asked.grade("q", "ls", a) for a in ("one", "two", "three", "four")]
+    assert grades == [0.75, None, None, None]
+    assert len(endpoint.seen) == 1 + 3  # the third is not even asked for
+    assert asked.notes() == [f"judge: 3 of 4 answers not graded: {endpoint.url} says 500"]
+    endpoint.server_close()
+    gone = judge(retries=0)
+    assert gone.grade("q", "other", "x") is None and "does not answer" in gone.notes()[0]
+
+
+def test_a_refusal_is_not_repeated(endpoint, judge, naps):
+    endpoint.script = [(401, {}, b'{"error": "bad key"}')]
+    asked = judge()
+    assert asked.grade("q", "ls", "a") is None and len(endpoint.seen) == 1 and not naps
+    assert "says 401" in asked.notes()[0] and "bad key" in asked.notes()[0]
+
+
+@pytest.mark.parametrize("text", ["no idea", '{{"grade": 9}}', '{{"grade": null}}', ""])
+def test_a_reply_without_a_grade_is_told(endpoint, judge, text):
+    endpoint.script = [good(0, text)]
+    asked = judge()
+    assert asked.grade("q", "ls", "a") is None
+    assert "1 of 1 replies hold no grade from 1 to 5" in asked.notes()[0]
+
+
+@pytest.mark.parametrize("reply", [b"<html>", [], {"choices": []}, {"choices": [{"message": 1}]}])
+def test_a_reply_of_another_kind_is_told(endpoint, judge, reply):
+    endpoint.script = [(200, {}, reply)]
+    asked = judge()
+    assert asked.grade("q", "ls", "a") is None
+    assert "does not reply as OpenAI's API does" in asked.notes()[0]
+
+
+def test_a_grade_after_thoughts_is_found(endpoint, judge):
+    endpoint.script = [good(3, 'I would say {{"grade": 1}} but: ```{{"grade": "{}"}}```')]
+    assert judge().grade("q", "ls", "a") == 0.5

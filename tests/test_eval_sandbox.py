@@ -1,0 +1,108 @@
+"""Commands that are run, and those that never are."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from mlxtune.errors import MlxtuneError
+from mlxtune.evaluate.sandbox import refusal, sandbox
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ls -la",
+        "grep -rn TODO . | wc -l",
+        "find . -name '*.py' | sort",
+        "cat notes.txt | sort | uniq -c | sort -rn | head -n 3",
+        "grep -c ERROR < server.log 2> /dev/null",
+        "ls nothing 2>&1 || echo none",
+        'echo "$(wc -l < notes.txt)"',
+        "find . -name '*.json' -print0 | xargs -0 cat",
+    ],
+)
+def test_commands_that_read_may_run(text):
+    assert refusal(text) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "rm -rf .",
+        "sudo ls",
+        "/bin/ls",
+        "ls; rm x",
+        "ls | sh",
+        "ls > out",
+        "ls >> out",
+        "ls 2> err",
+        "echo $(rm x)",
+        "echo `rm x`",
+        "echo ${x:-$(rm x)}",
+        "cat <<E\n$(rm x)\nE",
+        "PATH=. ls",
+        "x=1",
+        "sort -o out notes.txt",
+        "sort --output=out notes.txt",
+        "find . -delete",
+        "find . -exec rm {} ;",
+        "find . -name a -o -delete",
+        "find . | xargs rm",
+        "find . | xargs -n 1 -I x sh -c x",
+        "for f in *; do rm $f; done",
+        "f() { f | f; }; f",
+        "ls &",
+        "$cmd x",
+        "l's' x; eval ls",
+        "diff <(rm x) y",
+        "curl localhost",
+        "awk 'BEGIN { system(\"x\") }'",
+    ],
+)
+def test_other_commands_are_refused(text):
+    assert refusal(text)
+
+
+def test_without_bubblewrap_it_is_refused_clearly(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(MlxtuneError, match="needs bubblewrap") as error, sandbox():
+        pass
+    assert "--execute" in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def box():
+    if shutil.which("bwrap") is None:
+        pytest.skip("bubblewrap is not installed")
+    try:
+        with sandbox() as made:
+            yield made
+    except MlxtuneError as error:
+        pytest.skip(str(error))
+
+
+def test_answers_are_judged_by_what_they_print(box):
+    assert box.same_output("wc -l notes.txt", "wc -l notes.txt | cat")
+    assert box.same_output("grep ERROR server.log | wc -l", "grep -c ERROR server.log")
+    assert box.same_output("sort numbers.txt", "sort -n numbers.txt") is False
+    assert box.same_output("rm notes.txt", "cat notes.txt") is False
+    assert box.same_output("cat notes.txt", "rm notes.txt") is None
+    assert box.same_output("tail -f notes.txt", "tail notes.txt") is False  # does not end
+
+
+def test_nothing_is_visible_or_writable_inside(box):
+    def printed(text):
+        outcome = box.run_read(text)
+        return outcome.status, outcome.output
+
+    assert printed("ls -A /")[1].split() == [b"bin", b"dev", b"lib", b"lib64", b"tree", b"usr"]
+    for write in ("touch /tree/x", "touch /x", "rm /tree/notes.txt", "touch /usr/x"):
+        assert printed(write)[0] != 0
+    status, _ = printed("exec 3<>/dev/tcp/127.0.0.1/80")
+    assert status != 0
+    assert b"PATH=" in printed("env")[1] and b"SHELL" not in printed("env")[1]
+    assert len(box.run_read("yes").output) <= 1024 * 1024
+    assert box.run_read("cat notes.txt").output.startswith(b"apple")

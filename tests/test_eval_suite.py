@@ -1,0 +1,242 @@
+"""Suites, and models side by side."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import socket
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import pytest
+from cli_tools import mlxtune
+from conftest import ROOT, SHELL_HELDOUT, write_jsonl
+
+from mlxtune.errors import DataError, RecipeError
+from mlxtune.evaluate.compare import compare_models, compare_run
+from mlxtune.evaluate.measure import plain_samples
+from mlxtune.evaluate.results import figures_json, write_results
+from mlxtune.evaluate.suite import Suite, load_suite
+
+RECORDS = [
+    {"prompt": "list", "expected_command": "ls", "category": "files"},
+    {"prompt": "all", "expected_command": "ls -la", "category": "files"},
+    {"prompt": "where", "expected_command": "pwd | cat", "category": "paths"},
+]
+
+
+@pytest.fixture
+def records(tmp_path):
+    return write_jsonl(tmp_path / "records.jsonl", RECORDS)
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tiny_folder, tmp_path_factory):
+    from mlxtune.recipe.load import parse_recipe
+    from mlxtune.train.metrics import Silent
+    from mlxtune.train.session import fine_tune
+
+    folder = tmp_path_factory.mktemp("tiny")
+    data = write_jsonl(folder / "data.jsonl", RECORDS * 2)
+    recipe = {
+        "name": "tiny",
+        "model": {"path": str(tiny_folder)},
+        "data": [{"path": str(data)}],
+        "train": {"max_steps": 2, "batch_size": 2},
+        "eval": {"path": str(data), "max_samples": 3},
+    }
+    fine_tune(parse_recipe(recipe, where="-"), folder / "runs/tiny", Silent())
+    return folder / "runs/tiny"
+
+
+def test_the_suite_of_the_shell_data_is_complete():
+    suite = load_suite(ROOT / "data/shell/suite.toml")
+    assert suite.name == "shell" and "shell" in suite.metrics
+    assert suite.data[0].path == str(SHELL_HELDOUT)
+    text = Path(suite.general_text).read_text(encoding="utf-8")
+    assert 2500 < len(text) < 4000 and text.isascii()
+
+
+def test_all_that_is_wrong_in_a_suite_is_told_at_once(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'metric = ["exact"]\nmax_tokens = 0\nnormalise = "text"\n[judge]\nendpoint = "x"\n'
+        'model = "m"\nrubrik = "r"\nrubric = "r"\nlowest = 5\n[[data]]\npath = "a"\nsplits = "b"\n'
+    )
+    with pytest.raises(RecipeError, match="things are wrong in this suite") as error:
+        load_suite(path)
+    told = {str(problem.where): problem for problem in error.value.problems}
+    assert told["metric"].remedy == "did you mean metrics?"
+    assert told["judge.rubrik"].remedy == "did you mean rubric?"
+    assert told["data[0].splits"].remedy == "did you mean split?"
+    assert {"max_tokens", "normalise", "judge.endpoint"} <= told.keys()
+    with pytest.raises(RecipeError, match="there is no such suite"):
+        load_suite(tmp_path / "nope.toml")
+
+
+def test_a_suite_takes_its_name_from_its_file_and_paths_from_beside_it(tmp_path):
+    (tmp_path / "mine.toml").write_text('general_text = "t.txt"\n[[data]]\npath = "hub:a/b"\n')
+    suite = load_suite(tmp_path / "mine.toml")
+    assert (suite.name, suite.general_text) == ("mine", str(tmp_path / "t.txt"))
+    assert suite.data[0].path == "hub:a/b"
+
+
+def test_a_model_alone_is_measured(tiny_folder, records):
+    result = compare_models(str(tiny_folder), data=records, max_tokens=4)
+    figures = result.figures["model"]
+    assert list(result.figures) == ["model"] and figures.gains == {}
+    assert list(figures.metrics) == ["exact", "normalised", "f1", "edit"]
+    # Tokens are bytes here, and each answer has one more for its end.
+    size = sum(len(r["expected_command"]) for r in RECORDS)
+    assert figures.tokens == size + len(RECORDS)
+    assert figures.bits_per_byte == pytest.approx(
+        figures.held_out_loss * figures.tokens / size / math.log(2)
+    )
+    assert figures.perplexity == pytest.approx(math.exp(figures.held_out_loss))
+
+
+def test_a_copy_of_a_model_has_its_figures(tiny_folder, records):
+    suite = Suite(name="s", metrics=("exact", "edit", "shell"))
+    result = compare_models(
+        str(tiny_folder), data=records, suite=suite, others={"copy": str(tiny_folder)}, max_tokens=4
+    )
+    one, other = result.figures.values()
+    assert one.held_out_loss == other.held_out_loss and one.metrics == other.metrics
+    assert all(g is None or (g.mean, g.low, g.high) == (0, 0, 0) for g in other.gains.values())
+    assert list(one.metrics) == [
+        "exact", "edit", "bash", "dash", "programs", "flags", "shell",
+    ]  # fmt: skip
+    assert {c: n for c, (n, *_) in result.by_category().items()} == {"files": 2, "paths": 1}
+
+
+def test_forgetting_shows_in_the_loss_on_plain_text(tiny_run, tiny_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Nothing about shells. " * 80)
+    result = compare_run(tiny_run, suite=Suite(name="s", general_text=str(text)), max_tokens=2)
+    plain, tokenizer = mlx_lm.load(str(tiny_folder))
+    tokens = mx.array([*tokenizer.encode(text.read_text().strip()), tokenizer.eos_token_id])
+    windows = [tokens[at : at + 1024] for at in range(0, len(tokens), 1024)]
+    losses = [
+        nn.losses.cross_entropy(plain(w[None, :-1])[0], w[1:], reduction="sum") for w in windows
+    ]
+    expected = sum(loss.item() for loss in losses) / (len(tokens) - len(windows))
+    assert result.base.general_loss == pytest.approx(expected, rel=1e-5)
+    assert result.tuned.general_loss != result.base.general_loss
+    assert set(result.tuned.gains) == set(result.tuned.metrics)
+
+
+def test_a_long_text_is_cut_into_windows(smollm2):
+    from mlxtune.data.render import Renderer
+
+    renderer = Renderer(smollm2.tokenizer)
+    samples = plain_samples(ROOT / "README.md", renderer)
+    assert len(samples) > 1 and all(2 <= len(s.tokens) <= 1024 for s in samples)
+    joined = renderer.decode([t for s in samples for t in s.tokens], special=False)
+    assert joined == (ROOT / "README.md").read_text(encoding="utf-8").strip()
+
+
+def test_results_are_written_together(tiny_run, tmp_path):
+    result = compare_run(tiny_run, max_tokens=2)
+    figures, answers = write_results(result, tmp_path / "out")
+    assert json.loads(figures.read_text()) == json.loads(json.dumps(figures_json(result)))
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["list", "all", "where"]
+    assert set(lines[0]["said"]) == set(lines[0]["scores"]) == {"base", "tuned"}
+    write_results(result, tmp_path / "out")  # again
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "heldout.json", "heldout.jsonl",
+    ]  # fmt: skip
+
+
+def test_a_judge_who_is_not_there_costs_nothing_else(tiny_run):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    judge = {"endpoint": f"http://127.0.0.1:{port}", "model": "m", "rubric": "r", "retries": 0}
+    result = compare_run(tiny_run, suite=Suite(name="s", judge=judge), max_tokens=2)
+    assert result.tuned.metrics["judge"] is None and result.tuned.metrics["edit"] is not None
+    assert "6 of 6 answers not graded" in result.notes[0]
+    assert result.judge["graded"] == 0
+
+
+def test_a_model_alone_needs_records(tiny_folder):
+    with pytest.raises(DataError, match="no held-out records"):
+        compare_models(str(tiny_folder))
+
+
+def test_the_command_shows_a_table_that_fits_and_keeps_the_answers(tiny_run, tiny_folder):
+    runs = tiny_run.parent.parent
+    done = mlxtune(
+        "eval", "runs/tiny", "--with", f"fused={tiny_folder}", "--samples=1", "--max-tokens=4",
+        "--suite", str(ROOT / "data/shell/suite.toml"), "--data", "data.jsonl", cwd=runs,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for row in ("held-out loss", "bits per byte", "general text loss", "exact match", "same flags"):
+        assert re.search(rf"│ {row} +│ +\S+( ±\d+)? │ +\S+( ±\d+)? │", done.stdout), done.stdout
+    assert {p.name for p in (tiny_run / "eval").iterdir()} == {"shell.json", "shell.jsonl"}
+    value = json.loads((tiny_run / "eval/shell.json").read_text())
+    assert list(value["targets"]) == ["base", "tuned", "fused"]
+    assert value["targets"]["base"]["metrics"] == value["targets"]["fused"]["metrics"]
+
+
+def test_the_table_fits_60_columns(tiny_run, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    from mlxtune.cli.tables import show_comparison
+
+    suite = Suite(name="s", metrics=("exact", "normalised", "f1", "edit", "shell"))
+    show_comparison(compare_run(tiny_run, suite=suite, max_tokens=4), samples=2)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 60 and "…" not in printed.split("samples")[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--with=x"], "write NAME=MODEL"),
+        (["--with=tuned=x"], "there is a tuned already"),
+        (["--with=a=x", "--with=a=y"], "there is a a already"),
+        (["--tasks=a", "--execute"], "--tasks goes with"),
+        (["--task-path=a"], "--task-path goes with --tasks"),
+    ],
+)
+def test_options_that_exclude_each_other(tmp_path, arguments, told):
+    done = mlxtune("eval", "runs/x", *arguments, cwd=tmp_path)
+    assert done.returncode == 2 and told in done.stderr
+
+
+TASK = """task: spell
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+doc_to_choice: "{{{{choices}}}}"
+metric_list:
+  - metric: acc
+"""
+
+
+def test_a_task_file_runs_through_lm_eval(tiny_folder, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    from mlxtune.errors import MlxtuneError
+    from mlxtune.evaluate.harness import run_tasks
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    documents = [
+        {"question": "one and one", "choices": [" two", " three"], "answer": 0},
+        {"question": "two and one", "choices": [" two", " three"], "answer": 1},
+    ]
+    file = write_jsonl(tmp_path / "spell.jsonl", documents)
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "spell.yaml").write_text(TASK.format(file=file))
+    result = run_tasks(str(tiny_folder), ["spell"], task_path=tasks)
+    assert result["results"]["spell"]["acc,none"] in (0.0, 0.5, 1.0)
+    with pytest.raises(MlxtuneError, match="no task 'spel'"):
+        run_tasks(str(tiny_folder), ["spel"], task_path=tasks)
