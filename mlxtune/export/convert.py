@@ -129,7 +129,7 @@ def write_model(
     if not verify:
         return written, None
     progress("reading it back")
-    return written, read_back(written.files, model.tensors(), tokenizer)
+    return written, read_back(written.files[0], model.tensors(), tokenizer)
 
 
 def convert_to_folder(
