@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import mlx.core as mx
-from conftest import tiny_llama
+from conftest import SMOLLM2, tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -54,6 +54,21 @@ def save_tiny_model(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     config = {k: v for k, v in asdict(model.args).items() if v is not None}
     config |= {"architectures": ["LlamaForCausalLM"], "eos_token_id": 257}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = flat(model.parameters())
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+
+
+def save_real_vocabulary(folder: Path, *, dims: int = 64) -> None:
+    """A random two-block llama of this width with SmolLM2's tokenizer, as a folder."""
+    from mlxtune.models.load import load_tokenizer
+    from mlxtune.models.resolve import resolve_model
+
+    folder.mkdir(parents=True)
+    model = tiny_llama(vocabulary=49152, dims=dims)
+    load_tokenizer(resolve_model(SMOLLM2)).save_pretrained(str(folder))
+    config = {k: v for k, v in asdict(model.args).items() if v is not None}
+    config |= {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 512}
     (folder / "config.json").write_text(json.dumps(config))
     weights = flat(model.parameters())
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})

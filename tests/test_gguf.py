@@ -149,7 +149,9 @@ def test_types_that_mlx_cannot_hold_are_expanded_to_float16_and_named(tmp_path):
     keys = ("block_count", "context_length", "embedding_length", "feed_forward_length")
     metadata = {f"llama.{key}": 256 for key in (*keys, "attention.head_count")}
     metadata |= {"llama.vocab_size": 2, "llama.attention.layer_norm_rms_epsilon": 1e-5}
-    tensors = {"token_embd.weight": (blocks, Type.Q6_K)}
+    metadata["llama.block_count"] = 1
+    norm = np.ones(256, np.float32), Type.F32
+    tensors = {"token_embd.weight": (blocks, Type.Q6_K), "blk.0.attn_norm.weight": norm}
     write_gguf_with_package(path, metadata, tensors, "llama")
     read = read_model(GGUFFile(path))
     want = gguf.quants.dequantize(blocks, Type.Q6_K).astype(np.float16)

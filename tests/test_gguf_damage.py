@@ -105,7 +105,7 @@ def test_a_tensor_of_a_type_that_cannot_be_read_is_refused_by_its_type(tmp_path,
     metadata.pop("general.architecture")
     block, size = gguf.GGML_QUANT_SIZES[type_]
     data = np.zeros((24, 256 // block * size), np.uint8)
-    tensors = {"token_embd.weight": (data, type_)}
+    tensors = {"blk.0.ffn_up.weight": (data, type_)}
     write_gguf_with_package(path, metadata, tensors, "llama")
     with pytest.raises(ModelError) as caught:
         read_model(GGUFFile(path))

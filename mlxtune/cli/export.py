@@ -43,6 +43,15 @@ IMATRIX = click.option(
 PRE = click.option(
     "--pre", help="llama.cpp's name of the pre-tokenizer, where it is not recognised."
 )
+CALIBRATE = click.option(
+    "--calibrate",
+    "calibration",
+    type=PATH,
+    help="Find the importance by running these records, or a .txt, through the model.",
+)
+SAVE_IMATRIX = click.option(
+    "--save-imatrix", type=PATH, help="Keep what --calibrate found, as llama.cpp keeps it."
+)
 VERIFY = click.option(
     "--verify/--no-verify", default=True, help="Read a GGUF back and compare it.  [default: on]"
 )
@@ -70,6 +79,8 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print what was w
 @click.option("--dtype", type=DTYPE, help="Type of a folder's weights.  [default: the source's]")
 @IMATRIX
 @PRE
+@CALIBRATE
+@SAVE_IMATRIX
 @click.option("--split-max-size", help="Begin a new GGUF beyond this size, such as 4G or 500M.")
 @VERIFY
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
@@ -82,6 +93,8 @@ def convert(
     group_size: str | None,
     dtype: str | None,
     imatrix: Path | None,
+    calibration: Path | None,
+    save_imatrix: Path | None,
     pre: str | None,
     split_max_size: str | None,
     verify: bool,
@@ -97,6 +110,8 @@ def convert(
     of_ggufs = {
         "--quantize": quantize,
         "--imatrix": imatrix,
+        "--calibrate": calibration,
+        "--save-imatrix": save_imatrix,
         "--pre": pre,
         "--split-max-size": split_max_size,
     }
@@ -106,6 +121,7 @@ def convert(
             raise click.UsageError(f"{option} is of {kind}")
     if group_size is not None and mlx_bits is None:
         raise click.UsageError("--group-size goes with --mlx-bits")
+    _require_one_importance(imatrix, calibration, save_imatrix)
     split = _bytes(split_max_size) if split_max_size else 0
     prepare()
     from mlxtune.cli.display import status_line
@@ -119,6 +135,8 @@ def convert(
                 output,
                 file_type=quantize or "f16",
                 imatrix=imatrix,
+                calibration=calibration,
+                save_imatrix=save_imatrix,
                 pre=pre,
                 split_max_bytes=split,
                 verify=verify,
@@ -136,6 +154,15 @@ def convert(
                 progress=progress,
             )
     click.echo(made.as_json() if as_json else _told(made))
+
+
+def _require_one_importance(
+    imatrix: Path | None, calibration: Path | None, save_imatrix: Path | None
+) -> None:
+    if imatrix is not None and calibration is not None:
+        raise click.UsageError("--imatrix and --calibrate exclude each other")
+    if save_imatrix is not None and calibration is None:
+        raise click.UsageError("--save-imatrix goes with --calibrate")
 
 
 def _bytes(size: str) -> int:
@@ -189,6 +216,8 @@ def _readback_line(readback: Readback) -> str:
 )
 @IMATRIX
 @PRE
+@CALIBRATE
+@SAVE_IMATRIX
 @VERIFY
 @click.option(
     "--to",
@@ -211,6 +240,8 @@ def export(
     quantize: str | None,
     imatrix: Path | None,
     pre: str | None,
+    calibration: Path | None,
+    save_imatrix: Path | None,
     verify: bool,
     to: str | None,
     name: str | None,
@@ -230,6 +261,8 @@ def export(
         of_models = {
             "--quantize": quantize,
             "--imatrix": imatrix,
+            "--calibrate": calibration,
+            "--save-imatrix": save_imatrix,
             "--name": name,
             "--dry-run": dry_run or None,
         }
@@ -239,6 +272,7 @@ def export(
         prepare()
         _export_adapter(run, to or "gguf", output, overwrite, as_json)
         return
+    _require_one_importance(imatrix, calibration, save_imatrix)
     if to in LAYOUTS:
         raise click.UsageError(f"--to {to} goes with --adapter-only")
     prepare()
@@ -263,6 +297,8 @@ def export(
             name=name,
             imatrix=imatrix,
             pre=pre,
+            calibration=calibration,
+            save_imatrix=save_imatrix,
             verify=verify,
             overwrite=overwrite,
             progress=progress,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxtune.data.render import Renderer
+from mlxtune.export.calibrate import importance_of
 from mlxtune.export.convert import Verified, write_model
 from mlxtune.export.handover import GGUF, LABELS, MODELFILE, HandOver, run_commands
 from mlxtune.export.modelfile import Modelfile, modelfile
@@ -17,7 +18,6 @@ from mlxtune.export.source import from_loaded
 from mlxtune.files import atomic_folder, write_json, write_text
 from mlxtune.fuse import require_outside
 from mlxtune.gguf.architectures import for_config
-from mlxtune.gguf.imatrix import read_imatrix
 from mlxtune.models.load import LoadedModel
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.corpus import read_corpus
@@ -64,6 +64,8 @@ def export_run(
     name: str | None = None,
     imatrix: Path | None = None,
     pre: str | None = None,
+    calibration: Path | None = None,
+    save_imatrix: Path | None = None,
     verify: bool = True,
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda _: None,
@@ -77,6 +79,8 @@ def export_run(
         name: what Ollama is to call it; what the recipe says by default.
         imatrix: llama.cpp's importance matrix.
         pre: llama.cpp's name of the pre-tokenizer, where it is not recognised.
+        calibration: in its place, texts to find the importance by.
+        save_imatrix: where to keep what was found.
         verify: read the file back and compare it, in llama.cpp too if that is installed.
         overwrite: replace `output` if it exists.
         progress: is told what is being done.
@@ -95,11 +99,20 @@ def export_run(
     ollama = modelfile(Renderer(model.tokenizer), model.tokenizer, recipe.export)
     card = model_card(run, recipe, model, file_type, commands)
     with atomic_folder(folder, overwrite=overwrite, marker=GGUF) as temporary:
+        importance = importance_of(
+            lambda: model,
+            file_type,
+            imatrix=imatrix,
+            calibration=calibration,
+            save=save_imatrix,
+            overwrite=overwrite,
+            progress=progress,
+        )
         _, verified = write_model(
             temporary / GGUF,
             from_loaded(recipe.name, model),
             file_type=file_type,
-            importance=read_imatrix(imatrix) if imatrix else None,
+            importance=importance,
             pre=pre,
             verify=verify,
             rows=_held_out_rows(recipe, model) if verify else None,

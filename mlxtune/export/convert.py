@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mlxtune.export.calibrate import importance_of
 from mlxtune.export.runtime import RuntimeCheck, check_in_llamacpp, installed
 from mlxtune.export.source import Convertible, open_source
 from mlxtune.export.verify import SAMPLE, Readback, read_back
 from mlxtune.files import atomic_files, atomic_folder, write_json
 from mlxtune.fuse import dense_config
 from mlxtune.gguf.architectures import for_config
-from mlxtune.gguf.imatrix import read_imatrix
 from mlxtune.gguf.writer import Importance, Written, write_gguf
 from mlxtune.models.folder import dense_pieces, packable, packed_pieces
 from mlxtune.models.safetensors import write_safetensors
@@ -69,6 +69,8 @@ def convert(
     *,
     file_type: str = "f16",
     imatrix: Path | None = None,
+    calibration: Path | None = None,
+    save_imatrix: Path | None = None,
     pre: str | None = None,
     split_max_bytes: int = 0,
     verify: bool = True,
@@ -82,6 +84,8 @@ def convert(
         output: the file, `*.gguf`.
         file_type: of `FILE_TYPES`.
         imatrix: llama.cpp's importance matrix.
+        calibration: in its place, texts to find the importance by.
+        save_imatrix: where to keep what was found.
         pre: llama.cpp's name of the pre-tokenizer, where it is not recognised.
         split_max_bytes: begin a new file beyond that.
         verify: read the file back and compare it.
@@ -90,13 +94,22 @@ def convert(
 
     Raises:
         ExportError: the model cannot be written, or came out wrong.
+        DataError: the texts to calibrate on cannot be read.
         OutputExists, StorageError: nothing was written.
     """
     progress("opening")
     model = open_source(source)
     for_config(model.config)
-    importance = read_imatrix(imatrix) if imatrix else None
     with atomic_files(output, overwrite=overwrite) as folder:
+        importance = importance_of(
+            model.load,
+            file_type,
+            imatrix=imatrix,
+            calibration=calibration,
+            save=save_imatrix,
+            overwrite=overwrite,
+            progress=progress,
+        )
         written, verified = write_model(
             folder / output.name,
             model,
@@ -151,7 +164,7 @@ def write_model(
     if not verify:
         return written, None
     progress("reading it back")
-    readback = read_back(written.files, model.tensors(), tokenizer)
+    readback = read_back(written.files[0], model.tensors(), tokenizer)
     if not installed():
         return written, Verified(readback, None)
     progress("running it in llama.cpp")

@@ -14,6 +14,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from mlxtune.errors import ExportError
 from mlxtune.gguf.model import read_config
 from mlxtune.gguf.reader import GGUFFile
+from mlxtune.gguf.rope import ROPE_TENSORS
 from mlxtune.gguf.tensors import SourceTensor, gguf_tensors
 from mlxtune.gguf.tokenizer import read_tokenizer
 
@@ -65,7 +66,7 @@ class Readback:
 
 
 def read_back(
-    files: Sequence[Path],
+    path: Path,
     tensors: Iterable[SourceTensor],
     tokenizer: Any,
     texts: Sequence[str] = SAMPLE,
@@ -73,7 +74,7 @@ def read_back(
     """Compare a GGUF with its source, one tensor in memory at a time.
 
     Args:
-        files: the GGUF, or its parts.
+        path: the GGUF, or its first part.
         tensors: of the source.
         tokenizer: of the source, Hugging Face's.
         texts: to tokenize with both.
@@ -82,22 +83,18 @@ def read_back(
         ExportError: a tensor is missing or further off than its type explains, or the
             tokenizer or template is not what was written.
     """
-    parts = [GGUFFile(file) for file in files]
-    entry, config = read_config(parts[0])
+    file = GGUFFile(path)
+    entry, config = read_config(file)
+    types = [info.type for name, info in file.tensors.items() if name not in ROPE_TENSORS]
     written = {
         tensor.name: (tensor, type_)
-        for part in parts
-        for tensor, type_ in zip(
-            gguf_tensors(part, entry, config),
-            [info.type for name, info in part.tensors.items() if not name.startswith("rope_")],
-            strict=True,
-        )
+        for tensor, type_ in zip(gguf_tensors(file, entry, config), types, strict=True)
     }
     sums: dict[str, list[float]] = {}
     worst, worst_error, count = "", -1.0, 0
     for source in tensors:
         if source.name not in written:
-            raise _wrong(f"the tensor {source.name} is not in the file", files[0])
+            raise _wrong(f"the tensor {source.name} is not in the file", path)
         tensor, type_ = written.pop(source.name)
         squares = _squares(tensor.load(), source.load())
         error = _share(squares)
@@ -105,7 +102,7 @@ def read_back(
             raise _wrong(
                 f"{source.name} as {type_.name} differs from its source by {error:.2g} of its "
                 f"size; {USUAL_ERROR[type_]:.2g} is the most that this type explains",
-                files[0],
+                path,
             )
         total = sums.setdefault(type_.name, [0.0, 0.0])
         total[0] += squares[0]
@@ -114,14 +111,14 @@ def read_back(
         if error > worst_error:
             worst, worst_error = source.name, error
     if written:
-        raise _wrong(f"the file has {next(iter(written))}, and its source has not", files[0])
+        raise _wrong(f"the file has {next(iter(written))}, and its source has not", path)
     return Readback(
         tensors=count,
         error={name: _share((total[0], total[1])) for name, total in sums.items()},
         worst=worst,
         worst_error=worst_error,
-        texts=_same_tokens(parts[0], tokenizer, texts),
-        template_kept=_same_template(parts[0], tokenizer),
+        texts=_same_tokens(file, tokenizer, texts),
+        template_kept=_same_template(file, tokenizer),
     )
 
 

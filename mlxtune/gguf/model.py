@@ -11,7 +11,6 @@ import mlx.core as mx
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 
-from mlxtune.errors import ModelError
 from mlxtune.gguf.architectures import (
     Architecture,
     Config,
@@ -19,9 +18,9 @@ from mlxtune.gguf.architectures import (
     deinterleave_rows,
     for_gguf,
 )
-from mlxtune.gguf.reader import GGUFFile
+from mlxtune.gguf.reader import GGUFFile, damaged
 from mlxtune.gguf.rope import ROPE_TENSORS, rope_config
-from mlxtune.gguf.tensors import PLAIN, expanded, parameter_name
+from mlxtune.gguf.tensors import PLAIN, expanded, parameter_name, unreadable
 from mlxtune.gguf.unpack import GROUP_SIZE, affine
 
 
@@ -48,12 +47,19 @@ def read_config(file: GGUFFile) -> tuple[Architecture, Config]:
     """The architecture of `file` and what config.json would say.
 
     Raises:
-        ModelError: the architecture is not known, or a size is missing.
+        ModelError: the architecture is not known, or a size is missing or makes no sense.
     """
     entry = for_gguf(str(file.metadata.get("general.architecture")))
     tied = "output.weight" not in file.tensors
-    config = config_from_metadata(entry, file.metadata, tied=tied)
-    config |= rope_config(entry, file, config)
+    try:
+        config = config_from_metadata(entry, file.metadata, tied=tied)
+        config |= rope_config(entry, file, config)
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        raise damaged(file.path, f"the metadata of its model makes no sense: {error}") from None
+    blocks = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
+    if (count := config["num_hidden_layers"]) != len(blocks):
+        # Said to be billions, they would be built before anyone misses their tensors.
+        raise damaged(file.path, f"it has tensors of {len(blocks)} blocks and speaks of {count}")
     config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
     return entry, config
@@ -77,11 +83,7 @@ def read_model(file: GGUFFile) -> GGUFModel:
         try:
             arrays = list(_arrays(file, name, hf_name, entry, config))
         except (ValueError, NotImplementedError) as error:
-            raise ModelError(
-                f"tensor {name} of type {info.type.name} and shape {info.shape} cannot be read: "
-                f"{error}",
-                where=str(file.path),
-            ) from None
+            raise unreadable(file, name, error) from None
         for suffix, array, bits in arrays:
             weights[f"{path}{suffix}" if suffix else hf_name] = array
             if bits:

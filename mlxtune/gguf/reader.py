@@ -1,14 +1,17 @@
 """Read a GGUF file: metadata at once, tensors as views of the mapped file.
 
 Every count and offset is checked against the file's size before anything is allocated,
-so a truncated or damaged file is a clear error and never a crash.
+so a truncated or damaged file is a clear error and never a crash. What llama.cpp refuses
+(gguf.cpp of https://github.com/ggml-org/llama.cpp) is refused here.
 """
 
 from __future__ import annotations
 
 import mmap
+import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -38,13 +41,21 @@ _SCALARS: dict[int, np.dtype[Any]] = {
     12: np.dtype("<f8"),
 }
 _STRING, _ARRAY = 8, 9
+# Numbers become Python's, many times their size in the file. The largest vocabularies
+# have some 262,144 tokens.
+_MAX_ARRAY = 2**22
+
+# How llama.cpp's gguf-split names the parts of a model, and what each says of itself.
+_PART_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+_PARTS, _PART, _ALL_TENSORS = "split.count", "split.no", "split.tensors.count"
 
 
 @dataclass(frozen=True)
 class TensorInfo:
     """Where one tensor lies in the file.
 
-    `shape` is in NumPy's order, slowest axis first: (out, in) for a projection.
+    `shape` is in NumPy's order, slowest axis first: (out, in) for a projection. `part`
+    counts the files of a split model from 0.
     """
 
     name: str
@@ -52,37 +63,41 @@ class TensorInfo:
     type: GGMLQuantizationType
     start: int
     nbytes: int
+    part: int = 0
 
 
 class GGUFFile:
-    """A GGUF file, mapped into memory.
+    """A GGUF file, mapped into memory; or a split one, all of its parts.
 
     Args:
-        path: the file.
+        path: the file, or any part `NAME-00001-of-00003.gguf`; the others lie beside it.
 
     Attributes:
-        metadata: key to value; arrays are lists of Python values.
+        path: the file, or the first part.
+        metadata: key to value; arrays are lists of Python values. Of the first part.
         tensors: name to `TensorInfo`.
 
     Raises:
-        ModelError: the file is missing, not GGUF, truncated or damaged.
+        ModelError: the file or a part is missing, not GGUF, truncated or damaged.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with path.open("rb") as handle:
-                self._data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise ModelError(
-                f"the file cannot be read: {error.strerror}", where=str(path)
-            ) from None
-        except ValueError:  # an empty file cannot be mapped
-            raise self._damaged("the file is empty") from None
-        self._at = 0
-        self.metadata: dict[str, Any] = {}
+        opened = _Part(path)
+        count = opened.metadata.get(_PARTS, 1)
+        if type(count) is not int or count < 1:
+            raise damaged(path, f"{_PARTS} is {count!r}")
+        self._parts = [opened] if count == 1 else _all_parts(opened, count)
+        self.path = self._parts[0].path
+        self.metadata = self._parts[0].metadata
         self.tensors: dict[str, TensorInfo] = {}
-        self._read_header()
+        for number, part in enumerate(self._parts):
+            for info in part.tensors:
+                if info.name in self.tensors:
+                    raise damaged(part.path, f"tensor {info.name} is there twice")
+                self.tensors[info.name] = replace(info, part=number)
+        wanted = self.metadata.get(_ALL_TENSORS, len(self.tensors)) if count > 1 else None
+        if wanted not in (None, len(self.tensors)):
+            raise damaged(self.path, f"its parts have {len(self.tensors)} tensors, not {wanted}")
 
     def data(self, name: str) -> np.ndarray[Any, Any]:
         """A view of a tensor: its own shape for plain types, (…, bytes) for packed ones.
@@ -90,22 +105,75 @@ class GGUFFile:
         BF16 is given as uint16.
         """
         info = self.tensors[name]
-        return self._shaped(info, np.frombuffer(self._data, np.uint8, info.nbytes, info.start))
+        mapped = self._parts[info.part].mapped
+        return _shaped(info, np.frombuffer(mapped, np.uint8, info.nbytes, info.start))
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
         """As `data`, in memory of its own: what is mapped counts as the process's memory."""
         info = self.tensors[name]
-        return self._shaped(info, np.fromfile(self.path, np.uint8, info.nbytes, offset=info.start))
+        path = self._parts[info.part].path
+        return _shaped(info, np.fromfile(path, np.uint8, info.nbytes, offset=info.start))
 
-    def _shaped(self, info: TensorInfo, raw: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        plain = {
-            GGMLQuantizationType.F32: np.float32,
-            GGMLQuantizationType.F16: np.float16,
-            GGMLQuantizationType.BF16: np.uint16,
-        }
-        if info.type in plain:
-            return raw.view(plain[info.type]).reshape(info.shape)
-        return raw.reshape(*info.shape[:-1], -1)
+
+def _shaped(info: TensorInfo, raw: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    plain = {
+        GGMLQuantizationType.F32: np.float32,
+        GGMLQuantizationType.F16: np.float16,
+        GGMLQuantizationType.BF16: np.uint16,
+    }
+    if info.type in plain:
+        return raw.view(plain[info.type]).reshape(info.shape)
+    return raw.reshape(*info.shape[:-1], -1)
+
+
+def _all_parts(opened: _Part, count: int) -> list[_Part]:
+    """The parts of a split model in order; `opened` is one of them."""
+    found = _PART_NAME.fullmatch(opened.path.name)
+    if found is None or int(found[3]) != count:
+        raise ModelError(
+            f"this is one of {count} parts of a model, and its name does not say which",
+            where=str(opened.path),
+            remedy=f"give the parts their names back: NAME-00001-of-{count:05d}.gguf and so on",
+        )
+    parts = []
+    for number in range(count):
+        path = opened.path.with_name(f"{found[1]}-{number + 1:05d}-of-{count:05d}.gguf")
+        if not path.exists():
+            raise ModelError(
+                f"this part of a model in {count} parts is missing",
+                where=str(path),
+                remedy="put all parts into one folder",
+            )
+        part = opened if path == opened.path else _Part(path)
+        if (part.metadata.get(_PARTS), part.metadata.get(_PART)) != (count, number):
+            raise damaged(path, f"it does not say that it is part {number + 1} of {count}")
+        parts.append(part)
+    return parts
+
+
+def damaged(path: Path, what: str) -> ModelError:
+    """What to raise for a file that makes no sense."""
+    return ModelError(what, where=str(path), remedy="download or export the file again")
+
+
+class _Part:
+    """One file: its header, read, and its bytes, mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as handle:
+                self.mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise ModelError(
+                f"the file cannot be read: {error.strerror}", where=str(path)
+            ) from None
+        except ValueError:  # an empty file cannot be mapped
+            raise damaged(path, "the file is empty") from None
+        self._at = 0
+        self.metadata: dict[str, Any] = {}
+        self.tensors: list[TensorInfo] = []
+        self._read_header()
 
     def _read_header(self) -> None:
         if bytes(self._take(4)) != MAGIC:
@@ -116,20 +184,28 @@ class GGUFFile:
         tensor_count, key_count = self._number("<Q"), self._number("<Q")
         for _ in range(key_count):
             key = self._string()
+            if key in self.metadata:
+                raise self._damaged(f"the key {key} is there twice")
             self.metadata[key] = self._value(self._number("<I"))
         infos = [self._tensor_info() for _ in range(tensor_count)]
         alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or alignment <= 0:
-            raise self._damaged(f"general.alignment is {alignment!r}")
+        if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
+            raise self._damaged(f"general.alignment is {alignment!r}, which is no power of two")
         start = -(-self._at // alignment) * alignment
-        for info in infos:
-            placed = TensorInfo(info.name, info.shape, info.type, start + info.start, info.nbytes)
-            if placed.start + placed.nbytes > len(self._data):
+        self.tensors = [replace(info, start=start + info.start) for info in infos]
+        self._check_places()
+
+    def _check_places(self) -> None:
+        """Each tensor lies in the file, and none in another."""
+        for info in self.tensors:
+            if info.start + info.nbytes > len(self.mapped):
                 raise self._damaged(
-                    f"the file ends at byte {len(self._data)}, inside tensor {info.name}, which "
-                    f"goes to byte {placed.start + placed.nbytes}: it is truncated"
+                    f"the file ends at byte {len(self.mapped)}, inside tensor {info.name}, which "
+                    f"goes to byte {info.start + info.nbytes}: it is truncated"
                 )
-            self.tensors[info.name] = placed
+        for info, following in pairwise(sorted(self.tensors, key=lambda info: info.start)):
+            if info.start + info.nbytes > following.start:
+                raise self._damaged(f"tensors {info.name} and {following.name} overlap")
 
     def _tensor_info(self) -> TensorInfo:
         name = self._string()
@@ -156,6 +232,8 @@ class GGUFFile:
             return self._string()
         if type_ == _ARRAY:
             inner, count = self._number("<I"), self._number("<Q")
+            if count > _MAX_ARRAY:
+                raise self._damaged(f"an array of {count} values")
             if inner in _SCALARS:
                 raw = self._take(count * _SCALARS[inner].itemsize)
                 return np.frombuffer(raw, _SCALARS[inner]).tolist()
@@ -175,15 +253,15 @@ class GGUFFile:
 
     def _take(self, count: int) -> memoryview:
         self._room_for(count)
-        part = memoryview(self._data)[self._at : self._at + count]
+        part = memoryview(self.mapped)[self._at : self._at + count]
         self._at += count
         return part
 
     def _room_for(self, count: int) -> None:
-        if self._at + count > len(self._data):
+        if self._at + count > len(self.mapped):
             raise self._damaged(
-                f"the file ends at byte {len(self._data)}, inside its header: it is truncated"
+                f"the file ends at byte {len(self.mapped)}, inside its header: it is truncated"
             )
 
     def _damaged(self, what: str) -> ModelError:
-        return ModelError(what, where=str(self.path), remedy="download or export the file again")
+        return damaged(self.path, what)

@@ -63,14 +63,26 @@ def _loader(
     file: GGUFFile, name: str, hf_name: str, entry: Architecture, config: Config
 ) -> Callable[[], npt.NDArray[np.float32]]:
     def load() -> npt.NDArray[np.float32]:
-        values = expanded(file.read(name), file.tensors[name].type)
-        if heads := entry.rotary_heads(hf_name, config):
-            values = deinterleave_rows(values, heads)
+        try:
+            values = expanded(file.read(name), file.tensors[name].type)
+            if heads := entry.rotary_heads(hf_name, config):
+                values = deinterleave_rows(values, heads)
+        except (ValueError, NotImplementedError) as error:
+            raise unreadable(file, name, error) from None
         if offset := entry.offset(hf_name):
             values = values - np.float32(offset)
         return values
 
     return load
+
+
+def unreadable(file: GGUFFile, name: str, error: Exception) -> ModelError:
+    """What to raise for a tensor whose type or shape nothing can be made of."""
+    info = file.tensors[name]
+    return ModelError(
+        f"tensor {name} of type {info.type.name} and shape {info.shape} cannot be read: {error}",
+        where=str(file.path),
+    )
 
 
 def expanded(data: npt.NDArray[np.generic], type_: Type) -> npt.NDArray[np.float32]:

@@ -66,8 +66,8 @@ def write_gguf(
         file_type: a key of `FILE_TYPES`.
         name: `general.name`.
         general: more `general.*` texts, such as `license`.
-        importance: GGUF tensor name to the mean square of each input feature, (in,) or
-            (experts, in): errors weigh by it.
+        importance: GGUF tensor name to the mean square of each input feature, (in,), or
+            for experts (experts, in) or the same as (experts · in,): errors weigh by it.
         split_max_bytes: begin a new file, `NAME-00001-of-…`, beyond that; 0 for never.
         progress: is told each tensor's name when its turn comes.
 
@@ -143,10 +143,11 @@ def encode(
     Args:
         values: float32.
         type_: of the result.
-        importance: (in,), or (experts, in) for values of (experts, out, in).
+        importance: (in,); for values of (experts, out, in) also (experts, in), or the same
+            as (experts · in,).
 
     Raises:
-        ExportError: a value is not finite.
+        ExportError: a value is not finite, or the importance is of another shape.
     """
     if type_ == Type.F32:
         return values
@@ -156,11 +157,17 @@ def encode(
     if type_ == Type.BF16:
         packed: npt.NDArray[np.uint8] = gguf.quants.quantize(values, type_)
         return packed
-    if values.ndim == 3 and importance is not None:
-        each = zip(
-            values, np.broadcast_to(importance, (len(values), values.shape[-1])), strict=True
-        )
+    if importance is not None and importance.size != values.shape[-1]:
+        if values.ndim != 3 or importance.size != len(values) * values.shape[-1]:
+            raise ExportError(
+                f"the importance matrix has {importance.size} values for it, of "
+                f"{values.shape[-1]} columns",
+                remedy="make it with the model that is converted",
+            )
+        each = zip(values, importance.reshape(len(values), -1), strict=True)
         return np.stack([quantize(expert, type_, weights) for expert, weights in each])
+    if importance is not None:
+        importance = importance.reshape(-1)
     rows = quantize(values.reshape(-1, values.shape[-1]), type_, importance)
     return rows.reshape(*values.shape[:-1], -1)
 

@@ -134,11 +134,12 @@ def _from_gguf(source: ModelSource) -> tuple[nn.Module, TokenizerWrapper, dict[s
     file, read = open_model(source.path)
     tokenizer = _gguf_tokenizer(file, source)
     model_class, args_class = _model_classes(read.config)
-    model = model_class(args_class.from_dict(read.config))
-    nn.quantize(
-        model,
-        class_predicate=lambda path, _layer: read.packing.get(path, False),
-    )
+    with _told(source):
+        model = model_class(args_class.from_dict(read.config))
+        nn.quantize(
+            model,
+            class_predicate=lambda path, _layer: read.packing.get(path, False),
+        )
     # Where a model learns from its weights that its head is tied.
     sanitize = getattr(model, "sanitize", dict)
     try:

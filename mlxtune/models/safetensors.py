@@ -118,7 +118,17 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
             where=str(path),
             remedy="download or save it again",
         ) from None
-    end = max((t.start + t.nbytes for t in tensors.values()), default=8 + length)
+    end = 8 + length
+    # As the reference implementation has it: one behind the other, without gaps.
+    for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.nbytes)):
+        if tensor.start != end:
+            raise ModelError(
+                f"the tensor {tensor.name} begins at byte {tensor.start}, and what lies before "
+                f"it ends at byte {end}",
+                where=str(path),
+                remedy="download or save it again",
+            )
+        end += tensor.nbytes
     if end != size:
         raise ModelError(
             f"the file has {size} bytes and its header speaks of {end}: it is truncated",
