@@ -92,7 +92,9 @@ def expanded(data: npt.NDArray[np.generic], type_: Type) -> npt.NDArray[np.float
         NotImplementedError: the type cannot be expanded.
     """
     if type_ == Type.BF16:
-        return (data.astype(np.uint32) << 16).view(np.float32)
+        wide = data.astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
     if type_ in PLAIN:
         return data.astype(np.float32, copy=False)
     return np.asarray(gguf.quants.dequantize(data, type_), np.float32)
