@@ -32,9 +32,10 @@ def show_comparison(result: Comparison, *, samples: int) -> None:
     first = next(iter(result.figures.values()))
     if any(first.metrics.values()):
         console.print("[dim]± half of a 95% interval, by bootstrap over records[/]")
-    for name, figures in list(result.figures.items())[1:]:
-        for line in _gain_lines(next(iter(result.figures)), name, figures):
-            console.print(line, highlight=False)
+    name, *others = result.figures
+    for other in others:
+        if line := _gain(name, other, result.figures[other]):
+            console.print(line, highlight=False, markup=False)
     for note in result.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
     if result.judge is not None:
@@ -79,7 +80,11 @@ def _figures(result: Comparison) -> Table:
     row("bits per byte", lambda f: _number(f.bits_per_byte))
     row("general text loss", lambda f: _number(f.general_loss))
     for metric in models[0].metrics:
-        row(_NAMES.get(metric, metric), lambda f, m=metric: _share(f.metrics[m]))  # type: ignore[misc]
+        label = _NAMES.get(metric, metric)
+        counts = [i.count for f in models if (i := f.metrics[metric]) is not None]
+        if counts and max(counts) < len(result.answers):
+            label += f", of {max(counts)}"  # the others could not be told
+        row(label, lambda f, m=metric: _share(f.metrics[m]))  # type: ignore[misc]
     return table
 
 
@@ -107,14 +112,13 @@ def _samples(result: Comparison, samples: int) -> Table:
     return table
 
 
-def _gain_lines(first: str, name: str, figures: Figures) -> list[str]:
-    """What changed from the first model, where that is more than chance."""
-    gains = [
-        f"{_NAMES.get(metric, metric)} {gain.mean:+.1%} ({gain.low:+.1%} to {gain.high:+.1%})"
-        for metric, gain in figures.gains.items()
-        if gain is not None and (gain.low > 0 or gain.high < 0)
-    ]
-    return [f"{first} → {name}: {gain}" for gain in gains[:1]]
+def _gain(first: str, name: str, figures: Figures) -> str | None:
+    """The first metric that differs from the first model's by more than chance."""
+    for metric, gain in figures.gains.items():
+        if gain is not None and (gain.low > 0 or gain.high < 0):
+            change = f"{gain.mean:+.1%} ({gain.low:+.1%} to {gain.high:+.1%})"
+            return f"{first} → {name}: {_NAMES.get(metric, metric)} {change}"
+    return None
 
 
 def _judge_line(judge: dict[str, Any]) -> str:
