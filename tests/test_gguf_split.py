@@ -35,7 +35,7 @@ def whole(folder, tmp_path_factory) -> Path:
 def split(folder, tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("split")
     made = convert(str(folder), place / "small.gguf", file_type="q8_0", split_max_bytes=40_000)
-    assert len(made.files) > 2 and made.readback.tensors == 20
+    assert len(made.files) > 2 and made.verified.readback.tensors == 20
     return place
 
 
