@@ -80,5 +80,9 @@ class OutputExists(MlxtuneError):
     """The place to write to is taken; nothing there was touched."""
 
 
+class ChipError(MlxtuneError):
+    """No chip is known by that name."""
+
+
 class StorageError(MlxtuneError):
     """The disk refused to take a file; what stood there before still stands."""
