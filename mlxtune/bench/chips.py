@@ -111,7 +111,7 @@ def _quoted(url: str, by: str) -> Source:
 
 _SUNKCOST = "https://github.com/rlindsey2/sunkcost (data/hardware.json)"
 _PAPALINI = "E. Papalini, Bigger Models, Smaller Macs (28 September 2026)"
-_ADVISOR = "a survey of local inference hardware (30 September 2026)"
+_ADVISOR = "https://github.com/Himalpok1/local-ai-advisor (research/findings.md)"
 
 _M1_NEWS = Source(
     "https://www.apple.com/gw/newsroom/2021/10/introducing-m1-pro-and-m1-max-the-most-powerful-chips-apple-has-ever-built"
@@ -151,7 +151,8 @@ _STUDIO_2026 = _quoted("https://www.apple.com/mac-studio/specs/", f"{_SUNKCOST} 
 _MINI_2026 = _quoted("https://www.apple.com/mac-mini/specs/", f"{_SUNKCOST} and {_PAPALINI}")
 
 # https://github.com/ggml-org/llama.cpp/discussions/4167: `llama-bench -p 512`, build 8e672ef or,
-# for newer chips, a later one.
+# for newer chips, a later one. The table was read in one copy; where others quote it they agree:
+# https://gist.github.com/andrewginns/cf95867c2d79458bd894c07b9e7d5cbd (M1 Pro, M3 Pro).
 PREFILL_SOURCE = _quoted("https://github.com/ggml-org/llama.cpp/discussions/4167", _ADVISOR)
 
 _METAL_BENCHMARKS = Source(
@@ -178,7 +179,8 @@ _M3_DIES = Source(
     note="two M3 Max in one, taken at their clock; copy of Macworld",
 )
 _ECLECTIC = Source(
-    "https://eclecticlight.co/2025/01/22/", note="powermetrics on a 20-core M4 Pro: 1578 MHz"
+    "https://eclecticlight.co/2025/01/22/m4-pro-full-on-when-cpu-and-gpu-draw-over-50-w-and-how-low-power-mode-changes-that/",
+    note="powermetrics on 20 cores: 1578 MHz; read in a copy",
 )
 _M5_ROOFLINE = Source(
     "https://michaelstinkerings.org/apple-m5-gpu-roofline-analysis",
@@ -292,7 +294,7 @@ _Q8 = "llama.cpp, Llama 2 7B in Q8_0, prompt of 512 tokens"
 
 MEASURED: tuple[Measurement, ...] = (
     Measurement(
-        "M2 Ultra", None, "lora", 475, "mlx-examples, Llama 7B, WikiSQL, batch of 4, 16 layers",
+        "M2 Ultra", None, "lora", 475, "mlx-examples, Llama 7B, WikiSQL; sizes not stated",
         _LORA_EXAMPLE,
     ),
     Measurement(
@@ -307,6 +309,10 @@ MEASURED: tuple[Measurement, ...] = (
         "M5", None, "matmul", 6.5e12, "MLX 0.31, bfloat16, 1280³ in 0.646 ms: small products",
         Source("https://github.com/ml-explore/mlx/issues/3196"),
     ),
+    Measurement(
+        "M4 Max", 40, "matmul", 13.45e12, "PyTorch 2.8 on MPS, float16, 4096³",
+        Source("https://github.com/zzc0721/torch-performance-test-data/issues/65"),
+    ),
     # Where float16 was not measured, mostly because it does not fit.
     Measurement("M1", 7, "prefill", 108.21, _Q8, PREFILL_SOURCE),
     Measurement("M1", 8, "prefill", 117.25, _Q8, PREFILL_SOURCE),
@@ -316,7 +322,7 @@ MEASURED: tuple[Measurement, ...] = (
     Measurement(
         "M5 Max", 40, "prefill", 3347,
         "llama.cpp of June 2026, Llama 2 7B in Q4_0, prompt of 512 tokens",
-        _quoted(PREFILL_SOURCE.url, "a survey of inference engines (31 July 2026)"),
+        _quoted(PREFILL_SOURCE.url, "Local LLM Inference Engines: Embeddable Cores (July 2026)"),
     ),
 )  # fmt: skip
 
