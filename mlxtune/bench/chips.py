@@ -113,6 +113,8 @@ _SUNKCOST = "https://github.com/rlindsey2/sunkcost (data/hardware.json)"
 _PAPALINI = "E. Papalini, Bigger Models, Smaller Macs (28 September 2026)"
 _ADVISOR = "https://github.com/Himalpok1/local-ai-advisor (research/findings.md)"
 
+_HUGGING_FACE = "https://github.com/huggingface/huggingface.js (packages/tasks/src/hardware.ts)"
+
 _M1_NEWS = Source(
     "https://www.apple.com/gw/newsroom/2021/10/introducing-m1-pro-and-m1-max-the-most-powerful-chips-apple-has-ever-built"
 )
@@ -122,7 +124,10 @@ _STUDIO_2022 = Source(
     "http://tekspecz.com/new-blog-2/2022/3/13/hardware-breakdown-presents-the-mac-studio"
 )
 _WIKI_M2 = Source("https://en.wikipedia.org/wiki/Apple_M2", note="read in copies")
-_WIKI_M3 = Source("https://en.wikipedia.org/wiki/Apple_M3", note="read in copies")
+_WIKI_M3 = Source(
+    "https://en.wikipedia.org/wiki/Apple_M3",
+    note=f"the cores, read in copies; the sizes are in {_HUGGING_FACE}",
+)
 _WIKI_M5 = Source("https://en.wikipedia.org/wiki/Apple_M5", note="read in a copy, abridged")
 _MBP_2023 = Source(
     "https://thelowryusq.com/article/macbook-pro-14-inch-2023-technical-specifications",
@@ -130,6 +135,7 @@ _MBP_2023 = Source(
 )
 _STUDIO_2023 = Source("https://theapplewiki.com/wiki/Mac_Studio_(2023)")
 _MBP_M3 = Source("https://support.apple.com/en-au/117737")
+_MBP_M3_MAX = _quoted("https://support.apple.com/en-au/117737", _HUGGING_FACE)
 _MACWORLD_2025 = Source("https://english.worldmagazine.it/431260", note="copy of Macworld")
 _ARS_2025 = Source(
     "https://inforeader.com/i/?search=%23Mac%2BStudio", note="copy of a table of Ars Technica"
@@ -266,7 +272,7 @@ CHIPS: tuple[Chip, ...] = tuple(
         ("M3 Pro", 14, (18, 36), 150, None, _ARS_M4, _MBP_M3),
         ("M3 Pro", 18, (18, 36), 150, 357.45, _MBP_M3, _MBP_M3),
         ("M3 Max", 30, (36, 96), 300, 589.41, _MBP_M3, _MBP_M3),
-        ("M3 Max", 40, (48, 64, 128), 400, 779.17, _MBP_M3, _MBP_M3),
+        ("M3 Max", 40, (48, 64, 128), 400, 779.17, _MBP_M3_MAX, _MBP_M3),
         ("M3 Ultra", 60, (96, 256), 819, 1121.80, _ARS_2025, _MACWORLD_2025),
         ("M3 Ultra", 80, (96, 256, 512), 819, 1538.34, _STUDIO_2025, _MACWORLD_2025),
         ("M4", 8, (16, 24), 120, None, _ARS_M4, _ARS_M4),
