@@ -112,7 +112,6 @@ def _quoted(url: str, by: str) -> Source:
 _SUNKCOST = "https://github.com/rlindsey2/sunkcost (data/hardware.json)"
 _PAPALINI = "E. Papalini, Bigger Models, Smaller Macs (28 September 2026)"
 _ADVISOR = "https://github.com/Himalpok1/local-ai-advisor (research/findings.md)"
-
 _HUGGING_FACE = "https://github.com/huggingface/huggingface.js (packages/tasks/src/hardware.ts)"
 
 _M1_NEWS = Source(
@@ -128,7 +127,6 @@ _WIKI_M3 = Source(
     "https://en.wikipedia.org/wiki/Apple_M3",
     note=f"the cores, read in copies; the sizes are in {_HUGGING_FACE}",
 )
-_WIKI_M5 = Source("https://en.wikipedia.org/wiki/Apple_M5", note="read in a copy, abridged")
 _MBP_2023 = Source(
     "https://thelowryusq.com/article/macbook-pro-14-inch-2023-technical-specifications",
     note="copy of Apple's technical specifications",
