@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
 from typing import Any, cast
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
+
+from mlxtune.device import on_cpu
+
+Function = Callable[..., Any]
+# Is told function, gradient and arguments of a call, and returns what the call gives.
+Interceptor = Callable[[Function, Function, tuple[mx.array, ...]], Any]
+
+_interceptor: ContextVar[Interceptor | None] = ContextVar("interceptor", default=None)
 
 
 def scalar(array: mx.array) -> float:
@@ -16,7 +28,7 @@ def scalar(array: mx.array) -> float:
 
 def exp(x: mx.array) -> mx.array:
     """e to the x. On a CPU MLX takes powers three times as fast as exponentials."""
-    return mx.power(math.e, x) if mx.default_device() == mx.cpu else mx.exp(x)
+    return mx.power(math.e, x) if on_cpu() else mx.exp(x)
 
 
 def flat(tree: Any) -> dict[str, mx.array]:
@@ -35,3 +47,69 @@ def set_random_key(key: mx.array) -> None:
     # The state itself cannot be assigned; a seed's two halves are its key.
     high, low = cast(list[int], key.tolist())
     mx.random.seed((high << 32) | low)
+
+
+def custom_gradient(vjp: Function) -> Callable[[Function], Function]:
+    """Give a function of arrays this gradient: `mx.custom_function` that can be looked into.
+
+    What the gradient computes from the arguments again is computed again when MLX compiles,
+    too: otherwise it would find the two alike and keep the first for the second.
+
+    Args:
+        vjp: as `mx.custom_function` takes it.
+    """
+
+    def backward(primals: Any, cotangents: Any, results: Any) -> Any:
+        alone = isinstance(primals, mx.array)
+        given = [cotangents] if isinstance(cotangents, mx.array) else list(cotangents)
+        primals = mx.depends([primals] if alone else list(primals), given)
+        return vjp(primals[0] if alone else primals, cotangents, results)
+
+    def decorated(function: Function) -> Function:
+        own = mx.custom_function(function)
+        own.vjp(backward)
+
+        @wraps(function)
+        def call(*args: mx.array) -> Any:
+            interceptor = _interceptor.get()
+            return own(*args) if interceptor is None else interceptor(function, backward, args)
+
+        return call
+
+    return decorated
+
+
+def checkpoint(function: Function) -> Function:
+    """`mx.checkpoint` that can be looked into: keep the arguments, compute again for gradients.
+
+    Args:
+        function: of trees of arrays, to one array.
+    """
+    own = mx.checkpoint(function)
+
+    def call(*args: Any) -> Any:
+        interceptor = _interceptor.get()
+        if interceptor is None:
+            return own(*args)
+        leaves = tuple(flat(args).values())
+
+        def of_leaves(*arrays: mx.array) -> Any:
+            each = iter(arrays)
+            return function(*tree_map(lambda _: next(each), args))
+
+        def vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
+            return mx.vjp(of_leaves, mx.depends(list(primals), [output]), [cotangent])[1]
+
+        return interceptor(of_leaves, vjp, leaves)
+
+    return call
+
+
+@contextmanager
+def intercept_gradients(interceptor: Interceptor) -> Iterator[None]:
+    """Hand calls of what `custom_gradient` and `checkpoint` made to someone else."""
+    token = _interceptor.set(interceptor)
+    try:
+        yield
+    finally:
+        _interceptor.reset(token)

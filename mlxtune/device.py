@@ -14,6 +14,9 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 SWITCH = "MLXTUNE_BLAS"
@@ -35,11 +38,24 @@ _MALLOC = {
 }
 
 
+_assumed_gpu: ContextVar[bool] = ContextVar("assumed_gpu", default=False)
+
+
 def on_cpu() -> bool:
     """Whether MLX computes on a CPU here."""
     import mlx.core as mx
 
-    return bool(mx.default_device() == mx.cpu)
+    return not _assumed_gpu.get() and bool(mx.default_device() == mx.cpu)
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Take the ways that are taken on a GPU, to see what they are; nothing is computed there."""
+    token = _assumed_gpu.set(True)
+    try:
+        yield
+    finally:
+        _assumed_gpu.reset(token)
 
 
 # Where launchers say which of several processes this is, and how many there are.

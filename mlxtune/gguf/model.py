@@ -21,7 +21,7 @@ from mlxtune.gguf.architectures import (
 from mlxtune.gguf.reader import GGUFFile, damaged
 from mlxtune.gguf.rope import ROPE_TENSORS, rope_config
 from mlxtune.gguf.tensors import PLAIN, expanded, parameter_name, unreadable
-from mlxtune.gguf.unpack import GROUP_SIZE, affine
+from mlxtune.gguf.unpack import GROUP_SIZE, affine, affine_form
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,19 @@ def read_model(file: GGUFFile) -> GGUFModel:
             elif not suffix and info.type not in PLAIN:
                 wide.append(hf_name)
     return GGUFModel(config, weights, packing, tuple(wide))
+
+
+def read_packing(file: GGUFFile) -> dict[str, tuple[int, Any]]:
+    """Parameter path to the bits and the type of scales in which `read_model` packs it.
+
+    From the header alone.
+    """
+    entry, _ = read_config(file)
+    packing = {}
+    for name, info in file.tensors.items():
+        if name not in ROPE_TENSORS and (form := affine_form(info.type)):
+            packing[parameter_name(file, entry, name).removesuffix(".weight")] = form
+    return packing
 
 
 def _arrays(

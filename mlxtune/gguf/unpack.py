@@ -61,6 +61,14 @@ def affine(type_: Type, data: Bytes) -> Affine | None:
     return Affine(codes.reshape(rows, -1), scale.reshape(rows, -1), bias.reshape(rows, -1), bits)
 
 
+def affine_form(type_: Type) -> tuple[int, Any] | None:
+    """Bits of a code and NumPy type of the scales of a type's affine form; None if it has none."""
+    if type_ not in _LAYOUTS:
+        return None
+    _codes, scales, _biases, bits = _LAYOUTS[type_][1](np.zeros((1, _LAYOUTS[type_][0]), np.uint8))
+    return bits, scales.dtype
+
+
 _Unpacked = tuple[Bytes, Any, Any, int]
 
 

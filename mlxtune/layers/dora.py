@@ -34,6 +34,8 @@ class DoRALinear(LoRALinear):
         rank: width of the update.
         scale: factor on the update.
         dropout: probability of dropping an input feature of the update, in training.
+        evaluate: compute the base's norms at once, so that no more than one base weight is
+            ever expanded.
     """
 
     kind = "dora"
@@ -45,13 +47,16 @@ class DoRALinear(LoRALinear):
         rank: int,
         scale: float,
         dropout: float = 0.0,
+        evaluate: bool = True,
     ) -> None:
         super().__init__(base, rank=rank, scale=scale, dropout=dropout)
         # With an underscore it is no parameter: it is neither trained nor saved.
         self._squares = self._base_weight().astype(mx.float32).square().sum(axis=-1)
         self.m = self._norms()
-        # At once, so that no more than one base weight is ever expanded.
-        mx.eval(self._squares, self.m)
+        if evaluate:
+            mx.eval(self._squares, self.m)
+        else:
+            self._squares = mx.zeros(self._squares.shape)
 
     def trained(self) -> tuple[str, ...]:
         """`lora_a`, `lora_b` and the magnitude `m`."""

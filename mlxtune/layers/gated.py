@@ -14,7 +14,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxtune.arrays import exp, scalar
+from mlxtune.arrays import custom_gradient, exp, scalar
+from mlxtune.device import on_cpu
 from mlxtune.layers.lora import LoRALinear
 from mlxtune.layers.quantized import QuantizedLinear
 
@@ -32,17 +33,26 @@ def geglu(gate: mx.array, up: mx.array) -> mx.array:
     return _geglu(gate, up)
 
 
-def use_gated_activations(model: nn.Module) -> int:
+# Classes of MLPs to those derived from them that have our activation, or to None.
+GatedClasses = dict[type, type | None]
+
+
+def use_gated_activations(model: nn.Module, classes: GatedClasses | None = None) -> int:
     """Give the MLPs of a model these activations, where that is what they compute.
 
     An MLP is one with `gate_proj`, `up_proj` and `down_proj`; what it computes is seen on
     random rows. The instances get a class of their own, derived from theirs; mlx-lm's
     classes stay as they are.
 
+    Args:
+        model: a loaded model.
+        classes: what was found for another model of this architecture; these are not tried
+            again, and others are added.
+
     Returns:
         How many MLPs took one.
     """
-    derived: dict[type, type | None] = {}
+    derived: GatedClasses = {} if classes is None else classes
     count = 0
     for module in model.modules():
         if not all(isinstance(module.get(name), _ONE_FOR_ALL) for name in _PROJECTIONS):
@@ -99,7 +109,7 @@ def _derived(original: type, activation: Gated) -> type:
 
 
 def _sigmoid(x: mx.array) -> mx.array:
-    if mx.default_device() == mx.cpu and x.dtype == mx.float32:
+    if on_cpu() and x.dtype == mx.float32:
         return mx.reciprocal(1 + exp(-x))
     return mx.sigmoid(x)
 
@@ -116,18 +126,15 @@ def _make(forward: Gated, backward: Callable[[mx.array, mx.array, mx.array], Pai
     # One kernel for each on a GPU; on a CPU compiling takes a C++ compiler and gains nothing.
     fused = mx.compile(forward, shapeless=True), mx.compile(backward, shapeless=True)
 
-    @mx.custom_function
+    def vjp(primals: Pair, cotangent: mx.array, _output: mx.array) -> Pair:
+        return (backward if on_cpu() else fused[1])(*primals, cotangent)
+
+    @custom_gradient(vjp)
     def activation(gate: mx.array, up: mx.array) -> mx.array:
-        on_cpu = mx.default_device() == mx.cpu
-        return forward(gate, up) if on_cpu else fused[0](gate, up)
+        return forward(gate, up) if on_cpu() else fused[0](gate, up)
 
-    @activation.vjp
-    def _vjp(primals: Pair, cotangent: mx.array, _output: mx.array) -> Pair:
-        on_cpu = mx.default_device() == mx.cpu
-        return (backward if on_cpu else fused[1])(*primals, cotangent)
-
-    result: Any = activation
-    return result  # type: ignore[no-any-return]
+    result: Gated = activation
+    return result
 
 
 def _swiglu_backward(gate: mx.array, up: mx.array, cotangent: mx.array) -> Pair:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -55,11 +56,11 @@ def own_quantized_layers(model: nn.Module, dtype: mx.Dtype | None = None) -> Non
     replace_layers(model, swaps)
 
 
-def quantize_projections(model: nn.Module, packing: Packing) -> None:
+def quantize_projections(model: nn.Module, packing: Packing, *, evaluate: bool = True) -> None:
     """Pack the plain projections of the model's blocks, as QLoRA does.
 
-    Embeddings, routers and the output head keep their precision. Each weight is released
-    as soon as it is packed.
+    Embeddings, routers and the output head keep their precision. Each weight is packed at
+    once and released, unless `evaluate` is false.
 
     Raises:
         ModelError: a projection's width does not divide into groups.
@@ -79,12 +80,13 @@ def quantize_projections(model: nn.Module, packing: Packing) -> None:
         experts = isinstance(layer, SwitchLinear)
         ours: type[PackedLayer] = QuantizedSwitchLinear if experts else QuantizedLinear
         packed = ours.from_weight(layer, packing)
-        mx.eval(packed.arrays)
+        if evaluate:
+            mx.eval(packed.arrays)
         replace_layers(model, [(path, packed)])
 
 
-def dequantize_layers(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Expand every packed layer into a plain one of type `dtype`, one at a time."""
+def dequantize_layers(model: nn.Module, dtype: mx.Dtype, *, evaluate: bool = True) -> None:
+    """Expand every packed layer into a plain one of type `dtype`, at once if `evaluate`."""
     for path, layer in list(model.named_modules()):
         if not isinstance(layer, PackedLayer):
             continue
@@ -100,7 +102,8 @@ def dequantize_layers(model: nn.Module, dtype: mx.Dtype) -> None:
             plain.weight = weight
             if "bias" in layer:
                 plain.bias = layer.bias
-        mx.eval(weight)
+        if evaluate:
+            mx.eval(weight)
         replace_layers(model, [(path, plain)])
 
 
@@ -112,8 +115,11 @@ def add_lora(
     scale: float,
     dropout: float = 0.0,
     dora: bool = False,
+    evaluate: bool = True,
 ) -> None:
     """Freeze the model and put an adapter on each path: LoRA, or DoRA. Only they train.
+
+    With `evaluate`, what DoRA needs to know of its base is computed at once.
 
     Raises:
         ModelError: DoRA was asked for on experts.
@@ -123,7 +129,7 @@ def add_lora(
 
     def adapted(path: str) -> Adapter:
         base: Any = found[path]
-        kind: Any = DoRALinear if dora else LoRALinear
+        kind: Any = LoRALinear
         if hasattr(base, "num_experts"):
             if dora:
                 raise ModelError(
@@ -132,7 +138,9 @@ def add_lora(
                     remedy="lora.dora = false, or leave it out by lora.exclude_modules",
                 )
             kind = LoRASwitchLinear
-        adapter: Adapter = kind.from_base(base, rank=rank, scale=scale, dropout=dropout)
+        elif dora:
+            kind = partial(DoRALinear, evaluate=evaluate)
+        adapter: Adapter = kind(base, rank=rank, scale=scale, dropout=dropout)
         return adapter
 
     replace_layers(model, [(path, adapted(path)) for path in paths])

@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import numpy as np
 
+from mlxtune.device import on_cpu
+
 Arrays = dict[str, mx.array]
 # What selects rows of a weight: the same rows of all its arrays.
 Rows = slice | mx.array
@@ -60,7 +62,7 @@ class Packing:
     def expand(self, arrays: Arrays, dtype: mx.Dtype) -> mx.array:
         """The weight of (…, out, in); on a CPU with the numbers of `mx.dequantize`, sooner."""
         sooner = _ON_CPU.get((self.mode, self.bits))
-        if sooner is not None and mx.default_device() == mx.cpu:
+        if sooner is not None and on_cpu():
             return sooner(arrays).astype(dtype)
         full = mx.dequantize(
             arrays["weight"],

@@ -19,6 +19,8 @@ from typing import Self
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxtune.arrays import custom_gradient
+from mlxtune.device import on_cpu
 from mlxtune.layers.nf4 import NormalFloat4
 from mlxtune.layers.packing import MICROSCALING, Arrays, Packing
 
@@ -50,7 +52,7 @@ class Route:
         On a CPU MLX's packed product runs one row at a time at a few GFLOP/s (measured: 8
         rows of 1536 x 576, 4 bits: 4.1 ms packed, 2.3 ms expanded). A GPU has kernels for it.
         """
-        return cls(6, 6) if mx.default_device() == mx.cpu else cls(None, None)
+        return cls(6, 6) if on_cpu() else cls(None, None)
 
     def expands(self, rows: int, *, forward: bool) -> bool:
         """Whether a product of that many rows expands the weight."""
@@ -107,15 +109,14 @@ def frozen_product(x: mx.array, multiply: Callable[[mx.array, bool], mx.array]) 
             output and false for the backward one.
     """
 
-    @mx.custom_function
+    def backward(_rows: mx.array, cotangent: mx.array, _output: mx.array) -> mx.array:
+        return multiply(cotangent, False)
+
+    @custom_gradient(backward)
     def project(rows: mx.array) -> mx.array:
         return multiply(rows, True)
 
-    @project.vjp
-    def project_vjp(_rows: mx.array, cotangent: mx.array, _output: mx.array) -> mx.array:
-        return multiply(cotangent, False)
-
-    product: mx.array = project(x)  # type: ignore[assignment]  # MLX types it as object
+    product: mx.array = project(x)
     return product
 
 
@@ -195,6 +196,15 @@ class PackedLayer(nn.Module):
             return scales.dtype
         return self._dtype or mx.bfloat16
 
+    def _for(self, x: mx.array) -> Arrays:
+        """The packed weight for a product with `x` alone.
+
+        Compiled, MLX would find that two products expand the same weight, do it once and keep
+        the result from the first to the last.
+        """
+        arrays = self.arrays
+        return dict(zip(arrays, mx.depends(list(arrays.values()), [x]), strict=True))
+
     def dequantized(self) -> mx.array:
         """The (…, out, in) weight."""
         return self.packing.expand(self.arrays, self.dtype)
@@ -217,7 +227,7 @@ class QuantizedLinear(PackedLayer):
     def product(self, x: mx.array, *, forward: bool, expand: bool) -> mx.array:
         """`x @ W.T` for `forward`, else `x @ W`, in the type of `x`."""
         if expand:
-            return expanded_product(x, self.packing, self.arrays, transpose=forward)
+            return expanded_product(x, self.packing, self._for(x), transpose=forward)
         return self.packing.product(x, self.arrays, transpose=forward).astype(x.dtype)
 
     def __call__(self, x: mx.array) -> mx.array:

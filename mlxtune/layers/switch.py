@@ -44,7 +44,7 @@ class QuantizedSwitchLinear(PackedLayer):
             return self.packing.gathered_product(
                 x, self.arrays, indices, transpose=forward, ordered=ordered
             ).astype(x.dtype)
-        full = self.packing.expand(self.arrays, x.dtype)
+        full = self.packing.expand(self._for(x), x.dtype)
         full = full.swapaxes(-1, -2) if forward else full
         return mx.gather_mm(x, full, rhs_indices=indices, sorted_indices=ordered)
 

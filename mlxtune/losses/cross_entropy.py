@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import mlx.core as mx
 
-from mlxtune.arrays import exp
+from mlxtune.arrays import custom_gradient, exp
 
 
 def weighted_cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
@@ -67,7 +66,12 @@ def chunked_cross_entropy(
             value = value + weighted_cross_entropy(head(chunk), targets[part], weights[part])
         return value
 
-    @mx.custom_function
+    def backward(
+        _hidden: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+    ) -> mx.array:
+        return (cotangents[0] * outputs[1]).astype(outputs[1].dtype)
+
+    @custom_gradient(backward)
     def total(hidden: mx.array) -> tuple[mx.array, mx.array]:
         losses: list[mx.array] = []
         gradients: list[mx.array] = []
@@ -81,14 +85,7 @@ def chunked_cross_entropy(
             gradients.append(for_chunk)
         return mx.stack(losses).sum(), mx.concatenate(gradients)
 
-    @total.vjp
-    def _backward(
-        _hidden: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
-    ) -> mx.array:
-        return (cotangents[0] * outputs[1]).astype(outputs[1].dtype)
-
-    both: Any = total(hidden)
-    loss: mx.array = both[0]
+    loss: mx.array = total(hidden)[0]
     return loss
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxtune.arrays import exp
+from mlxtune.arrays import custom_gradient, exp
+from mlxtune.device import on_cpu
 
 # Scores of one block: 2 MiB of float32 on a CPU, whose caches hold that; a GPU needs many
 # at once to be busy.
@@ -36,7 +37,7 @@ Bias = Callable[[Block], mx.array]
 
 def blocks(rows: int, width: int, prefix: int, heads: int) -> Iterator[Block]:
     """The blocks of a grid of `rows` x `width` queries, each row with `prefix` keys in front."""
-    limit = _CPU_SCORES if mx.default_device() == mx.cpu else _GPU_SCORES
+    limit = _CPU_SCORES if on_cpu() else _GPU_SCORES
     queries = min(width, max(_LEAST_QUERIES, limit // (heads * (prefix + width))))
     queries = -(-width // -(-width // queries))  # all blocks of a row alike
     group = max(1, limit // (heads * queries * (prefix + width))) if queries == width else 1
@@ -82,27 +83,7 @@ def attention(
         own = own[block.rows, :, :, block.queries]
         return own.reshape(own.shape[0], kv_heads, -1, dim)
 
-    @mx.custom_function
-    def attend(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        outputs: list[mx.array] = []
-        logs: list[mx.array] = []
-        for block in parts:
-            own = of_block(block, q) * scale
-            if outputs:  # not before the last block is done with its scores
-                [own] = mx.depends([own], [outputs[-1]])
-            s = scores(block, own, k[block.rows, :, : block.keys])
-            peak = s.max(axis=-1, keepdims=True)
-            p = exp(s - peak)
-            total = p.sum(axis=-1, keepdims=True)
-            flat = p.reshape(*own.shape[:-1], block.keys).astype(v.dtype)
-            mixed = flat @ v[block.rows, :, : block.keys]
-            mixed = mixed.reshape(*total.shape[:-1], dim) / total.astype(v.dtype)
-            outputs.append(mixed)
-            logs.append(peak + mx.log(total))
-        return _joined(parts, outputs), _joined(parts, logs)
-
-    @attend.vjp
-    def attend_vjp(primals: Any, cotangents: Any, results: Any) -> Any:
+    def backward(primals: Any, cotangents: Any, results: Any) -> Any:
         q, k, v = primals
         (out, log), gradient = results, cotangents[0]
         out, gradient = out.reshape(q.shape), gradient.reshape(q.shape)
@@ -139,8 +120,26 @@ def attention(
             mx.concatenate([for_v[row] for row in sorted(for_v)]),
         )
 
-    both: Any = attend(queries, keys, values)
-    result: mx.array = both[0].reshape(queries.shape)
+    @custom_gradient(backward)
+    def attend(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        outputs: list[mx.array] = []
+        logs: list[mx.array] = []
+        for block in parts:
+            own = of_block(block, q) * scale
+            if outputs:  # not before the last block is done with its scores
+                [own] = mx.depends([own], [outputs[-1]])
+            s = scores(block, own, k[block.rows, :, : block.keys])
+            peak = s.max(axis=-1, keepdims=True)
+            p = exp(s - peak)
+            total = p.sum(axis=-1, keepdims=True)
+            flat = p.reshape(*own.shape[:-1], block.keys).astype(v.dtype)
+            mixed = flat @ v[block.rows, :, : block.keys]
+            mixed = mixed.reshape(*total.shape[:-1], dim) / total.astype(v.dtype)
+            outputs.append(mixed)
+            logs.append(peak + mx.log(total))
+        return _joined(parts, outputs), _joined(parts, logs)
+
+    result: mx.array = attend(queries, keys, values)[0].reshape(queries.shape)
     return result
 
 

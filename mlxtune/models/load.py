@@ -20,6 +20,7 @@ from mlx_lm.tokenizer_utils import (
 )
 
 from mlxtune.arrays import flat
+from mlxtune.device import on_cpu
 from mlxtune.errors import ModelError
 from mlxtune.gguf.model import open_model, read_config
 from mlxtune.gguf.reader import GGUFFile
@@ -73,7 +74,7 @@ def load_model(
     model, tokenizer, config = (_from_gguf if source.is_gguf else _from_folder)(source)
     stored = _stored_dtype(model)
     if dtype == "auto":
-        dtype = "float32" if mx.default_device() == mx.cpu else stored
+        dtype = "float32" if on_cpu() else stored
     model.set_dtype(DTYPES[dtype])
     _with_template(tokenizer, chat_template)
     model.eval()
@@ -133,7 +134,7 @@ def _with_template(tokenizer: TokenizerWrapper, chat_template: str | None) -> To
 def _from_gguf(source: ModelSource) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     file, read = open_model(source.path)
     tokenizer = _gguf_tokenizer(file, source)
-    model_class, args_class = _model_classes(read.config)
+    model_class, args_class = model_classes(read.config)
     with _told(source):
         model = model_class(args_class.from_dict(read.config))
         nn.quantize(
@@ -175,7 +176,7 @@ def _told(source: ModelSource) -> Iterator[None]:
         ) from error
 
 
-def _model_classes(config: dict[str, Any]) -> tuple[Callable[..., nn.Module], Any]:
+def model_classes(config: dict[str, Any]) -> tuple[Callable[..., nn.Module], Any]:
     """mlx-lm's model and argument classes for a config."""
     model_type = config["model_type"]
     name = mlx_lm.utils.MODEL_REMAPPING.get(model_type, model_type)

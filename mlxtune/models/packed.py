@@ -174,8 +174,13 @@ class PackedRope(nn.Module):
         return grid
 
 
-def enable_packs(model: nn.Module) -> None:
+def enable_packs(model: nn.Module, proven_on: nn.Module | None = None) -> None:
     """Wrap the rotary embeddings of a model's blocks, and prove that packs come out right.
+
+    Args:
+        model: to train on packs.
+        proven_on: a model of the same architecture for which they are enabled; then nothing
+            is computed.
 
     Raises:
         ModelError: a block has no attention of the known form, or a packed pair of
@@ -191,12 +196,15 @@ def enable_packs(model: nn.Module) -> None:
     for owner in owners:
         scale = getattr(owner, "scale", None)
         owner.rope = PackedRope(owner.rope, scale if isinstance(scale, float) else None)
-    if problem := _problem(model):
+    if proven_on is not None:
+        own = pack_kind(proven_on) is OwnAttention
+    elif problem := _problem(model):
         for owner in owners:
             owner.rope = owner.rope.inner
         raise ModelError(f"packed samples cannot be given to this architecture: {problem}")
-    # CUDA has a fused attention with a backward pass; elsewhere MLX keeps all scores.
-    own = not mx.cuda.is_available() and _takes_own_attention(model)
+    else:
+        # CUDA has a fused attention with a backward pass; elsewhere MLX keeps all scores.
+        own = not mx.cuda.is_available() and _takes_own_attention(model)
     for owner in owners:
         owner.rope.own = own
 

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxtune.arrays import checkpoint
 from mlxtune.layers.lora import Dropout
 
 
@@ -45,6 +46,6 @@ def _recomputing(call: Callable[..., Any]) -> Callable[..., Any]:
                 for dropout in dropouts:
                     dropout.draw_with(None)
 
-        return mx.checkpoint(block)(self.trainable_parameters(), x, keys)
+        return checkpoint(block)(self.trainable_parameters(), x, keys)
 
     return run

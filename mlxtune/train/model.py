@@ -29,7 +29,7 @@ from mlxtune.models.load import DTYPES, LoadedModel, load_model, load_tokenizer
 from mlxtune.models.packed import enable_packs
 from mlxtune.models.resolve import resolve_model
 from mlxtune.models.targets import find_targets
-from mlxtune.recipe.schema import ModelSection, Recipe, TrainSection
+from mlxtune.recipe.schema import LoraSection, ModelSection, Recipe, TrainSection
 from mlxtune.train.memory import GB, blocks_to_checkpoint
 
 
@@ -78,25 +78,34 @@ def adapted_model(
             notes.append(f"batches are padded, not packed: {error.what}")
     use_gated_activations(base.model)
     mx.random.seed(recipe.seed)
-    lora = recipe.lora
+    put_adapters(base.model, recipe.lora)
+    if initial is not None:
+        start_from(initial, base.model)
+    return AdaptedModel(base, packing, routes, tuple(notes))
+
+
+def put_adapters(model: nn.Module, lora: LoraSection, *, evaluate: bool = True) -> None:
+    """Put a recipe's adapters on its targets; only they train. `evaluate` as in `add_lora`.
+
+    Raises:
+        TargetError: the targets are not the model's.
+    """
     targets = find_targets(
-        dict(projections(base.model)),
+        dict(projections(model)),
         lora.target_modules,
         exclude=lora.exclude_modules,
         layers=lora.layers,
-        layer_count=len(base.model.layers),
+        layer_count=len(model.layers),
     )
     add_lora(
-        base.model,
+        model,
         targets,
         rank=lora.rank,
         scale=lora.scale,
         dropout=lora.dropout,
         dora=lora.dora,
+        evaluate=evaluate,
     )
-    if initial is not None:
-        start_from(initial, base.model)
-    return AdaptedModel(base, packing, routes, tuple(notes))
 
 
 def blocks_computed_twice(
@@ -146,16 +155,32 @@ def load_base(section: ModelSection, *, for_inference: bool = False) -> LoadedMo
     template = _template_of(section)
     source = resolve_model(section.path, revision=section.revision)
     base = load_model(source, dtype=section.dtype, chat_template=template)
-    own_quantized_layers(base.model, DTYPES[base.dtype])
-    if section.quantize is not None:
-        packing = packing_named(section.quantize, double_quantization=section.double_quantization)
-        quantize_projections(base.model, packing)
-    if section.dequantize or (for_inference and mx.default_device() == mx.cpu):
+    put_own_layers(base.model, section, DTYPES[base.dtype])
+    if for_inference and on_cpu():
         dequantize_layers(base.model, DTYPES[base.dtype])
-    if section.quantized_matmul != "auto":
-        fix_routes(base.model, section.quantized_matmul == "expand")
     mx.eval(base.model.parameters())
     return base
+
+
+def put_own_layers(
+    model: nn.Module, section: ModelSection, dtype: mx.Dtype, *, evaluate: bool = True
+) -> None:
+    """Our layers instead of MLX's, packed or expanded as the recipe says.
+
+    Args:
+        model: as it was loaded.
+        section: `[model]`.
+        dtype: that it computes in.
+        evaluate: compute the new weights at once, one after another.
+    """
+    own_quantized_layers(model, dtype)
+    if section.quantize is not None:
+        packing = packing_named(section.quantize, double_quantization=section.double_quantization)
+        quantize_projections(model, packing, evaluate=evaluate)
+    if section.dequantize:
+        dequantize_layers(model, dtype, evaluate=evaluate)
+    if section.quantized_matmul != "auto":
+        fix_routes(model, section.quantized_matmul == "expand")
 
 
 def tokenizer_of(section: ModelSection) -> Any:

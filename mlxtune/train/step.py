@@ -13,6 +13,7 @@ from mlx.utils import tree_map
 
 from mlxtune.arrays import flat
 from mlxtune.data.pack import TARGET_STEP, Batch
+from mlxtune.device import on_cpu
 from mlxtune.losses.cross_entropy import chunked_cross_entropy, weighted_cross_entropy
 from mlxtune.models.heads import split_head
 from mlxtune.models.packed import pack_kind
@@ -47,11 +48,14 @@ class LossFunction:
 
     Args:
         model: an mlx-lm model; for packed batches `enable_packs` must have been called.
+        comes_apart: whether its head can be split off; None to try it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, comes_apart: bool | None = None) -> None:
         self._model = model
-        self._parts = split_head(model)
+        self._parts = None
+        if comes_apart is not False:
+            self._parts = split_head(model, proven=comes_apart is True)
         self._blocks = len(model.layers)
         self._pack = pack_kind(model)
 
@@ -113,6 +117,7 @@ class TrainStep:
         lora_plus_ratio: see `optim.update`.
         compiled: compile the step; by default wherever that pays.
         workers: those that each step's batches are spread over.
+        loss: by default one made for the model.
     """
 
     def __init__(
@@ -124,13 +129,14 @@ class TrainStep:
         lora_plus_ratio: float = 1.0,
         compiled: bool | None = None,
         workers: Workers | None = None,
+        loss: LossFunction | None = None,
     ) -> None:
         self._workers = workers or Workers()
         self._model = model
         self._optimizer = optimizer
         self._max_grad_norm = max_grad_norm
         self._lora_plus_ratio = lora_plus_ratio
-        self._gradient = nn.value_and_grad(model, LossFunction(model))
+        self._gradient = nn.value_and_grad(model, loss or LossFunction(model))
         self._whole: Callable[..., Any] = self._whole_step
         self._one: Callable[..., Any] = self._gradient
         self._finish: Callable[..., Any] = self._update
@@ -138,7 +144,7 @@ class TrainStep:
             # On a CPU compiling is a loss: MLX builds its fused kernels with a C++ compiler
             # (up to 40 s at the first step) and they run no faster, being bound by exp
             # (measured on 2 cores: 3.27 examples/s either way).
-            compiled = mx.default_device() != mx.cpu
+            compiled = not on_cpu()
         if compiled:
             state = [model.state, optimizer.state, mx.random.state]
             self._whole = mx.compile(self._whole_step, inputs=state, outputs=state)

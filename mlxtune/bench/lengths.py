@@ -1,0 +1,108 @@
+"""How long a recipe's records are, from as much as is at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from mlxtune.data.batches import Part
+from mlxtune.data.records import Conversation
+from mlxtune.data.render import Renderer, Sample
+from mlxtune.errors import DataError
+from mlxtune.models.load import load_tokenizer
+from mlxtune.models.resolve import ModelSource
+from mlxtune.recipe.schema import DataSource, Recipe
+from mlxtune.train.corpus import read_corpus, source_of
+
+# English text and code: a token is three to four characters in most vocabularies.
+_CHARACTERS_TO_TOKEN = 3.3
+# A role, its name and its marks.
+_TOKENS_TO_TURN = 6
+# So many records of a source say how long the others are.
+_LOOKED_AT = 5000
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Samples as long as a recipe's, and how that is known.
+
+    Attributes:
+        parts: what is trained on.
+        basis: `tokenized`, `estimated` from characters, or `worst case`: every record as long
+            as `train.max_seq_length`.
+        note: the same in a sentence.
+    """
+
+    parts: tuple[Part, ...]
+    basis: str
+    note: str
+
+
+def lengths_of_recipe(recipe: Recipe, source: ModelSource | None) -> Lengths:
+    """The samples of a recipe, or some like them.
+
+    Args:
+        recipe: checked.
+        source: of the tokenizer; None if it is not on this machine.
+    """
+    if source is not None:
+        try:
+            tokenizer = load_tokenizer(source)
+            parts = read_corpus(recipe, Renderer(tokenizer)).parts
+            count = sum(len(part.samples) for part in parts)
+            return Lengths(parts, "tokenized", f"{count} records, tokenized")
+        except DataError:
+            pass  # no file there, or one that `validate` has more to say about
+    try:
+        return _estimated(recipe)
+    except DataError as error:
+        count = recipe.train.batch_size * recipe.train.gradient_accumulation_steps
+        limit = recipe.train.max_seq_length
+        part = Part([_sample(i, limit, limit) for i in range(count)])
+        note = f"every record taken for {limit} tokens long ({error.what})"
+        return Lengths((part,), "worst case", note)
+
+
+def _estimated(recipe: Recipe) -> Lengths:
+    parts: list[Part] = []
+    for section in recipe.data:
+        samples = [
+            _sample(number, min(total, recipe.train.max_seq_length), trained)
+            for number, conversation in enumerate(islice(source_of(section), _LOOKED_AT))
+            if (trained := _size(conversation, section, trained=True))
+            and (total := _size(conversation, section, trained=False))
+        ]
+        if not samples:
+            raise DataError("it has no records", where=section.path)
+        parts.append(Part(samples, section.epochs or 1.0))
+    count = sum(len(part.samples) for part in parts)
+    note = f"{count} records, their lengths estimated from characters"
+    return Lengths(tuple(parts), "estimated", note)
+
+
+def _size(conversation: Conversation, section: DataSource, *, trained: bool) -> int:
+    """Tokens of a conversation, about; or of what is trained of it."""
+    texts = [s.text for s in conversation.segments if s.train or not trained]
+    texts += [
+        turn.content + turn.reasoning
+        for turn in conversation.turns
+        if not trained or section.train_on_inputs or turn.role in section.roles_to_train
+    ]
+    return sum(_TOKENS_TO_TURN + round(len(text) / _CHARACTERS_TO_TOKEN) for text in texts)
+
+
+def _sample(number: int, length: int, trained: int) -> Sample:
+    """A sample of nobody's words: no two begin alike."""
+    length = max(2, length)
+    tokens = np.random.default_rng(number).integers(0, 1 << 15, length).astype(np.int32)
+    weights = np.zeros(length, np.float32)
+    weights[-max(1, min(trained, length - 1)) :] = 1
+    return Sample(tokens, weights, number + 1)
+
+
+def samples_of(lengths: Sequence[int], trained: float = 0.5) -> list[Sample]:
+    """Samples of these lengths, the last so large a part of which is trained."""
+    return [_sample(i, n, round(n * trained)) for i, n in enumerate(lengths)]

@@ -1,0 +1,156 @@
+"""A training step as a graph: built from a config, traced, never computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from mlxtune.arrays import flat
+from mlxtune.bench.graph import Graph, trace
+from mlxtune.data.pack import Batch
+from mlxtune.errors import ModelError
+from mlxtune.layers.gated import GatedClasses, use_gated_activations
+from mlxtune.models.heads import split_head
+from mlxtune.models.load import DTYPES
+from mlxtune.models.packed import enable_packs
+from mlxtune.models.skeleton import Config, Forms, hollow, skeleton, tiny_twin
+from mlxtune.recipe.schema import Recipe, TrainSection
+from mlxtune.train.blocks import checkpoint_blocks
+from mlxtune.train.model import put_adapters, put_own_layers
+from mlxtune.train.optim import make_optimizer
+from mlxtune.train.step import LossFunction, TrainStep, batch_arrays
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes that are there all the time.
+
+    Attributes:
+        weights: of the frozen model, as stored.
+        adapters: trained parameters.
+        optimizer: its state.
+    """
+
+    weights: int
+    adapters: int
+    optimizer: int
+
+
+class StepModel:
+    """A recipe's model without weights, ready for a step to be traced through it.
+
+    Args:
+        recipe: checked; of its model only the sections count, not where it lies.
+        config: of the model.
+        forms: how a GGUF packs it.
+        dtype: that it computes in.
+
+    Attributes:
+        packing: whether it takes packed batches.
+        sizes: what it takes between steps.
+
+    Raises:
+        ModelError: the config is not one of a model that mlx-lm knows.
+        TargetError: the recipe's targets are not the model's.
+    """
+
+    def __init__(self, recipe: Recipe, config: Config, forms: Forms | None, dtype: str) -> None:
+        self._train = recipe.train
+        self._model = model = skeleton(config, DTYPES[dtype], forms)
+        classes: GatedClasses = {}
+        self.packing = recipe.train.packing
+        twin = _twin(config, classes)
+        if self.packing:
+            try:
+                if twin is None:
+                    raise ModelError("no small model of this architecture can be tried")
+                enable_packs(twin)
+                enable_packs(model, twin)
+            except ModelError:
+                self.packing = False
+        self._comes_apart = twin is not None and split_head(twin) is not None
+        put_own_layers(model, recipe.model, DTYPES[dtype], evaluate=False)
+        use_gated_activations(model, classes)
+        put_adapters(model, recipe.lora, evaluate=False)
+        hollow(model)
+        model.train()
+        self._optimizer = _optimizer(recipe.train, model)
+        self.blocks = len(model.layers)
+        trained = sum(a.nbytes for a in flat(model.trainable_parameters()).values())
+        everything = sum(a.nbytes for a in flat(model.parameters()).values())
+        state = sum(a.nbytes for a in flat(self._optimizer.state).values())
+        self.sizes = Sizes(everything - trained, trained, state)
+
+    @property
+    def trainable(self) -> int:
+        """How many parameters train."""
+        return sum(a.size for a in flat(self._model.trainable_parameters()).values())
+
+    def graph(self, batch: Batch, checkpointed: Iterable[int] = ()) -> Graph:
+        """One whole step on one pass: forward, backward, update.
+
+        Args:
+            batch: only its shapes matter.
+            checkpointed: numbers of the blocks that are computed twice.
+        """
+        model, optimizer = self._model, self._optimizer
+        classes = [type(layer) for layer in model.layers]
+        checkpoint_blocks(model, checkpointed)
+        step = TrainStep(
+            model,
+            optimizer,
+            max_grad_norm=self._train.max_grad_norm,
+            lora_plus_ratio=self._train.lora_plus_ratio,
+            compiled=False,
+            loss=LossFunction(model, comes_apart=self._comes_apart),
+        )
+        arrays = batch_arrays(batch, batch.weight)
+        optimizer.learning_rate = mx.array(0.0)
+        trees = [flat(tree) for tree in (model.parameters(), optimizer.state, arrays)]
+
+        def whole_step(*given: mx.array) -> list[mx.array]:
+            each = iter(given)
+            parameters, state, inputs = ({name: next(each) for name in tree} for tree in trees)
+            model.update(tree_unflatten(list(parameters.items())))
+            optimizer.state = tree_unflatten(list(state.items()))
+            loss, norm = step._whole_step(inputs, batch.prefix, batch.packed)
+            after = [*flat(model.parameters()).values(), *flat(optimizer.state).values()]
+            return [*after, loss, norm]
+
+        try:
+            return trace(whole_step, *(a for tree in trees for a in tree.values()))
+        finally:
+            model.update(tree_unflatten(list(trees[0].items())))
+            optimizer.state = tree_unflatten(list(trees[1].items()))
+            for layer, original in zip(model.layers, classes, strict=True):
+                layer.__class__ = original
+
+
+def _twin(config: Config, classes: GatedClasses) -> nn.Module | None:
+    """A small model that was tried out; None where none can be made."""
+    try:
+        twin = tiny_twin(config)
+        use_gated_activations(twin, classes)
+        return tiny_twin(config)
+    except Exception:  # whatever an unknown architecture makes of small sizes
+        return None
+
+
+def _optimizer(train: TrainSection, model: nn.Module) -> Any:
+    optimizer = make_optimizer(
+        train.optimizer,
+        model,
+        weight_decay=train.weight_decay,
+        beta1=train.adam_beta1,
+        beta2=train.adam_beta2,
+        epsilon=train.adam_epsilon,
+        bias_correction=train.adam_bias_correction,
+    )
+    state = flat(optimizer.state).items()
+    optimizer.state = tree_unflatten([(name, mx.zeros(a.shape, a.dtype)) for name, a in state])
+    return optimizer
