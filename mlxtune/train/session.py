@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
+import numpy as np
 
 import mlxtune
 from mlxtune.adapters.store import load_adapter, read_adapter
 from mlxtune.arrays import flat
 from mlxtune.data.batches import Plan
+from mlxtune.data.inspect import histogram
 from mlxtune.data.render import Renderer
 from mlxtune.data.sources import HUB
+from mlxtune.data.store import lengths_of
 from mlxtune.device import device_name
 from mlxtune.errors import RecipeError, RunError
 from mlxtune.files import sha256
@@ -109,6 +112,7 @@ def _fine_tune(
     facts = _facts(recipe, base.source, workers)
     workers.require_same(_shared_facts(facts, renderer))
     facts["quantized_matmul"] = adapted.routes
+    facts["lengths"] = _lengths(corpus)
     budget = memory_budget(recipe.train.memory_limit)
     keep_within(budget)
     # Blocks computed twice draw their dropout apart, so a resumed run does as it did before.
@@ -270,6 +274,16 @@ def _facts(recipe: Recipe, source: ModelSource, workers: Workers) -> dict[str, A
             **{str(path): sha256(path) for path in files},
             **{s.path: s.fingerprint() for s in sources if s.path.startswith(HUB)},
         },
+    }
+
+
+def _lengths(corpus: Corpus) -> dict[str, list[int]]:
+    """Samples by tokens: bin i has `counts[i]` of `edges[i]` to `edges[i + 1] - 1`."""
+    lengths = np.concatenate([lengths_of(part.samples) for part in corpus.parts])
+    bins = histogram(lengths, bins=24)
+    return {
+        "edges": [*(b.low for b in bins), bins[-1].high + 1],
+        "counts": [b.count for b in bins],
     }
 
 
