@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import sys
 
 import pytest
@@ -197,14 +198,36 @@ def test_a_tracker_that_fails_does_not_stop_the_run(recipe, tmp_path, monkeypatc
     assert len(events(run).Scalars("train/loss")) == 6
 
 
+def wandb_records(path):
+    """What wandb keeps of a run: a header, then (checksum, size, kind, record) each."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at = path.read_bytes(), 7
+    while at < len(data):
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        assert kind == 1  # whole: none is divided in a file below 32 KiB
+        yield Record.FromString(data[at + 7 : at + 7 + size])
+        at += 7 + size
+
+
 def test_wandb_offline(recipe, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
     run = fine_tune(recipe("wandb", max_steps=2), tmp_path / "run", Silent())
     [folder] = (run.path / "wandb").glob("offline-run-*")
-    [log] = folder.glob("*.wandb")
     assert folder.name.endswith(run.status()["trackers"]["wandb"])
-    assert b"train/loss" in log.read_bytes()
+    [log] = folder.glob("*.wandb")
+    records = list(wandb_records(log))
+    got: dict[str, dict[int, float]] = {}
+    for record in records:
+        items = {item.nested_key[0]: float(item.value_json) for item in record.history.item}
+        for name in items.keys() & (TRAIN_NAMES | {"eval/loss"}):
+            got.setdefault(name, {})[int(items["_step"])] = items[name]
+    assert got == told(run)
+    [begun] = [record.run for record in records if record.HasField("run")]
+    config = {item.key: json.loads(item.value_json) for item in begun.config.update}
+    assert begun.display_name == "told" and config["train.learning_rate"] == "0.01"
+    assert [r.exit.exit_code for r in records if r.HasField("exit")] == [0]
 
 
 def test_report_to_takes_one_or_a_list_and_knows_others_words(tmp_path):
