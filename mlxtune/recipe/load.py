@@ -88,7 +88,6 @@ FOREIGN_NAMES = {
 
 # What they call values of ours.
 FOREIGN_VALUES = {
-    "log.report_to[0]": {"none": "report_to = []"},
     "train.optimizer": {
         "adam": "adamw",
         "adamw_torch": "adamw",

@@ -288,6 +288,9 @@ class CheckpointSection(Section):
 
 
 def _listed(value: object) -> object:
+    """One name as a list; `none`, as others write it, as an empty one."""
+    if value == "none":
+        return ()
     return (value,) if isinstance(value, str) else value
 
 

@@ -157,7 +157,12 @@ def _tensorboard(run: Run, params: Params, first_step: int) -> Tracker:
     from tensorboardX import SummaryWriter
 
     purged = first_step + 1 if first_step else 0  # at 0, before any step, there is a loss too
-    writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=purged)
+    writer = SummaryWriter(
+        str(run.path / "tensorboard"),
+        purge_step=purged,
+        # Files are called after the second and read by name: two may begin in the same one.
+        filename_suffix=f".{first_step:09d}",
+    )
     recipe = (run.path / RECIPE).read_text(encoding="utf-8")
     writer.add_text("recipe", f"```toml\n{recipe}```", first_step)
 
