@@ -34,6 +34,7 @@ from cli_tools import mlxtune
         ["export", "runs/tiny", "--adapter-only", "--to=lokr"],
         ["export", "runs/tiny", "--adapter-only", "--to=peft", "--quantize=f16"],
         ["eval", "runs/tiny", "--limit=0"],
+        ["report"],
     ],
     ids=" ".join,
 )

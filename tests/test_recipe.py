@@ -98,7 +98,7 @@ DEFAULTS = {
         "patience": None,
     },
     "checkpoint": {"steps": 100, "keep": 2},
-    "log": {"steps": 5},
+    "log": {"steps": 5, "report_to": ()},
     "export": {
         "quantize": "q8_0",
         "to": None,

@@ -11,18 +11,7 @@ from rich.text import Text
 
 from mlxtune.evaluate.bootstrap import Interval
 from mlxtune.evaluate.compare import Comparison, Figures
-
-_NAMES = {
-    "exact": "exact match",
-    "f1": "token F1",
-    "edit": "edit similarity",
-    "bash": "parses (bash)",
-    "dash": "parses (dash)",
-    "programs": "same programs",
-    "flags": "same flags",
-    "shell": "shell score",
-    "output": "same output",
-}
+from mlxtune.evaluate.results import METRIC_NAMES
 
 
 def show_comparison(result: Comparison, *, samples: int) -> None:
@@ -80,7 +69,7 @@ def _figures(result: Comparison) -> Table:
     row("bits per byte", lambda f: _number(f.bits_per_byte))
     row("general text loss", lambda f: _number(f.general_loss))
     for metric in models[0].metrics:
-        label = _NAMES.get(metric, metric)
+        label = METRIC_NAMES.get(metric, metric)
         counts = [i.count for f in models if (i := f.metrics[metric]) is not None]
         if counts and max(counts) < len(result.answers):
             label += f", of {max(counts)}"  # the others could not be told
@@ -117,7 +106,7 @@ def _gain(first: str, name: str, figures: Figures) -> str | None:
     for metric, gain in figures.gains.items():
         if gain is not None and (gain.low > 0 or gain.high < 0):
             change = f"{gain.mean:+.1%} ({gain.low:+.1%} to {gain.high:+.1%})"
-            return f"{first} → {name}: {_NAMES.get(metric, metric)} {change}"
+            return f"{first} → {name}: {METRIC_NAMES.get(metric, metric)} {change}"
     return None
 
 

@@ -3,13 +3,104 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlxtune
-from mlxtune.evaluate.compare import Answered, Comparison
+from mlxtune.errors import RunError
 from mlxtune.files import atomic_files, write_text
+
+if TYPE_CHECKING:
+    # What was kept is read without MLX.
+    from mlxtune.evaluate.compare import Answered, Comparison
+
+# What people call the metrics.
+METRIC_NAMES = {
+    "exact": "exact match",
+    "f1": "token F1",
+    "edit": "edit similarity",
+    "bash": "parses (bash)",
+    "dash": "parses (dash)",
+    "programs": "same programs",
+    "flags": "same flags",
+    "shell": "shell score",
+    "output": "same output",
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An evaluation as `write_results` left it.
+
+    Attributes:
+        figures: of `<suite>.json`.
+        answers: objects of `<suite>.jsonl`, up to the first line that is none.
+        damage: what is wrong with the answers; empty if nothing is.
+    """
+
+    figures: dict[str, Any]
+    answers: tuple[dict[str, Any], ...]
+    damage: str = ""
+
+
+def read_results(path: Path) -> Stored:
+    """Read `<suite>.json` and the answers beside it.
+
+    Args:
+        path: the file of figures.
+
+    Raises:
+        RunError: it is damaged, or no evaluation.
+    """
+    remedy = "`mlxtune eval` writes it anew"
+    try:
+        figures = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"the evaluation cannot be read: {error}", where=str(path), remedy=remedy
+        ) from None
+    if not _is_evaluation(figures):
+        raise RunError("this is no evaluation", where=str(path), remedy=remedy)
+    return Stored(figures, *_read_answers(path.with_suffix(".jsonl")))
+
+
+def _is_evaluation(figures: Any) -> bool:
+    if not isinstance(figures, dict) or not isinstance(figures.get("categories", {}), dict):
+        return False
+    targets = figures.get("targets")
+    if not isinstance(targets, dict) or not targets:
+        return False
+    return all(isinstance(t, dict) and _has_metrics(t) for t in targets.values())
+
+
+def _has_metrics(figures: dict[str, Any]) -> bool:
+    metrics = figures.get("metrics")
+    if not isinstance(metrics, dict):
+        return False
+    parts = {"mean", "low", "high", "count"}
+    return all(m is None or (isinstance(m, dict) and parts <= m.keys()) for m in metrics.values())
+
+
+def _read_answers(path: Path) -> tuple[tuple[dict[str, Any], ...], str]:
+    """Answers, and what is wrong with them."""
+    try:
+        # Not splitlines: what a model said may hold other ends of lines than ours.
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, ValueError) as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
+        return (), f"{path.name} {reason}"
+    answers: list[dict[str, Any]] = []
+    for number, line in enumerate(filter(None, lines), start=1):
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            answer = None
+        texts = isinstance(answer, dict) and isinstance(answer.get("said"), dict)
+        if not texts or not {"prompt", "expected"} <= answer.keys():
+            return tuple(answers), f"line {number} of {path.name} is damaged"
+        answers.append(answer)
+    return tuple(answers), ""
 
 
 def as_json(result: Comparison) -> dict[str, Any]:

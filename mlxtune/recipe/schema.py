@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PlainValidator,
@@ -286,10 +287,25 @@ class CheckpointSection(Section):
     keep: PositiveInt = 2
 
 
+def _listed(value: object) -> object:
+    """One name as a list; `none`, as others write it, as an empty one."""
+    if value == "none":
+        return ()
+    return (value,) if isinstance(value, str) else value
+
+
 class LogSection(Section):
-    """`[log]`: every how many steps figures are reported."""
+    """`[log]`: every how many steps figures are reported, and to which trackers.
+
+    `report_to` is one of them or a list.
+    """
 
     steps: PositiveInt = 5
+    report_to: Annotated[
+        tuple[Literal["tensorboard", "wandb", "mlflow"], ...],
+        Field(strict=False),
+        BeforeValidator(_listed),
+    ] = ()
 
 
 FileType = Literal[

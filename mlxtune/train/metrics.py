@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -104,3 +105,40 @@ class Silent:
 
     def saved(self, path: Path) -> None:
         """Say nothing."""
+
+
+class Several:
+    """Tells several reporters, one after the other."""
+
+    def __init__(self, reporters: Sequence[Reporter]) -> None:
+        self._reporters = reporters
+
+    def tokenized(self, path: str, rows: int) -> None:
+        """Tell all."""
+        for reporter in self._reporters:
+            reporter.tokenized(path, rows)
+
+    def started(self, outline: Outline) -> None:
+        """Tell all."""
+        for reporter in self._reporters:
+            reporter.started(outline)
+
+    def stepped(self, step: int) -> None:
+        """Tell all."""
+        for reporter in self._reporters:
+            reporter.stepped(step)
+
+    def reported(self, report: Report) -> None:
+        """Tell all."""
+        for reporter in self._reporters:
+            reporter.reported(report)
+
+    def measured(self, step: int, held_out_loss: float, best: bool) -> None:
+        """Tell all."""
+        for reporter in self._reporters:
+            reporter.measured(step, held_out_loss, best)
+
+    def saved(self, path: Path) -> None:
+        """Tell all."""
+        for reporter in self._reporters:
+            reporter.saved(path)

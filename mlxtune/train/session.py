@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
+import numpy as np
 
 import mlxtune
 from mlxtune.adapters.store import load_adapter, read_adapter
 from mlxtune.arrays import flat
 from mlxtune.data.batches import Plan
+from mlxtune.data.inspect import histogram
 from mlxtune.data.render import Renderer
 from mlxtune.data.sources import HUB
+from mlxtune.data.store import lengths_of
 from mlxtune.device import device_name
 from mlxtune.errors import RecipeError, RunError
 from mlxtune.files import sha256
@@ -33,7 +36,7 @@ from mlxtune.train.corpus import Corpus, check_sources, held_out_source, read_co
 from mlxtune.train.distributed import Workers, join
 from mlxtune.train.loop import Interrupted, Trainer
 from mlxtune.train.memory import keep_within, memory_budget
-from mlxtune.train.metrics import Outline, Reporter, Silent
+from mlxtune.train.metrics import Outline, Reporter, Several, Silent
 from mlxtune.train.model import (
     AdaptedModel,
     adapted_model,
@@ -44,6 +47,7 @@ from mlxtune.train.model import (
 )
 from mlxtune.train.neftune import add_embedding_noise
 from mlxtune.train.run import Run, adapter_folder
+from mlxtune.train.trackers import Trackers, require_trackers
 
 
 def fine_tune(
@@ -84,6 +88,8 @@ def _fine_tune(
     run = _resumable(path, recipe) if resume and workers.first else None
     if run is None and workers.first:
         Run.require_free(path, overwrite=overwrite)
+    if workers.first:
+        require_trackers(recipe.log.report_to)
     # What is wrong with adapter and data is told before a large model is fetched and loaded.
     initial = None
     if (path_of_initial := recipe.lora.init_from) is not None and not resume:
@@ -109,6 +115,7 @@ def _fine_tune(
     facts = _facts(recipe, base.source, workers)
     workers.require_same(_shared_facts(facts, renderer))
     facts["quantized_matmul"] = adapted.routes
+    facts["lengths"] = _lengths(corpus)
     budget = memory_budget(recipe.train.memory_limit)
     keep_within(budget)
     # Blocks computed twice draw their dropout apart, so a resumed run does as it did before.
@@ -125,6 +132,7 @@ def _fine_tune(
         run = Run.create(path, recipe, facts, overwrite=overwrite)
     else:
         _require_same(before, facts)
+    trackers = Trackers(recipe.log.report_to if workers.first else (), run, _flat_texts(recipe))
     trainer = Trainer(
         base.model,
         run,
@@ -135,34 +143,37 @@ def _fine_tune(
         checkpoint=recipe.checkpoint,
         log=recipe.log,
         base=recipe.model.path,
-        reporter=reporter,
+        reporter=Several([reporter, trackers]),
         workers=workers,
     )
     first = 0
     if resume:
         first, damaged = trainer.resume()
         notes += damaged
-    reporter.started(
-        _outline(recipe, run, adapted, corpus, notes, first, trainer.total_steps, workers)
-    )
-    with _status_kept(run) if workers.first else nullcontext():
+    outline = _outline(recipe, run, adapted, corpus, notes, first, trainer.total_steps, workers)
+    reporter.started(outline)
+    with _status_kept(run, trackers) if workers.first else nullcontext():
+        trackers.started(outline)
         trainer()
     return run
 
 
 @contextmanager
-def _status_kept(run: Run) -> Iterator[None]:
-    """run.json says how it went."""
-    run.write_status(status="running")
-    try:
-        yield
-    except (Interrupted, KeyboardInterrupt):
-        run.write_status(status="interrupted")
-        raise
-    except Exception:
-        run.write_status(status="failed")
-        raise
-    run.write_status(status="finished")
+def _status_kept(run: Run, trackers: Trackers) -> Iterator[None]:
+    """run.json says how it went, and the trackers are told."""
+    with trackers.closed() as tell:
+        run.write_status(status="running")
+        try:
+            yield
+        except (Interrupted, KeyboardInterrupt):
+            tell("interrupted")
+            run.write_status(status="interrupted")
+            raise
+        except Exception:
+            run.write_status(status="failed")
+            raise
+        run.write_status(status="finished")
+        tell("finished")
 
 
 def open_run(
@@ -233,16 +244,21 @@ def _resumable(path: Path, recipe: Recipe) -> Run:
     return run
 
 
-def _flat(values: dict[str, Any]) -> dict[str, str]:
+def _flat(values: dict[str, Any], form: Callable[[object], str] = repr) -> dict[str, str]:
     """Dotted key to value as text."""
     parts: dict[str, str] = {}
     for key, value in values.items():
         inner = dict(enumerate(value)) if isinstance(value, tuple) else value
         if isinstance(inner, dict):
-            parts |= {f"{key}.{k}": v for k, v in _flat(inner).items()}
+            parts |= {f"{key}.{k}": v for k, v in _flat(inner, form).items()}
         else:
-            parts[key] = repr(value)
+            parts[key] = form(value)
     return parts
+
+
+def _flat_texts(recipe: Recipe) -> dict[str, str]:
+    """The recipe's keys that have a value, dotted, as trackers take them."""
+    return _flat(recipe.model_dump(exclude_none=True), form=str)
 
 
 def _facts(recipe: Recipe, source: ModelSource, workers: Workers) -> dict[str, Any]:
@@ -270,6 +286,16 @@ def _facts(recipe: Recipe, source: ModelSource, workers: Workers) -> dict[str, A
             **{str(path): sha256(path) for path in files},
             **{s.path: s.fingerprint() for s in sources if s.path.startswith(HUB)},
         },
+    }
+
+
+def _lengths(corpus: Corpus) -> dict[str, list[int]]:
+    """Samples by tokens: bin i has `counts[i]` of `edges[i]` to `edges[i + 1] - 1`."""
+    lengths = np.concatenate([lengths_of(part.samples) for part in corpus.parts])
+    bins = histogram(lengths, bins=24)
+    return {
+        "edges": [*(b.low for b in bins), bins[-1].high + 1],
+        "counts": [b.count for b in bins],
     }
 
 

@@ -1,0 +1,1 @@
+"""Pages and pictures of what runs left in their folders."""

@@ -1,0 +1,151 @@
+"""Which curves a report has, for the page and for the picture."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mlxtune.report.collect import Entry, RunRecord, numbers
+
+GB = 1e9
+# Fewer values than that are drawn as they are.
+_ENOUGH_TO_SMOOTH = 50
+# Above this many times the median, the largest value would flatten all others.
+_SPREAD = 20
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One figure of one run over its steps.
+
+    Attributes:
+        name: of the figure.
+        run: number of the run.
+        key: of metrics.jsonl.
+        steps, values: as they were reported.
+        measured: seldom and for itself, so each value gets a dot.
+    """
+
+    name: str
+    run: int
+    key: str
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+    measured: bool = False
+
+
+@dataclass(frozen=True)
+class Level:
+    """A value that does not change, as a line across."""
+
+    name: str
+    run: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over steps.
+
+    Attributes:
+        key: a short name.
+        title: what it shows.
+        unit: of the values, once divided by `scale`.
+        curves: of all runs.
+        levels: lines across.
+        scale: values are divided by it.
+        from_zero: the axis begins there.
+        logarithmic: the axis has equal ratios.
+        smooth: neighbouring values are much unlike, so a smoothed curve is drawn too.
+    """
+
+    key: str
+    title: str
+    unit: str
+    curves: tuple[Curve, ...]
+    levels: tuple[Level, ...] = ()
+    scale: float = 1.0
+    from_zero: bool = False
+    logarithmic: bool = False
+    smooth: bool = False
+
+    def is_smoothed(self, curve: Curve) -> bool:
+        """Whether a smoothed curve is drawn beside this one."""
+        return self.smooth and not curve.measured and len(curve.values) >= _ENOUGH_TO_SMOOTH
+
+
+def charts(runs: Sequence[RunRecord]) -> list[Chart]:
+    """The charts that the runs have figures for."""
+    norms = _curves(runs, "grad_norm", "gradient norm")
+    found = [
+        Chart(
+            "loss",
+            "Loss",
+            "nats a token",
+            _curves(runs, "loss", "train") + _curves(runs, "held_out_loss", "held-out"),
+            smooth=True,
+        ),
+        Chart(
+            "learning_rate", "Learning rate", "", _curves(runs, "learning_rate", "learning rate")
+        ),
+        Chart(
+            "grad_norm",
+            "Gradient norm",
+            "before clipping",
+            norms,
+            logarithmic=_is_spread(norms),
+            from_zero=not _is_spread(norms),
+            smooth=True,
+        ),
+        Chart(
+            "tokens_per_second",
+            "Throughput",
+            "tokens a second",
+            _curves(runs, "tokens_per_second", "throughput"),
+            from_zero=True,
+            smooth=True,
+        ),
+        Chart(
+            "peak_memory_bytes",
+            "Peak memory",
+            "GB",
+            _curves(runs, "peak_memory_bytes", "peak"),
+            _plans(runs),
+            scale=GB,
+            from_zero=True,
+        ),
+    ]
+    return [chart for chart in found if chart.curves]
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Exponential means over a twentieth of the values, without a bias to the first ones."""
+    kept = 1 - 2 / (max(len(values) / 20, 1) + 1)
+    total = weight = 0.0
+    means = []
+    for value in values:
+        total, weight = kept * total + value, kept * weight + 1
+        means.append(total / weight)
+    return means
+
+
+def _curves(runs: Sequence[RunRecord], key: str, name: str) -> tuple[Curve, ...]:
+    held_out = key == "held_out_loss"
+    found = []
+    for number, run in enumerate(runs):
+        entries: Sequence[Entry] = run.held_out if held_out else run.reports
+        steps, values = numbers(entries, key)
+        if steps:
+            found.append(Curve(name, number, key, steps, values, measured=held_out))
+    return tuple(found)
+
+
+def _plans(runs: Sequence[RunRecord]) -> tuple[Level, ...]:
+    key = "peak_memory_bytes"
+    return tuple(Level("plan", n, run.plan[key]) for n, run in enumerate(runs) if key in run.plan)
+
+
+def _is_spread(curves: Sequence[Curve]) -> bool:
+    values = [value for curve in curves for value in curve.values]
+    return bool(values) and min(values) > 0 and max(values) > _SPREAD * statistics.median(values)

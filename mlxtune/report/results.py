@@ -1,0 +1,202 @@
+"""Evaluations side by side, as the page shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlxtune.evaluate.results import METRIC_NAMES, Stored
+from mlxtune.report.collect import RunRecord
+
+SAMPLES = 8
+# Longer answers are cut off; the files have all of them.
+_LONGEST = 1200
+_LOSSES = {
+    "held_out_loss": ("held-out loss", "{:.4f}"),
+    "perplexity": ("perplexity", "{:.4g}"),
+    "bits_per_byte": ("bits per byte", "{:.4f}"),
+    "general_loss": ("general text loss", "{:.4f}"),
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One model of one run: what is shown side by side."""
+
+    run: int
+    title: str
+    target: str
+    stored: Stored
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Of this model."""
+        figures: dict[str, Any] = self.stored.figures["targets"][self.target]
+        return figures
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure; for a share also its 95% interval, and what was gained over the first model."""
+
+    text: str
+    interval: tuple[float, float, float] | None = None
+    gain: str = ""
+    better: bool | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure of all models."""
+
+    label: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said, and whether that is what was expected."""
+
+    text: str
+    right: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One record and what each model said; None where one was not asked."""
+
+    prompt: str
+    expected: str
+    answers: tuple[Answer | None, ...]
+
+
+@dataclass(frozen=True)
+class Results:
+    """One suite over all runs that were evaluated on it."""
+
+    suite: str
+    records: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    category_metric: str
+    categories: tuple[Row, ...]
+    samples: tuple[Sample, ...]
+    notes: tuple[str, ...]
+
+
+def results(runs: Sequence[RunRecord]) -> list[Results]:
+    """Each suite once, with the models of all runs side by side."""
+    suites = sorted({suite for run in runs for suite in run.evaluations})
+    return [_suite(suite, runs) for suite in suites]
+
+
+def _suite(suite: str, runs: Sequence[RunRecord]) -> Results:
+    columns = _columns(suite, runs)
+    metrics = list(dict.fromkeys(key for c in columns for key in c.figures["metrics"]))
+    rows = [_loss_row(key, columns) for key in _LOSSES] + [_row(m, columns) for m in metrics]
+    chosen = "exact" if "exact" in metrics or not metrics else metrics[0]
+    counts = {str(column.stored.figures.get("records", "?")) for column in columns}
+    notes = [str(n) for c in columns for n in c.stored.figures.get("notes") or ()]
+    return Results(
+        suite=suite,
+        records=" or ".join(sorted(counts)),
+        columns=columns,
+        rows=tuple(row for row in rows if any(cell.text != "–" for cell in row.cells)),
+        category_metric=METRIC_NAMES.get(chosen, chosen),
+        categories=_categories(chosen, columns),
+        samples=_samples(columns),
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _columns(suite: str, runs: Sequence[RunRecord]) -> tuple[Column, ...]:
+    """Models of all runs; a base that several runs share stands there once."""
+    columns: list[Column] = []
+    for number, run in enumerate(runs):
+        if (stored := run.evaluations.get(suite)) is None:
+            continue
+        for target in stored.figures["targets"]:
+            title = target if len(runs) == 1 else f"{run.name}: {target}"
+            columns.append(Column(number, title, target, stored))
+    bases = [column for column in columns if column.target == "base"]
+    if len(bases) > 1 and all(base.figures == bases[0].figures for base in bases):
+        shared = Column(bases[0].run, "base", "base", bases[0].stored)
+        columns = [shared, *(column for column in columns if column.target != "base")]
+    return tuple(columns)
+
+
+def _loss_row(key: str, columns: Sequence[Column]) -> Row:
+    label, form = _LOSSES[key]
+    values = [column.figures.get(key) for column in columns]
+    return Row(label, tuple(Cell("–" if v is None else form.format(v)) for v in values))
+
+
+def _row(metric: str, columns: Sequence[Column]) -> Row:
+    found = [column.figures["metrics"].get(metric) for column in columns]
+    most = max((interval["count"] for interval in found if interval), default=0)
+    label = METRIC_NAMES.get(metric, metric)
+    if most < max(len(column.stored.answers) for column in columns):
+        label += f", of {most}"  # the others could not be told
+    gains = [(column.figures.get("gains") or {}).get(metric) for column in columns]
+    return Row(label, tuple(_cell(i, gain) for i, gain in zip(found, gains, strict=True)))
+
+
+def _cell(interval: dict[str, Any] | None, gain: dict[str, Any] | None) -> Cell:
+    if not interval:
+        return Cell("–")
+    mean, low, high = (float(interval[key]) for key in ("mean", "low", "high"))
+    text = f"{mean:.1%} ±{50 * (high - low):.0f}"
+    if not gain:
+        return Cell(text, (mean, low, high))
+    change = f"{gain['mean']:+.1%} ({gain['low']:+.1%} to {gain['high']:+.1%})"
+    sure = gain["low"] > 0 or gain["high"] < 0
+    return Cell(text, (mean, low, high), change, gain["mean"] > 0 if sure else None)
+
+
+def _categories(metric: str, columns: Sequence[Column]) -> tuple[Row, ...]:
+    tables = [(c.stored.figures.get("categories") or {}).get(metric) or {} for c in columns]
+    names = sorted({name for table in tables for name in table})
+    if len(names) < 2:
+        return ()
+    rows = []
+    for name in names:
+        found = [table.get(name) or {} for table in tables]
+        count = next((entry["records"] for entry in found if "records" in entry), "?")
+        means = [entry.get(c.target) for entry, c in zip(found, columns, strict=True)]
+        cells = [Cell("–") if m is None else Cell(f"{m:.0%}", (m, m, m)) for m in means]
+        rows.append(Row(name, (Cell(str(count)), *cells)))
+    return tuple(rows)
+
+
+def _samples(columns: Sequence[Column]) -> tuple[Sample, ...]:
+    """Some records of the first run, spread so that not all are of one category."""
+    answered = columns[0].stored.answers
+    if not answered:
+        return ()
+    said = [
+        {(a["prompt"], a["expected"]): a["said"].get(column.target) for a in column.stored.answers}
+        for column in columns
+    ]
+    every = max(1, len(answered) // SAMPLES)
+    return tuple(
+        Sample(
+            _cut(str(record["prompt"])),
+            _cut(str(record["expected"])),
+            tuple(
+                _answer(texts.get((record["prompt"], record["expected"])), record["expected"])
+                for texts in said
+            ),
+        )
+        for record in answered[::every][:SAMPLES]
+    )
+
+
+def _answer(text: str | None, expected: str) -> Answer | None:
+    if text is None:
+        return None
+    return Answer(_cut(text), text.strip() == expected.strip())
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"

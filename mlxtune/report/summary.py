@@ -1,0 +1,114 @@
+"""The few figures by which runs are compared, and how figures are written."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mlxtune.report.charts import GB
+from mlxtune.report.collect import RunRecord
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run in short; None where it is not known.
+
+    Attributes:
+        steps, epochs: done.
+        loss: of the last report.
+        first_held_out_loss: before training, or the first there is.
+        held_out_loss, best_step: the lowest, and where it was measured.
+        tokens, examples: seen.
+        seconds: spent in training steps.
+        seconds_per_step, tokens_per_second, examples_per_second: over the whole run.
+        peak_memory_bytes: MLX's peak.
+        planned_memory_bytes, planned_seconds_per_step: what was foreseen.
+    """
+
+    name: str
+    path: str
+    status: str
+    steps: int | None
+    epochs: float | None
+    loss: float | None
+    first_held_out_loss: float | None
+    held_out_loss: float | None
+    best_step: int | None
+    tokens: int | None
+    examples: int | None
+    seconds: float | None
+    seconds_per_step: float | None
+    tokens_per_second: float | None
+    examples_per_second: float | None
+    peak_memory_bytes: int | None
+    planned_memory_bytes: float | None
+    planned_seconds_per_step: float | None
+    gaps: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """As `mlxtune report --json` prints it."""
+        return asdict(self)
+
+
+def summarize(run: RunRecord) -> Summary:
+    """A run in short."""
+    last, best = run.last or {}, run.best or {}
+    seconds = last.get("seconds")
+    return Summary(
+        name=run.name,
+        path=str(run.path),
+        status=run.status,
+        steps=last.get("step"),
+        epochs=last.get("epoch"),
+        loss=last.get("loss"),
+        first_held_out_loss=run.held_out[0]["held_out_loss"] if run.held_out else None,
+        held_out_loss=best.get("held_out_loss"),
+        best_step=best.get("step"),
+        tokens=last.get("tokens"),
+        examples=last.get("examples"),
+        seconds=seconds,
+        seconds_per_step=_ratio(seconds, last.get("step")),
+        tokens_per_second=_ratio(last.get("tokens"), seconds),
+        examples_per_second=_ratio(last.get("examples"), seconds),
+        peak_memory_bytes=last.get("peak_memory_bytes"),
+        planned_memory_bytes=run.plan.get("peak_memory_bytes"),
+        planned_seconds_per_step=run.plan.get("seconds_per_step"),
+        gaps=run.gaps,
+    )
+
+
+def loss_text(value: float | None) -> str:
+    """Nats."""
+    return "–" if value is None else f"{value:.4f}"
+
+
+def share_text(value: float | None) -> str:
+    """A share in percent."""
+    return "–" if value is None else f"{value:.1%}"
+
+
+def gigabytes(value: float | None) -> str:
+    """Bytes."""
+    return "–" if value is None else f"{value / GB:.2f} GB"
+
+
+def rate_text(value: float | None) -> str:
+    """So many a second."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def clock(seconds: float | None) -> str:
+    """Hours, minutes and seconds."""
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d} h" if hours else f"{minutes}:{rest:02d} min"
+
+
+def _ratio(above: Any, below: Any) -> float | None:
+    return above / below if above is not None and below else None

@@ -1,0 +1,64 @@
+"""Where reports go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlxtune.errors import OutputExists
+from mlxtune.files import atomic_file, write_text
+from mlxtune.report.collect import RunRecord
+from mlxtune.report.page import page
+
+PAGE = "report.html"
+
+
+def write_report(
+    runs: Sequence[RunRecord],
+    output: Path | None = None,
+    *,
+    png: Path | None = None,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Write the page, and the picture if one is asked for; what was written.
+
+    Args:
+        runs: at least one.
+        output: the page; by default `report.html` in the run's folder, where it is always
+            replaced, or of several runs in the current one.
+        png: the picture.
+        overwrite: replace other files that are there.
+
+    Raises:
+        OutputExists: a file exists and may not be replaced; nothing was written.
+        MlxtuneError: matplotlib is not installed, or there is nothing to draw.
+        StorageError: the disk refuses the write.
+    """
+    own = runs[0].path / PAGE if len(runs) == 1 else None
+    place = output or own or Path(PAGE)
+    for path in (place, png):
+        if path is not None and path != own:
+            _require_free(path, overwrite)
+    picture = None
+    if png is not None:
+        from mlxtune.report.png import curves_png
+
+        picture = curves_png(runs)
+    # Surrogates that a model may spell have no UTF-8.
+    write_text(place, page(runs).encode("utf-8", "replace").decode())
+    if png is None or picture is None:
+        return [place]
+    with atomic_file(png) as handle:
+        handle.write(picture)
+    return [place, png]
+
+
+def _require_free(path: Path, overwrite: bool) -> None:
+    if path.is_dir():
+        raise OutputExists("this is a folder", where=str(path), remedy="name a file in it")
+    if path.exists() and not overwrite:
+        raise OutputExists(
+            "this exists already; nothing was written",
+            where=str(path),
+            remedy="choose another place, or pass --overwrite to replace it",
+        )
