@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -59,14 +60,37 @@ def save_tiny_model(folder: Path) -> None:
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
 
 
-def save_real_vocabulary(folder: Path, *, dims: int = 64) -> None:
-    """A random two-block llama of this width with SmolLM2's tokenizer, as a folder."""
+REAL_TOKENS = 4096  # of the 49,152: reading and writing all of them takes seconds each time
+
+
+@cache
+def real_vocabulary() -> PreTrainedTokenizerFast:
+    """SmolLM2's first tokens, with the merges that make them, its rule and its template.
+
+    Do not change it.
+    """
     from mlxtune.models.load import load_tokenizer
     from mlxtune.models.resolve import resolve_model
 
+    whole = load_tokenizer(resolve_model(SMOLLM2))._tokenizer
+    state = json.loads(whole.backend_tokenizer.to_str())
+    bpe = state["model"]
+    bpe["vocab"] = {token: n for token, n in bpe["vocab"].items() if n < REAL_TOKENS}
+    bpe["merges"] = [pair for pair in bpe["merges"] if "".join(pair) in bpe["vocab"]]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        clean_up_tokenization_spaces=False,
+        **whole.special_tokens_map,
+    )
+    tokenizer.chat_template = whole.chat_template
+    return tokenizer
+
+
+def save_real_vocabulary(folder: Path, *, dims: int = 64) -> None:
+    """A random two-block llama of this width with `real_vocabulary`, as a folder."""
     folder.mkdir(parents=True)
-    model = tiny_llama(vocabulary=49152, dims=dims)
-    load_tokenizer(resolve_model(SMOLLM2)).save_pretrained(str(folder))
+    model = tiny_llama(vocabulary=REAL_TOKENS, dims=dims)
+    real_vocabulary().save_pretrained(str(folder))
     config = {k: v for k, v in asdict(model.args).items() if v is not None}
     config |= {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 512}
     (folder / "config.json").write_text(json.dumps(config))
