@@ -42,6 +42,7 @@ COMMON: dict[str, Any] = {
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 512,
+    "vocab_size": REAL_TOKENS,
     "rope_theta": 50_000.0,
     "tie_word_embeddings": True,
 }
@@ -138,7 +139,7 @@ def written(name: str, tokenizer, place: Path, *, plain=False) -> tuple[Path, li
 
     With `plain` the positions are not scaled, which mistral.rs does from GGUF for none.
     """
-    config = config_of(name) | {"vocab_size": REAL_TOKENS} | ({"rope_scaling": None} if plain else {})
+    config = config_of(name) | ({"rope_scaling": None} if plain else {})
     tokens = tokenizer.encode(TEXT)
     # At the higher rate this one learns activations so large that eight bits of them err.
     steps, rate = (40, 3e-3) if name == "smollm3" else (20, 1e-2)
