@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
 from conftest import SMOLLM2, tiny_llama
+from forks import TIMEOUT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -22,23 +26,65 @@ TEMPLATE = (
 )
 
 
-# The program where PyTorch is not installed, which is a test's and not a user's: where it
-# is, transformers imports it, for a second each time.
-PROGRAM = (
-    "import sys; sys.modules['torch'] = None; sys.argv[0] = 'mlxtune'; import mlxtune.__main__"
-)
-
-
 def mlxtune(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run the program: on Linux in a fork, which spares its imports."""
+    environment = _environment()
+    if sys.platform != "linux" or environment != _environment_of_forks():
+        return mlxtune_afresh(*arguments, cwd=cwd)
+    forks = _forks()
+    with tempfile.TemporaryDirectory() as folder:
+        stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
+        asked = {"arguments": arguments, "cwd": str(cwd)}
+        asked |= {"stdout": str(stdout), "stderr": str(stderr)}
+        forks.stdin.write(json.dumps(asked) + "\n")
+        forks.stdin.flush()
+        status = int(forks.stdout.readline())
+        return subprocess.CompletedProcess(
+            arguments, status, stdout.read_text("utf-8"), stderr.read_text("utf-8")
+        )
+
+
+def mlxtune_afresh(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run the program in a process of its own."""
     return subprocess.run(
         [sys.executable, "-c", PROGRAM, *arguments],
         cwd=cwd,
-        env=os.environ | {"MLXTUNE_BLAS": "off", "HF_HUB_OFFLINE": "1"},
+        env=_environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=TIMEOUT,
     )
+
+
+PROGRAM = (
+    "import forks, sys; forks.without_torch(); sys.argv[0] = 'mlxtune'; import mlxtune.__main__"
+)
+
+
+def _environment() -> dict[str, str]:
+    own = {"MLXTUNE_BLAS": "off", "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    kept = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    return kept | own | {"PYTHONPATH": path}
+
+
+@cache
+def _environment_of_forks() -> dict[str, str]:
+    return _environment()
+
+
+@cache
+def _forks() -> subprocess.Popen[str]:
+    forks = subprocess.Popen(
+        [sys.executable, "-c", "import forks; forks.serve()"],
+        env=_environment_of_forks(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    atexit.register(forks.communicate)  # at the end of its stdin it ends
+    return forks
 
 
 def save_tiny_model(folder: Path) -> None:
@@ -59,14 +105,37 @@ def save_tiny_model(folder: Path) -> None:
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
 
 
-def save_real_vocabulary(folder: Path, *, dims: int = 64) -> None:
-    """A random two-block llama of this width with SmolLM2's tokenizer, as a folder."""
+REAL_TOKENS = 4096  # of the 49,152: reading and writing all of them takes seconds each time
+
+
+@cache
+def real_vocabulary() -> PreTrainedTokenizerFast:
+    """SmolLM2's first tokens, with the merges that make them, its rule and its template.
+
+    Do not change it.
+    """
     from mlxtune.models.load import load_tokenizer
     from mlxtune.models.resolve import resolve_model
 
+    whole = load_tokenizer(resolve_model(SMOLLM2))._tokenizer
+    state = json.loads(whole.backend_tokenizer.to_str())
+    bpe = state["model"]
+    bpe["vocab"] = {token: n for token, n in bpe["vocab"].items() if n < REAL_TOKENS}
+    bpe["merges"] = [pair for pair in bpe["merges"] if "".join(pair) in bpe["vocab"]]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        clean_up_tokenization_spaces=False,
+        **whole.special_tokens_map,
+    )
+    tokenizer.chat_template = whole.chat_template
+    return tokenizer
+
+
+def save_real_vocabulary(folder: Path, *, dims: int = 64) -> None:
+    """A random two-block llama of this width with `real_vocabulary`, as a folder."""
     folder.mkdir(parents=True)
-    model = tiny_llama(vocabulary=49152, dims=dims)
-    load_tokenizer(resolve_model(SMOLLM2)).save_pretrained(str(folder))
+    model = tiny_llama(vocabulary=REAL_TOKENS, dims=dims)
+    real_vocabulary().save_pretrained(str(folder))
     config = {k: v for k, v in asdict(model.args).items() if v is not None}
     config |= {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 512}
     (folder / "config.json").write_text(json.dumps(config))

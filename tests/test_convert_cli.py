@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 
 import mlx.core as mx
 import mlx_lm.utils
 import numpy as np
 import pytest
-from cli_tools import mlxtune
-from conftest import SMOLLM2, tiny_llama
+from cli_tools import mlxtune, save_real_vocabulary
+from conftest import SMOLLM2
 from helpers import distance, tiny
 
 from mlxtune.errors import ModelError, OutputExists
@@ -19,7 +18,7 @@ from mlxtune.export.convert import convert, convert_to_folder
 from mlxtune.gguf.mixing import FILE_TYPES
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.models.folder import folder_tensors
-from mlxtune.models.load import load_model, load_tokenizer, model_config
+from mlxtune.models.load import load_model, model_config
 from mlxtune.models.resolve import ModelSource, resolve_model
 from mlxtune.models.safetensors import from_bfloat16, read_safetensors, to_bfloat16
 
@@ -30,13 +29,7 @@ IDS = mx.array([[5, 17, 99, 3, 42, 64, 7, 1]])
 def folder(tmp_path_factory):
     """A random two-block llama with a real tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "llama"
-    folder.mkdir()
-    load_tokenizer(resolve_model(SMOLLM2)).save_pretrained(str(folder))
-    model = tiny_llama(vocabulary=49152)
-    config = {k: v for k, v in asdict(model.args).items() if v is not None}
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = dict(mlx_lm.utils.tree_flatten(model.parameters()))
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    save_real_vocabulary(folder)
     return folder
 
 

@@ -18,7 +18,7 @@ import mlx.optimizers as optim
 import mlx_lm.utils
 import numpy as np
 import pytest
-from conftest import SMOLLM2
+from cli_tools import REAL_TOKENS, real_vocabulary
 from helpers import with_adapters
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
@@ -27,7 +27,7 @@ from mlxtune.adapters.store import save_adapter
 from mlxtune.export.adapter import export_adapter
 from mlxtune.export.convert import convert, convert_to_folder
 from mlxtune.layers.inject import projections
-from mlxtune.models.load import load_model, load_tokenizer
+from mlxtune.models.load import load_model
 from mlxtune.models.resolve import ModelSource, resolve_model
 
 TEXT = (
@@ -42,6 +42,7 @@ COMMON: dict[str, Any] = {
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 512,
+    "vocab_size": REAL_TOKENS,
     "rope_theta": 50_000.0,
     "tie_word_embeddings": True,
 }
@@ -105,7 +106,7 @@ def config_of(name: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return load_tokenizer(resolve_model(SMOLLM2))
+    return real_vocabulary()
 
 
 def trained(config: dict[str, Any], tokens: list[int], steps: int, rate: float) -> nn.Module:
@@ -138,7 +139,7 @@ def written(name: str, tokenizer, place: Path, *, plain=False) -> tuple[Path, li
 
     With `plain` the positions are not scaled, which mistral.rs does from GGUF for none.
     """
-    config = config_of(name) | {"vocab_size": 49152} | ({"rope_scaling": None} if plain else {})
+    config = config_of(name) | ({"rope_scaling": None} if plain else {})
     tokens = tokenizer.encode(TEXT)
     # At the higher rate this one learns activations so large that eight bits of them err.
     steps, rate = (40, 3e-3) if name == "smollm3" else (20, 1e-2)
