@@ -11,7 +11,7 @@ import numpy as np
 from mlxtune.data.batches import Part
 from mlxtune.data.records import Conversation
 from mlxtune.data.render import Renderer, Sample
-from mlxtune.errors import DataError
+from mlxtune.errors import DataError, MlxtuneError
 from mlxtune.models.load import load_tokenizer
 from mlxtune.models.resolve import ModelSource
 from mlxtune.recipe.schema import DataSource, Recipe
@@ -54,8 +54,8 @@ def lengths_of_recipe(recipe: Recipe, source: ModelSource | None) -> Lengths:
             parts = read_corpus(recipe, Renderer(tokenizer)).parts
             count = sum(len(part.samples) for part in parts)
             return Lengths(parts, "tokenized", f"{count} records, tokenized")
-        except DataError:
-            pass  # no file there, or one that `validate` has more to say about
+        except MlxtuneError:
+            pass  # the tokenizer or the file is not there, or `validate` has more to say
     try:
         return _estimated(recipe)
     except DataError as error:

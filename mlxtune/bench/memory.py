@@ -7,18 +7,24 @@ buffers are freed follows MLX's CPU backend; on a GPU it is an estimate.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any
 
 from mlxtune.bench.graph import CUSTOM, Graph, Operation, Shape
+from mlxtune.device import on_cpu
 
 # MLX lays its operations out breadth first, as long as no more than so many wait
 # (MLX_BFS_MAX_WIDTH).
 _WIDTH = 20
-# MLX hands work to its CPU thread ahead of time: ten tasks of ten dispatches. What an
-# operation reads is let go of when the thread comes to it.
-_AHEAD = 100
+# MLX hands work on ahead of time, ten tasks at most (MAX_ACTIVE_TASKS); what an operation reads
+# is let go of when it has been computed. To the thread of a CPU a task is ten dispatches. To a
+# GPU it is a command buffer, of so many operations or bytes (MLX_MAX_OPS_PER_BUFFER and
+# MLX_MAX_MB_PER_BUFFER of most Macs).
+_TASKS = 10
+_DISPATCHES = 10
+_BUFFER_OPERATIONS, _BUFFER_BYTES = 40, 40 << 20
 
 _RESHAPES = {"Reshape", "Flatten", "Unflatten", "ExpandDims", "Squeeze"}
 _VIEWS = _RESHAPES | {"Broadcast", "Copy", "Slice", "StopGradient", "Transpose", "View"}
@@ -34,13 +40,18 @@ _ELEMENTWISE = {
 Strides = tuple[int, ...]
 
 
-def peak_memory(graph: Graph) -> int:
+def peak_memory(graph: Graph, limit: float = math.inf) -> int:
     """Most bytes that exist at one time while the graph is computed, arguments included.
 
     Arguments are let go of, or written over, once nothing needs them and they are no
     results: as of a step that updates what it was given.
+
+    Args:
+        graph: of a step.
+        limit: bytes; over it MLX hands on nothing more before something has been computed
+            (`mx.set_memory_limit`). With 0 it is the least that the graph can be computed in.
     """
-    return _Account(graph)()
+    return _Account(graph, limit)()
 
 
 def execution_order(graph: Graph) -> list[Operation]:
@@ -143,28 +154,59 @@ class _Heap:
             self.active -= self.sizes[buffer]
 
 
+class _CPUClock:
+    """Tasks that were handed to the thread of a CPU."""
+
+    def __init__(self) -> None:
+        self._dispatches = 0
+
+    def __call__(self, computes: bool, _size: int) -> float:
+        # One dispatch lets go of what was read, and one computes.
+        self._dispatches += 2 if computes else 1
+        return self._dispatches / _DISPATCHES
+
+
+class _GPUClock:
+    """Command buffers that were handed to a GPU."""
+
+    def __init__(self) -> None:
+        self._buffers = self._operations = self._bytes = 0
+
+    def __call__(self, computes: bool, size: int) -> float:
+        if computes:
+            self._operations += 1
+            self._bytes += size
+        if self._operations >= _BUFFER_OPERATIONS or self._bytes >= _BUFFER_BYTES:
+            self._buffers += 1
+            self._operations = self._bytes = 0
+        return self._buffers
+
+
 class _Account:
     """Goes through the operations of a graph and keeps account of buffers."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, limit: float) -> None:
         self._graph = graph
+        self._limit = limit
+        self._clock = _CPUClock() if on_cpu() else _GPUClock()
         self._order = execution_order(graph)
         self._heap = _Heap()
         self._arrays: dict[str, _Array] = {}
-        # How often each array is still needed, and buffers that the thread lets go of at a time.
+        # How often each array is still needed, and buffers that are let go of at a time.
         self._uses = Counter(name for operation in self._order for name in operation.inputs)
         self._uses.update(graph.outputs)
-        self._leaving: deque[tuple[int, list[int]]] = deque()
+        self._leaving: deque[tuple[float, list[int]]] = deque()
         given = {name for name in self._uses if name not in graph.operations}
         for name in given | set(graph.inputs):
             self._place(name, self._heap.allocate(graph.shapes[name].nbytes))
 
     def __call__(self) -> int:
-        time = 0
         for operation in self._order:
-            # One dispatch that lets go of what was read, and one that computes.
-            time += 1 if operation.name in _VIEWS | _ALIASES else 2
-            while self._leaving and self._leaving[0][0] <= time:
+            sizes = (self._graph.shapes[name].nbytes for name in operation.outputs)
+            time = self._clock(operation.name not in _VIEWS | _ALIASES, sum(sizes))
+            while self._leaving and (
+                self._leaving[0][0] <= time or self._heap.active > self._limit
+            ):
                 for buffer in self._leaving.popleft()[1]:
                     self._heap.drop(buffer)
             read = self._compute(operation)
@@ -173,7 +215,7 @@ class _Account:
             read = [buffer for buffer in read if buffer not in own]
             for buffer in read:
                 self._heap.refer(buffer)
-            self._leaving.append((time + _AHEAD, read))
+            self._leaving.append((time + _TASKS, read))
             for name in operation.inputs:
                 self._uses[name] -= 1
                 if not self._uses[name]:

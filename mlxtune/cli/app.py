@@ -19,6 +19,7 @@ from mlxtune.cli.data import data
 from mlxtune.cli.doctor import completion, doctor
 from mlxtune.cli.evaluate import evaluate
 from mlxtune.cli.export import convert, export
+from mlxtune.cli.plan import plan
 from mlxtune.cli.report import report
 from mlxtune.cli.shared import ADAPTER, DTYPE, PATH, SET, prepare
 from mlxtune.device import worker_rank
@@ -163,6 +164,7 @@ cli.add_command(completion)
 cli.add_command(evaluate)
 cli.add_command(convert)
 cli.add_command(export)
+cli.add_command(plan)
 cli.add_command(report)
 
 

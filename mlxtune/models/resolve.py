@@ -71,13 +71,19 @@ def resolve_model(name: str, *, revision: str | None = None) -> ModelSource:
         raise ModelError(
             "a model is a folder, a .gguf file or a hub id; this is another file", where=name
         )
-    if _HUB_ID.match(name) and not name.startswith((".", "/", "~")):
+    if is_hub_id(name):
         return ModelSource(name, _from_hub(name, revision))
     raise ModelError(
         "there is no such folder, and this is no hub id either",
         where=name,
         remedy="a hub id has the form OWNER/NAME; " + _where_hint(path),
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no path here has the form of a model of the hub."""
+    local = Path(name).expanduser().exists() or name.startswith((".", "/", "~"))
+    return not local and _HUB_ID.match(name) is not None and not name.endswith(".gguf")
 
 
 def _where_hint(path: Path) -> str:

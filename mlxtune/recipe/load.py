@@ -124,7 +124,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     values = read_toml(path, "recipe", remedy="`mlxtune init` writes one")
     values.setdefault("name", path.stem)
     for override in overrides:
-        _override(values, override)
+        override_value(values, override)
     return parse_recipe(values, where=str(path))
 
 
@@ -167,7 +167,7 @@ def load_prep(
     recipe = load_recipe(path) if path is not None else None
     table = {"prep": recipe.prep.model_dump(exclude_none=True) if recipe is not None else {}}
     for override in overrides:
-        _override(table, f"prep.{override.removeprefix('prep.')}")
+        override_value(table, f"prep.{override.removeprefix('prep.')}")
     table["prep"] |= values
     # A recipe around it, so that its errors are told as those of any recipe.
     around = {"name": "prep", "model": {"path": "-"}, "data": [{"path": "-"}]}
@@ -231,7 +231,12 @@ def _plain(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def override_value(values: dict[str, Any], override: str) -> None:
+    """Put what `section.key=value` says into nested tables.
+
+    Raises:
+        RecipeError: it is of another form, or there is no such table.
+    """
     key, equals, text = override.partition("=")
     parts = [part.strip() for part in key.split(".")]
     if not equals or not all(parts):

@@ -1,0 +1,164 @@
+"""How long a graph takes: its operations counted, at the rates of a device.
+
+A roofline (Williams et al. 2009): a product takes as long as its operations at the rate of
+products of its size or as its bytes at the memory's rate, whichever is more; all else moves
+bytes, or takes powers. Operations run one after another, each with its overhead.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlxtune.bench.graph import CUSTOM, Graph, Operation
+from mlxtune.bench.memory import execution_order
+
+_FREE = {
+    "Broadcast", "Copy", "Depends", "ExpandDims", "Flatten", "Slice", "Split", "Squeeze",
+    "StopGradient", "Transpose", "Unflatten", "View", CUSTOM,
+}  # fmt: skip
+_PRODUCTS = {"Matmul", "AddMM", "GatherMM"}
+_PACKED_PRODUCTS = {"QuantizedMatmul", "GatherQMM"}
+_POWERS = {"Cos", "Erf", "Exp", "Log", "LogSumExp", "Power", "Sigmoid", "Sin", "Softmax", "Tanh"}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second.
+
+    Attributes:
+        products: (multiply-adds of one matrix product, FLOP/s), from small to large.
+        packed: FLOP/s of products with packed weights.
+        bytes: moved by operations on each element.
+        powers: elements of exponentials and the like.
+        overhead: seconds that an operation takes however small it is.
+    """
+
+    products: tuple[tuple[float, float], ...]
+    packed: float
+    bytes: float
+    powers: float
+    overhead: float
+
+    def product_rate(self, size: float) -> float:
+        """FLOP/s of a matrix product of so many multiply-adds, between those known."""
+        below = [point for point in self.products if point[0] <= size]
+        above = [point for point in self.products if point[0] > size]
+        if not below or not above:
+            return (below or above)[-1 if below else 0][1]
+        (x0, y0), (x1, y1) = below[-1], above[0]
+        share = math.log(size / x0) / math.log(x1 / x0)
+        return float(y0 * (y1 / y0) ** share)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a graph takes.
+
+    Attributes:
+        flops: of its products.
+        bytes: read and written by all else.
+        seconds: of all together.
+    """
+
+    flops: float
+    bytes: float
+    seconds: float
+
+
+def cost_of(graph: Graph, rates: Rates) -> Cost:
+    """What computing the graph takes at these rates."""
+    return _sum(_cost(graph, operation, rates) for operation in execution_order(graph))
+
+
+def flops_of(graph: Graph) -> float:
+    """Floating-point operations of the graph's products, two for a multiply-add."""
+    return sum(_flops(graph, operation) for operation in execution_order(graph))
+
+
+def _cost(graph: Graph, operation: Operation, rates: Rates) -> Cost:
+    if operation.name in _FREE:
+        return Cost(0, 0, 0)
+    moved = sum(graph.shapes[name].nbytes for name in operation.outputs)
+    moved += sum(graph.shapes[name].nbytes for name in operation.inputs)
+    seconds = moved / rates.bytes
+    flops = _flops(graph, operation)
+    if flops:
+        rows, columns = graph.shapes[operation.outputs[0]].dims[-2:]
+        width = graph.shapes[operation.inputs[0]].dims[-1]
+        packed = operation.name in _PACKED_PRODUCTS
+        rate = rates.packed if packed else rates.product_rate(rows * columns * width)
+        # What a product moves it moves in larger pieces than an operation on elements does.
+        seconds = flops / rate
+    elif operation.name in _POWERS:
+        size = sum(graph.shapes[name].size for name in operation.outputs)
+        seconds = max(seconds, size / rates.powers)
+    return Cost(flops, 0 if flops else moved, seconds + rates.overhead)
+
+
+def _flops(graph: Graph, operation: Operation) -> float:
+    if operation.name not in _PRODUCTS | _PACKED_PRODUCTS:
+        return 0.0
+    width = graph.shapes[operation.inputs[0]].dims[-1]
+    return 2.0 * graph.shapes[operation.outputs[0]].size * width
+
+
+def _sum(costs: Iterable[Cost]) -> Cost:
+    flops = moved = seconds = 0.0
+    for cost in costs:
+        flops, moved, seconds = flops + cost.flops, moved + cost.bytes, seconds + cost.seconds
+    return Cost(flops, moved, seconds)
+
+
+def measure_rates(dtype: mx.Dtype = mx.float32) -> Rates:
+    """The rates of the device at hand, in about two seconds.
+
+    Args:
+        dtype: that training computes in.
+    """
+    sizes = (64, 128, 256, 512, 1024, 2048)
+    products = tuple((float(n**3), _product_rate(n, dtype)) for n in sizes)
+    big = mx.ones((1 << 21,), dtype)
+    x, w = mx.ones((64, 1024), dtype), mx.random.normal((1024, 1024)).astype(dtype)
+    packed = mx.quantize(w, group_size=64, bits=4)
+    mx.eval(big, x, packed)
+    packed_seconds = _seconds(
+        lambda: mx.quantized_matmul(x, *packed, transpose=True, group_size=64, bits=4)
+    )
+    chain = 200
+    return Rates(
+        products=products,
+        packed=2 * 64 * 1024 * 1024 / packed_seconds,
+        bytes=3 * big.nbytes / _seconds(lambda: big + big),
+        powers=big.size / _seconds(lambda: mx.power(math.e, big)),
+        overhead=_seconds(lambda: _chain(chain)) / chain,
+    )
+
+
+def _product_rate(n: int, dtype: mx.Dtype) -> float:
+    # Small products come many at a time, as attention's do.
+    count = max(1, (256 // n) ** 2)
+    a, b = mx.ones((count, n, n), dtype), mx.ones((count, n, n), dtype)
+    mx.eval(a, b)
+    return 2 * count * n**3 / _seconds(lambda: a @ b)
+
+
+def _chain(length: int) -> mx.array:
+    x = mx.array(0.0)
+    for _ in range(length):
+        x = x + 1
+    return x
+
+
+def _seconds(function: Callable[[], mx.array]) -> float:
+    """The best of a few times, for a quarter of a second at most."""
+    best, begun = math.inf, time.perf_counter()
+    while time.perf_counter() - begun < 0.25 or best == math.inf:
+        start = time.perf_counter()
+        mx.eval(function())
+        best = min(best, time.perf_counter() - start)
+    return best

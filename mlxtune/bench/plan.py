@@ -1,0 +1,356 @@
+"""What a recipe takes before it is run: memory, time, and what would make it fit."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+
+from mlxtune.bench.depth import StepEstimator
+from mlxtune.bench.lengths import Lengths, lengths_of_recipe
+from mlxtune.bench.machine import Machine
+from mlxtune.data.batches import Part, Plan
+from mlxtune.data.pack import Batch
+from mlxtune.data.render import Sample
+from mlxtune.device import as_on_gpu
+from mlxtune.errors import ModelError
+from mlxtune.gguf.model import read_packing
+from mlxtune.gguf.reader import GGUFFile
+from mlxtune.models.load import model_config
+from mlxtune.models.resolve import ModelSource, is_hub_id, resolve_model
+from mlxtune.models.skeleton import Config, Forms
+from mlxtune.recipe.schema import Recipe
+from mlxtune.train.memory import GB
+from mlxtune.train.model import layout_for
+from mlxtune.train.step import LOGITS_AT_ONCE
+
+# Steps that are looked at to know an average one.
+_STEPS = 8
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a plan knows of a model.
+
+    Attributes:
+        config: what config.json says.
+        forms: how a GGUF packs it; None for a folder or a hub id.
+        source: the model on this machine, if it is here, for its tokenizer.
+        origin: where the config is from, in words.
+    """
+
+    config: Config
+    forms: Forms | None
+    source: ModelSource | None
+    origin: str
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A change to a recipe, and what it saves.
+
+    Attributes:
+        changes: keys of the recipe to their new values.
+        saves_bytes: of the peak.
+        fits: whether it alone makes the recipe fit.
+        why: what it costs.
+    """
+
+    changes: dict[str, Any]
+    saves_bytes: int
+    fits: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run takes. All figures are estimates.
+
+    Attributes:
+        machine: for which it was made.
+        measured_rates: whether its time is from rates measured on the machine.
+        model: where its sizes are from.
+        lengths: how the lengths of the records are known.
+        dtype: that the model computes in.
+        parameters_trained: of the adapters.
+        packed: whether batches are packed.
+        checkpointed_blocks: how many blocks are computed twice, of `blocks`.
+        peak_memory_bytes: of MLX; the sum of the parts below it.
+        budget_bytes: that training may take.
+        fits: whether the peak is within the budget.
+        seconds_per_step: of an average step; None where no rate is known.
+        steps: of the whole run.
+        flops_per_step: of products.
+        advice: what would make it fit, or nothing if it does.
+    """
+
+    machine: str
+    measured_rates: bool
+    model: str
+    lengths: str
+    dtype: str
+    parameters_trained: int
+    packed: bool
+    blocks: int
+    checkpointed_blocks: int
+    peak_memory_bytes: int
+    weights_bytes: int
+    adapters_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    logits_bytes: int
+    activations_bytes: int
+    budget_bytes: int
+    fits: bool
+    seconds_per_step: float | None
+    steps: int
+    flops_per_step: float
+    advice: tuple[Advice, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """As `mlxtune plan --json` prints it."""
+        return asdict(self)
+
+
+def model_facts(recipe: Recipe) -> ModelFacts:
+    """What there is to know of a recipe's model without its weights.
+
+    Of a hub id nothing but config.json is fetched; where the hub cannot be reached, sizes
+    that mlxtune knows by heart take its place.
+
+    Raises:
+        ModelError: nothing is known of it.
+    """
+    name, revision = recipe.model.path, recipe.model.revision
+    if not is_hub_id(name):
+        source = resolve_model(name, revision=revision)
+        forms = read_packing(GGUFFile(source.path)) if source.is_gguf else None
+        return ModelFacts(model_config(source), forms, source, str(source.path))
+    cached = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
+    if isinstance(cached, str):
+        source = ModelSource(name, Path(cached).parent)
+        tokenizer = source if (source.path / "tokenizer.json").is_file() else None
+        return ModelFacts(model_config(source), None, tokenizer, "the hub's cache")
+    from mlxtune.models.known import known_config
+
+    try:
+        file = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
+        return ModelFacts(json.loads(Path(file).read_text()), None, None, "the hub")
+    except Exception as error:  # offline, no such model, a licence not accepted
+        if (config := known_config(name)) is not None:
+            return ModelFacts(config, None, None, "sizes known to mlxtune")
+        raise ModelError(
+            f"its config.json cannot be had: {type(error).__name__}",
+            where=name,
+            remedy="download the model first, or give the path of a folder with its config.json",
+        ) from None
+
+
+class Planner:
+    """Makes plans of recipes with one model and one set of records.
+
+    Args:
+        recipe: checked.
+        machine: that it is to run on.
+        facts: of the model; by default looked up.
+        lengths: of the records; by default as well as they can be known.
+
+    Raises:
+        ModelError: the model's sizes cannot be had.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        machine: Machine,
+        *,
+        facts: ModelFacts | None = None,
+        lengths: Lengths | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.machine = machine
+        self._facts = facts or model_facts(recipe)
+        self._lengths = lengths or lengths_of_recipe(recipe, self._facts.source)
+
+    def __call__(self) -> RunPlan:
+        """The plan of the recipe, with advice if it does not fit."""
+        plan = self.estimate(self.recipe)
+        if plan.fits:
+            return plan
+        advice = (self._advice(plan, changes, why) for changes, why in _candidates(self.recipe))
+        useful = sorted((a for a in advice if a.saves_bytes > 0), key=lambda a: -a.saves_bytes)
+        return replace(plan, advice=tuple(useful))
+
+    def fitted(self) -> tuple[Recipe, RunPlan, dict[str, Any]]:
+        """A recipe that fits, its plan, and what was changed: what costs least, first."""
+        recipe = self.recipe
+        changed: dict[str, Any] = {}
+        plan = self.estimate(recipe)
+        while not plan.fits:
+            for changes, _why in _candidates(recipe):
+                candidate = with_changes(recipe, changes)
+                better = self.estimate(candidate)
+                if better.peak_memory_bytes < plan.peak_memory_bytes:
+                    recipe, plan, changed = candidate, better, changed | changes
+                    break
+            else:
+                raise ModelError(
+                    f"nothing makes it fit {self.machine.budget / GB:.1f} GB: at least "
+                    f"{plan.peak_memory_bytes / GB:.1f} GB are needed",
+                    where=self.machine.name,
+                    remedy="take a smaller model, or a machine with more memory",
+                )
+        return recipe, plan, changed
+
+    def estimate(self, recipe: Recipe) -> RunPlan:
+        """The plan of a recipe, without advice."""
+        with as_on_gpu() if self.machine.gpu else nullcontext():
+            return self._estimate(recipe)
+
+    def _estimate(self, recipe: Recipe) -> RunPlan:
+        facts, train = self._facts, recipe.train
+        dtype = self._dtype(recipe)
+        rates = self.machine.rates
+        model = StepEstimator(recipe, facts.config, facts.forms, dtype, rates)
+        batches = Plan(
+            self._parts(train.max_seq_length),
+            train.batch_size,
+            train.gradient_accumulation_steps,
+            recipe.seed,
+            layout_for(model.packing),
+        )
+        largest = batches.largest()
+        limit = train.memory_limit
+        budget = self.machine.budget if limit is None else int(limit * GB)
+        # Gradients of several passes are added up.
+        several = len(next(iter(batches.steps(0, 1)))) > 1
+        extra = model.sizes.adapters if several else 0
+        twice, peak = self._checkpointed(model, largest, recipe, budget - extra)
+        peak += extra
+        seconds, flops = self._time(model, batches, twice)
+        sizes = model.sizes
+        logits = 3 * 4 * LOGITS_AT_ONCE
+        rest = peak - sizes.weights - 2 * sizes.adapters - sizes.optimizer
+        return RunPlan(
+            machine=self.machine.name,
+            measured_rates=self.machine.measured,
+            model=facts.origin,
+            lengths=self._lengths.note,
+            dtype=dtype,
+            parameters_trained=model.trainable,
+            packed=model.packing,
+            blocks=model.blocks,
+            checkpointed_blocks=twice,
+            peak_memory_bytes=peak,
+            weights_bytes=sizes.weights,
+            adapters_bytes=sizes.adapters,
+            gradients_bytes=sizes.adapters,
+            optimizer_bytes=sizes.optimizer,
+            logits_bytes=min(logits, rest),
+            activations_bytes=max(0, rest - logits),
+            budget_bytes=budget,
+            fits=peak <= budget,
+            seconds_per_step=seconds,
+            steps=batches.total_steps(epochs=train.epochs, max_steps=train.max_steps),
+            flops_per_step=flops,
+        )
+
+    def _parts(self, limit: int) -> tuple[Part, ...]:
+        """The records, none longer than `limit`."""
+        if limit >= self.recipe.train.max_seq_length:
+            return self._lengths.parts
+        return tuple(
+            Part([_cut(sample, limit) for sample in part.samples], part.epochs)
+            for part in self._lengths.parts
+        )
+
+    def _dtype(self, recipe: Recipe) -> str:
+        if recipe.model.dtype != "auto":
+            return recipe.model.dtype
+        if not self.machine.gpu:
+            return "float32"
+        config = self._facts.config
+        stored = config.get("torch_dtype") or config.get("dtype")
+        if stored is None and self._facts.forms:
+            return "float16"
+        return stored if stored in ("float16", "bfloat16", "float32") else "bfloat16"
+
+    def _checkpointed(
+        self, model: StepEstimator, batch: Batch, recipe: Recipe, budget: int
+    ) -> tuple[int, int]:
+        """How many blocks are computed twice, and the peak then."""
+        wish, every = recipe.train.gradient_checkpointing, model.blocks
+        if wish is True:
+            return every, model.step(batch, every).peak_within(budget)
+        if wish is not False and wish != "auto":
+            count = len(range(0, every, wish))
+            return count, model.step(batch, count).peak_within(budget)
+        without = model.step(batch)
+        if wish is False or without.least <= budget:
+            return 0, without.peak_within(budget)
+        all_ = model.step(batch, every)
+        if all_.least >= budget:
+            return every, all_.peak_within(budget)
+        needed = math.ceil((without.least - budget) * every / (without.least - all_.least))
+        return needed, model.step(batch, needed).peak_within(budget)
+
+    def _time(self, model: StepEstimator, batches: Plan, twice: int) -> tuple[float | None, float]:
+        """Seconds of an average step, if rates are known, and its operations."""
+        steps = list(islice(batches.steps(0, _STEPS), _STEPS))
+        passes = sorted((p for step in steps for p in step), key=lambda p: p.tokens.size)
+        middle = passes[len(passes) // 2]
+        total = model.step(middle, twice)
+        # What a pass takes is about in proportion to its tokens.
+        times = sum(p.tokens.size for p in passes) / middle.tokens.size / len(steps)
+        seconds = None if total.seconds is None else total.seconds * times
+        return seconds, total.flops * times
+
+    def _advice(self, plan: RunPlan, changes: dict[str, Any], why: str) -> Advice:
+        other = self.estimate(with_changes(self.recipe, changes))
+        saved = plan.peak_memory_bytes - other.peak_memory_bytes
+        return Advice(changes, saved, other.fits, why)
+
+
+def _candidates(recipe: Recipe) -> Iterator[tuple[dict[str, Any], str]]:
+    """Changes that save memory, those that cost least first."""
+    train, model = recipe.train, recipe.model
+    if train.gradient_checkpointing is not True:
+        yield {"train.gradient_checkpointing": True}, "steps take about a third longer"
+    if train.batch_size > 1:
+        half = train.batch_size // 2
+        more = train.gradient_accumulation_steps * train.batch_size // half
+        changes = {"train.batch_size": half, "train.gradient_accumulation_steps": more}
+        yield changes, "the same steps in smaller passes, a little slower"
+    if train.optimizer == "adamw":
+        yield {"train.optimizer": "adamw_8bit"}, "moments of a byte each"
+    if model.quantize is None:
+        yield {"model.quantize": 4}, "QLoRA: a base of four bits, which loses a little"
+    if train.max_seq_length > 256:
+        half = train.max_seq_length // 2
+        yield {"train.max_seq_length": half}, "longer records need truncate, or are refused"
+    if recipe.lora.rank > 4:
+        half = recipe.lora.rank // 2
+        yield {"lora.rank": half, "lora.alpha": recipe.lora.alpha / 2}, "less to learn with"
+
+
+def _cut(sample: Sample, limit: int) -> Sample:
+    if len(sample.tokens) <= limit:
+        return sample
+    return replace(sample, tokens=sample.tokens[:limit], weights=np.ones(limit, np.float32))
+
+
+def with_changes(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
+    """The recipe with other values of some keys, such as `train.batch_size`."""
+    for key, value in changes.items():
+        section, name = key.split(".")
+        own = getattr(recipe, section).model_copy(update={name: value})
+        recipe = recipe.model_copy(update={section: own})
+    return recipe
