@@ -70,6 +70,7 @@ DEFAULTS = {
         "learning_rate": 2e-4,
         "lr_scheduler": "cosine",
         "warmup_ratio": 0.03,
+        "warmup_steps": None,
         "decay_ratio": 0.1,
         "min_lr_ratio": 0.0,
         "weight_decay": 0.0,
@@ -162,6 +163,15 @@ def test_a_recipe_without_a_name_is_called_after_its_file(recipe_file):
 def test_set_overrides_a_key(recipe_file, override, section, key, value):
     changed = load_recipe(recipe_file(MINIMAL), [override]).model_dump()
     assert changed == DEFAULTS | {section: DEFAULTS[section] | {key: value}}
+
+
+def test_steps_of_warmup_take_the_place_of_the_share(recipe_file):
+    recipe = load_recipe(recipe_file(MINIMAL), ["train.warmup_steps=100"])
+    assert (recipe.train.warmup_steps, recipe.train.warmup_ratio) == (100, None)
+    assert load_recipe(recipe_file(dump_recipe(recipe))) == recipe
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe_file(MINIMAL), ["train.warmup_steps=100", "train.warmup_ratio=0.03"])
+    assert "warmup_steps and warmup_ratio exclude each other" in caught.value.problems[0].what
 
 
 def test_set_reaches_into_the_only_data_table(recipe_file):

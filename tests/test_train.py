@@ -115,6 +115,7 @@ def test_accumulation_is_the_same_mathematics(recipe, few, tmp_path):
         {"train": {"lr_scheduler": "constant"}},
         {"train": {"lr_scheduler": "linear"}},
         {"train": {"warmup_ratio": 0.5}},
+        {"train": {"warmup_steps": 4}},
         {"train": {"min_lr_ratio": 0.5}},
         {"train": {"weight_decay": 0.5}},
         {"train": {"max_grad_norm": 0.01}},

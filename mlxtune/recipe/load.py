@@ -64,7 +64,6 @@ FOREIGN_NAMES = {
     "lr_schedule": "train.lr_scheduler",
     "min_lr_rate": "train.min_lr_ratio",
     "cosine_min_lr_ratio": "train.min_lr_ratio",
-    "warmup_steps": "train.warmup_ratio (a share of all steps)",
     "optim": "train.optimizer",
     "neftune_alpha": "train.neftune_noise_alpha",
     "gradient_clipping": "train.max_grad_norm",
@@ -103,7 +102,7 @@ FOREIGN_VALUES = {
         "paged_lion_32bit": "lion",
     },
     "train.lr_scheduler": {
-        "constant_with_warmup": "constant, with warmup_ratio",
+        "constant_with_warmup": "constant, with warmup_ratio or warmup_steps",
         "cosine_decay": "cosine",
         "cosine_with_min_lr": "cosine, with min_lr_ratio",
         "wsd": "warmup_stable_decay",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -190,6 +190,7 @@ class PrepSection(Section):
 class TrainSection(Section):
     """`[train]`: how it is trained.
 
+    The rate rises over `warmup_ratio` of all steps, or over `warmup_steps` of them.
     `decay_ratio` is the share of all steps over which `warmup_stable_decay` goes to zero,
     and `min_lr_ratio` the share of the rate that schedules end at instead of zero.
     With `lora_plus_ratio` the B matrices of adapters learn that many times faster. The
@@ -206,7 +207,8 @@ class TrainSection(Section):
     gradient_accumulation_steps: PositiveInt = 1
     learning_rate: float = Field(default=2e-4, gt=0)
     lr_scheduler: Literal["constant", "linear", "cosine", "warmup_stable_decay"] = "cosine"
-    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    warmup_ratio: float | None = Field(default=0.03, ge=0, lt=1)
+    warmup_steps: int | None = Field(default=None, ge=0)
     decay_ratio: float = Field(default=0.1, gt=0, le=1)
     min_lr_ratio: float = Field(default=0.0, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -222,6 +224,20 @@ class TrainSection(Section):
     packing: bool = True
     gradient_checkpointing: bool | Literal["auto"] | PositiveInt = "auto"
     memory_limit: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_for_share(cls, values: Any) -> Any:
+        # The default share would stand beside the steps, and exclude them in a dumped recipe.
+        if isinstance(values, dict) and values.get("warmup_steps") is not None:
+            return {"warmup_ratio": None} | values
+        return values
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> TrainSection:
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ValueError("warmup_steps and warmup_ratio exclude each other")
+        return self
 
     @model_validator(mode="after")
     def _has_an_end(self) -> TrainSection:

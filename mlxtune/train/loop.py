@@ -187,7 +187,9 @@ class Trainer:
         return patience is not None and self._progress.no_better >= patience
 
     def _rate(self, step: int) -> float:
-        warmup = round(self._train.warmup_ratio * self.total_steps)
+        warmup = self._train.warmup_steps
+        if warmup is None:
+            warmup = round((self._train.warmup_ratio or 0.0) * self.total_steps)
         return learning_rate(
             step,
             peak=self._train.learning_rate,
