@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxtune.arrays import custom_gradient
+
 
 class Adapter(nn.Module):
     """A frozen layer and the few arrays trained beside it.
@@ -29,6 +31,11 @@ class Adapter(nn.Module):
         """Width of the update."""
         raise NotImplementedError
 
+    def in_turn(self, x: mx.array) -> tuple[mx.array, ...]:
+        """The input and what is trained, as they are; in training `gradients_in_turn`."""
+        own = tuple(self[name] for name in self.trained())
+        return gradients_in_turn(x, *own) if self.training else (x, *own)
+
     def trained(self) -> tuple[str, ...]:
         """Names of the arrays that are trained, which are all that is saved of it."""
         raise NotImplementedError
@@ -40,3 +47,19 @@ class Adapter(nn.Module):
     def fuse(self) -> nn.Module:
         """A plain float32 layer that computes what this one computes."""
         raise NotImplementedError
+
+
+def _identity(*arrays: mx.array) -> tuple[mx.array, ...]:
+    return arrays
+
+
+def _parameters_first(_primals: Any, cotangents: Any, _results: Any) -> Any:
+    below, *own = cotangents
+    return (*mx.depends([below], own), *own)
+
+
+# An input and parameters as they are. In the backward pass the parameters' gradients are
+# computed before the pass goes on below: MLX computes first what is furthest from the results
+# of a step, which these are nearest to, so it would keep what they are made of, the gradients
+# of every layer's output, until the pass has reached the first layer.
+gradients_in_turn = custom_gradient(_parameters_first)(_identity)

@@ -63,16 +63,17 @@ class DoRALinear(LoRALinear):
         return (*super().trained(), "m")
 
     def __call__(self, x: mx.array) -> mx.array:
+        x, a, b, m = self.in_turn(x)
         y: mx.array = self.linear(x)
         dropped = self.dropout(x)
         directed = self.linear(dropped) if self.dropout.active else y
         if "bias" in self.linear:
             directed = directed - self.linear.bias
-        ratio = self.m / self._norms()
+        ratio = m / self._norms()
         # The difference from one is small, and 16 bits hold it better than the ratio.
         y = y + (ratio - 1).astype(y.dtype) * directed
-        narrow = dropped @ self.lora_a.astype(x.dtype)
-        wide = (self.lora_b * ratio).astype(y.dtype)
+        narrow = dropped @ a.astype(x.dtype)
+        wide = (b * ratio).astype(y.dtype)
         return mx.addmm(y, narrow.astype(y.dtype), wide, alpha=self.scale)
 
     def fused_weight(self) -> mx.array:

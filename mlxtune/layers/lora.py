@@ -103,10 +103,11 @@ class LoRALinear(Adapter):
         return f"{in_dims} -> {self.lora_b.shape[1]}, rank={rank}, scale={self.scale:g}"
 
     def __call__(self, x: mx.array) -> mx.array:
+        x, a, b = self.in_turn(x)
         y: mx.array = self.linear(x)
-        narrow = self.dropout(x) @ self.lora_a.astype(x.dtype)
+        narrow = self.dropout(x) @ a.astype(x.dtype)
         # One product that adds into y: no pass over an update of y's size.
-        return mx.addmm(y, narrow.astype(y.dtype), self.lora_b.astype(y.dtype), alpha=self.scale)
+        return mx.addmm(y, narrow.astype(y.dtype), b.astype(y.dtype), alpha=self.scale)
 
     def fused_weight(self) -> mx.array:
         """W + scale * (A B)^T, (out, in) in float32."""

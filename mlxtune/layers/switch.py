@@ -133,9 +133,10 @@ class LoRASwitchLinear(Adapter):
         return f"{in_dims} -> {out_dims}, experts={experts}, rank={rank}, scale={self.scale:g}"
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        x, *factors = self.in_turn(x)
         y: mx.array = self.linear(x, indices, sorted_indices=sorted_indices)
         z = self.dropout(x)
-        for factor in (self.lora_a, self.lora_b):
+        for factor in factors:
             each = factor.astype(x.dtype).swapaxes(-1, -2)
             z = mx.gather_mm(z, each, rhs_indices=indices, sorted_indices=sorted_indices)
         return y + (self.scale * z).astype(y.dtype)
