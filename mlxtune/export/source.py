@@ -91,7 +91,7 @@ def _from_gguf(source: ModelSource) -> Convertible:
         tokenizer=tokenizer,
         vocabulary=_vocabulary(tokenizer, config, source.path),
         tensors=lambda: gguf_tensors(file, entry, config),
-        load=lambda: load_model(source),
+        load=lambda: load_model(source, tokenizer=tokenizer()),
     )
 
 
@@ -112,7 +112,7 @@ def _from_folder(source: ModelSource) -> Convertible:
         tokenizer=tokenizer,
         vocabulary=_vocabulary(tokenizer, config, source.path),
         tensors=lambda: folder_tensors(source.path, config),
-        load=lambda: load_model(source),
+        load=lambda: load_model(source, tokenizer=tokenizer()),
     )
 
 

@@ -58,7 +58,11 @@ class LoadedModel:
 
 
 def load_model(
-    source: ModelSource, *, dtype: str = "auto", chat_template: str | None = None
+    source: ModelSource,
+    *,
+    dtype: str = "auto",
+    chat_template: str | None = None,
+    tokenizer: TokenizerWrapper | None = None,
 ) -> LoadedModel:
     """Load a model; its weights stay lazy until they are first used.
 
@@ -67,11 +71,13 @@ def load_model(
         dtype: `float32`, `float16`, `bfloat16`, or `auto`: as stored on a GPU, and
             float32 on a CPU, where MLX multiplies nothing else fast.
         chat_template: Jinja text that replaces the model's own template.
+        tokenizer: its own, where it is loaded already: a large one takes seconds.
 
     Raises:
         ModelError: the files are missing, damaged or of an unknown kind.
     """
-    model, tokenizer, config = (_from_gguf if source.is_gguf else _from_folder)(source)
+    read = _from_gguf if source.is_gguf else _from_folder
+    model, tokenizer, config = read(source, tokenizer)
     stored = _stored_dtype(model)
     if dtype == "auto":
         dtype = "float32" if on_cpu() else stored
@@ -131,9 +137,12 @@ def _with_template(tokenizer: TokenizerWrapper, chat_template: str | None) -> To
     return tokenizer
 
 
-def _from_gguf(source: ModelSource) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
+def _from_gguf(
+    source: ModelSource, tokenizer: TokenizerWrapper | None
+) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     file, read = open_model(source.path)
-    tokenizer = _gguf_tokenizer(file, source)
+    if tokenizer is None:
+        tokenizer = _gguf_tokenizer(file, source)
     model_class, args_class = model_classes(read.config)
     with _told(source):
         model = model_class(args_class.from_dict(read.config))
@@ -152,13 +161,16 @@ def _from_gguf(source: ModelSource) -> tuple[nn.Module, TokenizerWrapper, dict[s
     return model, tokenizer, read.config
 
 
-def _from_folder(source: ModelSource) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
+def _from_folder(
+    source: ModelSource, tokenizer: TokenizerWrapper | None
+) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
     path = source.path
     for file in weight_files(path):
         read_safetensors(file)  # MLX itself does not survive a truncated one
     with _told(source):
         model, config = mlx_lm.utils.load_model(path, lazy=True)
-        tokenizer = mlx_lm.utils.load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+        if tokenizer is None:
+            tokenizer = mlx_lm.utils.load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     return model, tokenizer, config
 
 
