@@ -72,6 +72,10 @@ class WorkerFailed(RunError):
         self.rank = rank
 
 
+class TooLarge(MlxtuneError):
+    """A run would take more memory than there is."""
+
+
 class ExportError(MlxtuneError):
     """A model cannot be written in the form asked for."""
 

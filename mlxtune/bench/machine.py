@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
-
-import mlx.core as mx
+import json
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from mlxtune.bench.chips import Chip, find_chip, working_set_bytes
 from mlxtune.bench.cost import Rates, measure_rates
 from mlxtune.device import device_name, on_cpu
-from mlxtune.errors import ChipError
+from mlxtune.errors import ChipError, StorageError
+from mlxtune.files import cache_folder, write_json
+from mlxtune.layers.routes import device_key
 from mlxtune.train.memory import memory_budget
 
 # Of the memory's bandwidth as it is printed, what operations on each element reach.
@@ -42,10 +44,35 @@ class Machine:
     measured: bool
 
 
-def this_machine(*, with_rates: bool = True) -> Machine:
-    """The machine at hand; measures its rates, which takes two seconds."""
-    rates = measure_rates() if with_rates else None
+CACHE = "rates.json"
+
+
+def this_machine(*, remembered: bool = False) -> Machine:
+    """The machine at hand.
+
+    Args:
+        remembered: take the rates that were measured the last time, if they were; measuring
+            takes two seconds.
+    """
+    file, key = cache_folder() / CACHE, device_key()
+    rates = _read(file).get(key) if remembered else None
+    if rates is None:
+        rates = measure_rates()
+        with suppress(StorageError):
+            write_json(file, {name: asdict(r) for name, r in (_read(file) | {key: rates}).items()})
     return Machine(device_name(), memory_budget(None), not on_cpu(), rates, measured=True)
+
+
+def _read(file: Path) -> dict[str, Rates]:
+    """The rates that were measured; none, if the file is not what was written."""
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        return {
+            key: Rates(**value | {"products": tuple((a, b) for a, b in value["products"])})
+            for key, value in entries.items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
 
 
 def mac(chip: str, memory_gb: float | None) -> Machine:
@@ -84,9 +111,3 @@ def published_rates(chip: Chip) -> Rates | None:
     moved = _OF_BANDWIDTH * chip.bandwidth
     # Powers are hidden behind the memory that they are read from.
     return Rates(((1.0, rate),), rate, moved, moved / 2, _OVERHEAD)
-
-
-def total_memory() -> int:
-    """Bytes of memory of the machine at hand."""
-    size = mx.device_info().get("memory_size")
-    return int(size or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

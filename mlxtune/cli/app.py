@@ -83,8 +83,14 @@ def validate(recipe: Path, overrides: tuple[str, ...]) -> None:
 @click.option("-o", "--output", type=PATH, help="Folder of the run.  [default: runs/<name>]")
 @click.option("--resume", is_flag=True, help="Go on from the run's latest checkpoint.")
 @click.option("--overwrite", is_flag=True, help="Replace a run that is there.")
+@click.option("--force", is_flag=True, help="Train even if the plan says that it does not fit.")
 def lora(
-    recipe: Path, overrides: tuple[str, ...], output: Path | None, resume: bool, overwrite: bool
+    recipe: Path,
+    overrides: tuple[str, ...],
+    output: Path | None,
+    resume: bool,
+    overwrite: bool,
+    force: bool,
 ) -> None:
     """Train an adapter as a recipe says: LoRA or DoRA, on a packed model too (QLoRA)."""
     from mlxtune.recipe.load import load_recipe
@@ -95,13 +101,22 @@ def lora(
         checked = load_recipe(recipe, overrides)
         prepare()
         from mlxtune.cli.display import training_display
+        from mlxtune.cli.plan import forecast
         from mlxtune.train.metrics import Silent
         from mlxtune.train.session import fine_tune
 
         folder = output or Path("runs") / checked.name
         silent = workers is not None and not workers.first
         with nullcontext(Silent()) if silent else training_display() as display:
-            fine_tune(checked, folder, display, resume=resume, overwrite=overwrite, workers=workers)
+            fine_tune(
+                checked,
+                folder,
+                display,
+                resume=resume,
+                overwrite=overwrite,
+                workers=workers,
+                forecast=forecast(force=force),
+            )
     if silent:
         return
     click.echo(f"adapter: {folder / 'adapter'}")

@@ -13,6 +13,9 @@ from mlxtune.cli.shared import PATH, SET, prepare
 if TYPE_CHECKING:
     from mlxtune.bench.machine import Machine
     from mlxtune.bench.plan import RunPlan
+    from mlxtune.recipe.schema import Recipe
+    from mlxtune.train.corpus import Corpus
+    from mlxtune.train.session import Forecast
 
 _GB = 1e9
 
@@ -66,6 +69,41 @@ def plan(
         click.echo(f"changed  {key} = {json.dumps(value)}")
     if fit is not None:
         click.echo(f"{fit}: written" + ("" if changed else ", unchanged: it fits as it is"))
+
+
+def forecast(*, force: bool) -> Forecast:
+    """What `mlxtune lora` says before it trains, and where it refuses to.
+
+    Args:
+        force: train what does not fit, all the same.
+    """
+
+    def of_run(recipe: Recipe, corpus: Corpus) -> dict[str, Any] | None:
+        from mlxtune.bench.graph import UntraceableError
+        from mlxtune.bench.lengths import Lengths
+        from mlxtune.bench.machine import this_machine
+        from mlxtune.bench.plan import Planner
+        from mlxtune.errors import ModelError, TooLarge
+
+        lengths = Lengths(corpus.parts, "tokenized", f"{corpus.size} records, tokenized")
+        try:
+            planner = Planner(recipe, this_machine(remembered=True), lengths=lengths)
+            result = planner.estimate(recipe)
+        except (ModelError, UntraceableError) as error:
+            click.echo(f"no plan: {error}")
+            return None
+        for line in summary_lines(result):
+            click.echo(line)
+        if not result.fits and not force:
+            raise TooLarge(
+                f"this run needs about {result.peak_memory_bytes / _GB:.1f} GB, and "
+                f"{result.budget_bytes / _GB:.1f} GB are there for it",
+                remedy="\n  ".join([*advice_lines(planner()), "or train all the same: --force"]),
+            )
+        figures = result.as_json()
+        return {key: figures[key] for key in ("peak_memory_bytes", "seconds_per_step", "steps")}
+
+    return of_run
 
 
 def plan_lines(result: RunPlan, machine: Machine) -> list[str]:

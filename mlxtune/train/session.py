@@ -49,6 +49,9 @@ from mlxtune.train.neftune import add_embedding_noise
 from mlxtune.train.run import Run, adapter_folder
 from mlxtune.train.trackers import Trackers, require_trackers
 
+# Is told the recipe and its records and says what the run will take; may refuse it by raising.
+Forecast = Callable[[Recipe, Corpus], dict[str, Any] | None]
+
 
 def fine_tune(
     recipe: Recipe,
@@ -58,6 +61,7 @@ def fine_tune(
     resume: bool = False,
     overwrite: bool = False,
     workers: Workers | None = None,
+    forecast: Forecast | None = None,
 ) -> Run:
     """Train what a recipe says, in the run folder `path`.
 
@@ -69,6 +73,8 @@ def fine_tune(
         overwrite: replace a run that is there.
         workers: those to train with; by default the ones that the launcher started
             together with this process, if any. The first one alone writes.
+        forecast: is asked before a new run loads its model; what it says is kept in
+            run.json as `plan`.
 
     Raises:
         MlxtuneError: whatever is wrong with the recipe's model, data or targets, before
@@ -79,11 +85,18 @@ def fine_tune(
     with workers:
         workers.require_same({"recipe": dump_recipe(recipe)})
         reporter = reporter if workers.first else Silent()
-        return _fine_tune(_with_absolute_paths(recipe), path, reporter, resume, overwrite, workers)
+        recipe = _with_absolute_paths(recipe)
+        return _fine_tune(recipe, path, reporter, resume, overwrite, workers, forecast)
 
 
 def _fine_tune(
-    recipe: Recipe, path: Path, reporter: Reporter, resume: bool, overwrite: bool, workers: Workers
+    recipe: Recipe,
+    path: Path,
+    reporter: Reporter,
+    resume: bool,
+    overwrite: bool,
+    workers: Workers,
+    forecast: Forecast | None,
 ) -> Run:
     run = _resumable(path, recipe) if resume and workers.first else None
     if run is None and workers.first:
@@ -101,6 +114,10 @@ def _fine_tune(
     corpus = read_corpus(recipe, renderer, reporter.tokenized)
     workers.barrier()
     before = run.status() if run is not None else {}
+    expected = before.get("plan")
+    if forecast is not None and workers.first and not resume:
+        expected = forecast(recipe, corpus)
+    workers.barrier()
     adapted = adapted_model(recipe, initial, before.get("quantized_matmul"))
     base, notes = adapted.base, [*corpus.notes(), *adapted.notes]
     plan = Plan(
@@ -116,6 +133,8 @@ def _fine_tune(
     workers.require_same(_shared_facts(facts, renderer))
     facts["quantized_matmul"] = adapted.routes
     facts["lengths"] = _lengths(corpus)
+    if expected is not None:
+        facts["plan"] = expected
     budget = memory_budget(recipe.train.memory_limit)
     keep_within(budget)
     # Blocks computed twice draw their dropout apart, so a resumed run does as it did before.
