@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -36,6 +36,8 @@ class Rates:
         bytes: moved by operations on each element.
         powers: elements of exponentials and the like.
         overhead: seconds that an operation takes however small it is.
+        efficiency: what a training step reaches of all this: each rate was measured by itself,
+            with its data at hand.
     """
 
     products: tuple[tuple[float, float], ...]
@@ -43,6 +45,7 @@ class Rates:
     bytes: float
     powers: float
     overhead: float
+    efficiency: float = 1.0
 
     def product_rate(self, size: float) -> float:
         """FLOP/s of a matrix product of so many multiply-adds, between those known."""
@@ -72,7 +75,8 @@ class Cost:
 
 def cost_of(graph: Graph, rates: Rates) -> Cost:
     """What computing the graph takes at these rates."""
-    return _sum(_cost(graph, operation, rates) for operation in execution_order(graph))
+    total = _sum(_cost(graph, operation, rates) for operation in execution_order(graph))
+    return replace(total, seconds=total.seconds / rates.efficiency)
 
 
 def flops_of(graph: Graph) -> float:
@@ -115,7 +119,7 @@ def _sum(costs: Iterable[Cost]) -> Cost:
 
 
 def measure_rates(dtype: mx.Dtype = mx.float32) -> Rates:
-    """The rates of the device at hand, in about two seconds.
+    """The rates of the device at hand, in about two seconds; `efficiency` is left at 1.
 
     Args:
         dtype: that training computes in.
@@ -126,16 +130,16 @@ def measure_rates(dtype: mx.Dtype = mx.float32) -> Rates:
     x, w = mx.ones((64, 1024), dtype), mx.random.normal((1024, 1024)).astype(dtype)
     packed = mx.quantize(w, group_size=64, bits=4)
     mx.eval(big, x, packed)
-    packed_seconds = _seconds(
+    packed_seconds = seconds_of(
         lambda: mx.quantized_matmul(x, *packed, transpose=True, group_size=64, bits=4)
     )
     chain = 200
     return Rates(
         products=products,
         packed=2 * 64 * 1024 * 1024 / packed_seconds,
-        bytes=3 * big.nbytes / _seconds(lambda: big + big),
-        powers=big.size / _seconds(lambda: mx.power(math.e, big)),
-        overhead=_seconds(lambda: _chain(chain)) / chain,
+        bytes=3 * big.nbytes / seconds_of(lambda: big + big),
+        powers=big.size / seconds_of(lambda: mx.power(math.e, big)),
+        overhead=seconds_of(lambda: _chain(chain)) / chain,
     )
 
 
@@ -144,7 +148,7 @@ def _product_rate(n: int, dtype: mx.Dtype) -> float:
     count = max(1, (256 // n) ** 2)
     a, b = mx.ones((count, n, n), dtype), mx.ones((count, n, n), dtype)
     mx.eval(a, b)
-    return 2 * count * n**3 / _seconds(lambda: a @ b)
+    return 2 * count * n**3 / seconds_of(lambda: a @ b)
 
 
 def _chain(length: int) -> mx.array:
@@ -154,8 +158,8 @@ def _chain(length: int) -> mx.array:
     return x
 
 
-def _seconds(function: Callable[[], mx.array]) -> float:
-    """The best of a few times, for a quarter of a second at most."""
+def seconds_of(function: Callable[[], mx.array]) -> float:
+    """The best of the times in a quarter of a second."""
     best, begun = math.inf, time.perf_counter()
     while time.perf_counter() - begun < 0.25 or best == math.inf:
         start = time.perf_counter()

@@ -73,7 +73,7 @@ class StepEstimator:
         self.blocks = int(config["num_hidden_layers"])
         depths = _depths(config) if recipe.lora.layers is None else (self.blocks,)
         self._models = [
-            StepModel(recipe, _shallow(config, depth), _of_blocks(forms, depth), dtype)
+            StepModel(recipe, shallow(config, depth), _of_blocks(forms, depth), dtype)
             for depth in depths
         ]
         self._depths = depths
@@ -100,6 +100,16 @@ class StepEstimator:
         share = checkpointed / every
         ends = [self.step(batch, none), self.step(batch, every)]
         return _combined(ends, lambda values: values[0] + share * (values[1] - values[0]))
+
+    def seconds_at(self, batch: Batch, each: Sequence[Rates], checkpointed: int = 0) -> list[float]:
+        """Seconds of a step at the rates of several devices; all or no blocks computed twice."""
+        graphs = [
+            model.graph(batch, range(model.blocks if checkpointed else 0)) for model in self._models
+        ]
+        return [
+            self._at_full_depth([cost_of(graph, rates).seconds for graph in graphs])
+            for rates in each
+        ]
 
     def _traced(self, model: StepModel, batch: Batch, checkpointed: int) -> StepTotals:
         graph = model.graph(batch, range(checkpointed))
@@ -149,7 +159,7 @@ def _period(config: Config) -> int:
     return min(count, math.lcm(*periods)) if periods else 1
 
 
-def _shallow(config: Config, depth: int) -> Config:
+def shallow(config: Config, depth: int) -> Config:
     """The config of a model with the first so many blocks."""
     count = config["num_hidden_layers"]
     shallow = {

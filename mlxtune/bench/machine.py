@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from mlxtune.bench.chips import Chip, find_chip, working_set_bytes
-from mlxtune.bench.cost import Rates, measure_rates
+from mlxtune.bench.cost import Rates, cost_of, measure_rates
+from mlxtune.bench.lengths import samples_of
+from mlxtune.bench.step import StepModel
+from mlxtune.data.pack import pack
 from mlxtune.device import device_name, on_cpu
 from mlxtune.errors import ChipError, StorageError
 from mlxtune.files import cache_folder, write_json
 from mlxtune.layers.routes import device_key
+from mlxtune.recipe.load import parse_recipe
 from mlxtune.train.memory import memory_budget
 
 # Of the memory's bandwidth as it is printed, what operations on each element reach.
@@ -58,9 +62,39 @@ def this_machine(*, remembered: bool = False) -> Machine:
     rates = _read(file).get(key) if remembered else None
     if rates is None:
         rates = measure_rates()
+        rates = replace(rates, efficiency=_efficiency(rates))
         with suppress(StorageError):
             write_json(file, {name: asdict(r) for name, r in (_read(file) | {key: rates}).items()})
     return Machine(device_name(), memory_budget(None), not on_cpu(), rates, measured=True)
+
+
+# A model of common proportions, small enough to be run in half a second on a CPU.
+_REFERENCE = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "num_hidden_layers": 4,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 16384,
+    "tie_word_embeddings": True,
+}
+_REFERENCE_LENGTHS = (100, 80, 60, 120, 90, 70, 150, 40)
+
+
+def _efficiency(rates: Rates) -> float:
+    """What a step of a small model reaches of what the rates promise."""
+    recipe = parse_recipe(
+        {"name": "reference", "model": {"path": "reference"}, "data": [{"path": "reference"}]},
+        where="reference",
+    )
+    dtype = "float32" if on_cpu() else "bfloat16"
+    model = StepModel(recipe, _REFERENCE, None, dtype)
+    batch = pack(samples_of(_REFERENCE_LENGTHS))
+    promised = cost_of(model.graph(batch), rates).seconds
+    model.materialize()
+    return promised / model.measure(batch, steps=8).seconds
 
 
 def _read(file: Path) -> dict[str, Rates]:

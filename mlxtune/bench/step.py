@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import mlx.core as mx
@@ -39,6 +41,14 @@ class Sizes:
     weights: int
     adapters: int
     optimizer: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A step that was run: seconds, and bytes at most."""
+
+    seconds: float
+    peak: int
 
 
 class StepModel:
@@ -90,6 +100,45 @@ class StepModel:
     def trainable(self) -> int:
         """How many parameters train."""
         return sum(a.size for a in flat(self._model.trainable_parameters()).values())
+
+    def materialize(self, seed: int = 0) -> None:
+        """Give the model weights: small random numbers, to measure steps with."""
+        key = mx.random.key(seed)
+
+        def filled(array: mx.array) -> mx.array:
+            if not mx.issubdtype(array.dtype, mx.floating):
+                return mx.random.randint(0, 255, array.shape, array.dtype, key=key)
+            return (0.02 * mx.random.normal(array.shape, key=key)).astype(array.dtype)
+
+        for name, array in flat(self._model.parameters()).items():
+            self._model.update(tree_unflatten([(name, filled(array))]))
+            mx.eval(self._model.parameters())
+        mx.eval(self._optimizer.state)
+
+    def measure(
+        self, batch: Batch, checkpointed: Iterable[int] = (), *, steps: int = 4
+    ) -> Measured:
+        """Run steps for real, after `materialize`.
+
+        Returns:
+            The median time of a step after the first, and the peak.
+        """
+        checkpoint_blocks(self._model, checkpointed)
+        step = TrainStep(
+            self._model,
+            self._optimizer,
+            max_grad_norm=self._train.max_grad_norm,
+            lora_plus_ratio=self._train.lora_plus_ratio,
+            loss=LossFunction(self._model, comes_apart=self._comes_apart),
+        )
+        seconds = []
+        mx.reset_peak_memory()
+        for _ in range(steps):
+            begun = time.perf_counter()
+            result = step([batch], 1e-5)
+            mx.eval(self._model.state, self._optimizer.state, result.loss, result.grad_norm)
+            seconds.append(time.perf_counter() - begun)
+        return Measured(median(seconds[1:]), mx.get_peak_memory())
 
     def graph(self, batch: Batch, checkpointed: Iterable[int] = ()) -> Graph:
         """One whole step on one pass: forward, backward, update.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import mlxtune
+from mlxtune.cli.bench import bench
 from mlxtune.cli.data import data
 from mlxtune.cli.doctor import completion, doctor
 from mlxtune.cli.evaluate import evaluate
@@ -180,6 +181,7 @@ cli.add_command(evaluate)
 cli.add_command(convert)
 cli.add_command(export)
 cli.add_command(plan)
+cli.add_command(bench)
 cli.add_command(report)
 
 

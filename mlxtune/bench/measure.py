@@ -1,0 +1,133 @@
+"""Measure a machine: what its device does, and what training reaches of it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+import mlxtune
+from mlxtune.bench.cost import Rates, seconds_of
+from mlxtune.bench.machine import Machine
+from mlxtune.bench.workloads import WORKLOADS, Bench, Workload
+from mlxtune.device import device_name, on_cpu
+from mlxtune.files import write_json
+
+Figures = dict[str, Any]
+Progress = Callable[[str], None]
+
+# A workload whose steps are planned to take longer is left out, unless all are asked for.
+_AT_MOST = 30.0
+
+
+def measure_machine(
+    machine: Machine, *, everything: bool = False, progress: Progress = lambda _: None
+) -> Figures:
+    """All figures of the machine at hand.
+
+    Args:
+        machine: with its rates.
+        everything: run workloads too that take minutes a step.
+        progress: is told what comes next.
+    """
+    assert machine.rates is not None
+    progress("rates")
+    return {
+        "device": device_name(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {name: version(name) for name in ("mlx", "mlx-lm")}
+        | {"mlxtune": mlxtune.__version__, "python": platform.python_version()},
+        "budget_bytes": machine.budget,
+        "rates": _rates(machine.rates),
+        "workloads": list(_workloads(machine, WORKLOADS, everything, progress)),
+    }
+
+
+def write_figures(figures: Figures, folder: Path) -> Path:
+    """Keep the figures of a machine in a file that bears its name."""
+    path = folder / f"bench-{slug(figures['device'])}.json"
+    write_json(path, figures)
+    return path
+
+
+def slug(name: str) -> str:
+    """A device's name as part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def read_figures(folder: Path) -> list[Figures]:
+    """What `write_figures` kept in a folder, by device."""
+    found = []
+    for path in sorted(folder.glob("bench-*.json")):
+        value = json.loads(path.read_text(encoding="utf-8"))
+        found.append(value)
+    return found
+
+
+def _workloads(
+    machine: Machine, workloads: Sequence[Workload], everything: bool, progress: Progress
+) -> Iterator[Figures]:
+    for workload in workloads:
+        bench = Bench(workload, machine.rates)
+        planned = bench.planned()
+        assert planned.seconds is not None and machine.rates is not None
+        figures: Figures = {
+            "workload": workload.name,
+            "planned_seconds": planned.seconds,
+            "planned_peak_bytes": round(planned.peak),
+        }
+        if planned.least > machine.budget:
+            yield figures | {"left_out": "more memory than there is"}
+            continue
+        if planned.seconds > _AT_MOST and not everything:
+            yield figures | {"left_out": f"planned to take {planned.seconds:.0f} s a step"}
+            continue
+        progress(workload.name)
+        measured = bench.measured()
+        best = max(rate for _, rate in machine.rates.products)
+        yield figures | {
+            "seconds": measured.seconds,
+            "peak_bytes": measured.peak,
+            "tokens_per_second": workload.tokens / measured.seconds,
+            "examples_per_second": len(workload.lengths) / measured.seconds,
+            "model_flops_utilisation": bench.needed_flops() / measured.seconds / best,
+        }
+        mx.clear_cache()
+
+
+def _rates(rates: Rates) -> Figures:
+    dtype = mx.float32 if on_cpu() else mx.bfloat16
+    return {
+        "products": {f"{round(size ** (1 / 3))}": rate for size, rate in rates.products},
+        "packed_products": {str(rows): _packed(rows, dtype) for rows in (1, 64, 512)},
+        "attention": _attention(dtype),
+        "bytes": rates.bytes,
+        "powers": rates.powers,
+    }
+
+
+def _packed(rows: int, dtype: mx.Dtype) -> float:
+    """FLOP/s of a product of so many rows with a 4-bit weight of 1,024 x 1,024."""
+    x, w = mx.ones((rows, 1024), dtype), mx.random.normal((1024, 1024)).astype(dtype)
+    packed = mx.quantize(w, group_size=64, bits=4)
+    mx.eval(x, packed)
+    seconds = seconds_of(
+        lambda: mx.quantized_matmul(x, *packed, transpose=True, group_size=64, bits=4)
+    )
+    return 2 * rows * 1024 * 1024 / seconds
+
+
+def _attention(dtype: mx.Dtype) -> float:
+    """FLOP/s of MLX's causal attention over 1,024 tokens, 8 heads of 64, all pairs counted."""
+    q = mx.random.normal((1, 8, 1024, 64)).astype(dtype)
+    mx.eval(q)
+    seconds = seconds_of(
+        lambda: mx.fast.scaled_dot_product_attention(q, q, q, scale=0.125, mask="causal")
+    )
+    return 4 * 8 * 1024 * 1024 * 64 / seconds

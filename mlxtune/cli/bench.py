@@ -1,0 +1,81 @@
+"""`mlxtune bench`: what this machine reaches, beside what was planned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mlxtune.cli.shared import PATH, prepare
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mlxtune.bench.measure import Figures
+
+
+@click.command()
+@click.option(
+    "--folder",
+    type=PATH,
+    default="benchmarks",
+    show_default=True,
+    help="Where results/ is, and the page with all machines.",
+)
+@click.option("--all", "everything", is_flag=True, help="Workloads too that take minutes a step.")
+@click.option("--compare", is_flag=True, help="Measure nothing; renew the page's tables.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def bench(folder: Path, everything: bool, compare: bool, as_json: bool) -> None:
+    """Measure this machine: products, attention, and training at several model sizes.
+
+    Weights are random and nothing is downloaded. The figures are kept in
+    FOLDER/results/bench-DEVICE.json.
+    """
+    prepare()
+    from mlxtune.bench.compare import renew
+    from mlxtune.bench.machine import this_machine
+    from mlxtune.bench.measure import measure_machine, write_figures
+
+    if compare:
+        click.echo(f"{renew(folder)}: tables renewed")
+        return
+    figures = measure_machine(
+        this_machine(),
+        everything=everything,
+        progress=lambda what: click.echo(f"measuring {what}", err=True),
+    )
+    results = folder / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    path = write_figures(figures, results)
+    if as_json:
+        click.echo(json.dumps(figures, indent=2))
+        return
+    from rich.console import Console
+
+    Console().print(_table(figures))
+    for row in figures["workloads"]:
+        if "left_out" in row:
+            click.echo(f"left out: {row['workload']}: {row['left_out']}")
+    click.echo(f"{path}: written")
+
+
+def _table(figures: Figures) -> Table:
+    from rich.table import Table
+
+    table = Table(title=figures["device"])
+    for column in ("workload", "tokens/s", "step", "planned", "peak", "planned", "MFU"):
+        table.add_column(column, justify="left" if column == "workload" else "right")
+    for row in figures["workloads"]:
+        if "left_out" not in row:
+            table.add_row(
+                row["workload"],
+                f"{row['tokens_per_second']:.0f}",
+                f"{row['seconds']:.2f} s",
+                f"{row['planned_seconds']:.2f} s",
+                f"{row['peak_bytes'] / 1e9:.2f} GB",
+                f"{row['planned_peak_bytes'] / 1e9:.2f} GB",
+                f"{row['model_flops_utilisation']:.0%}",
+            )
+    return table
