@@ -16,6 +16,7 @@ from mlxtune.bench.cost import Rates, cost_of, flops_of
 from mlxtune.bench.memory import peak_memory
 from mlxtune.bench.step import Sizes, StepModel
 from mlxtune.data.pack import Batch
+from mlxtune.errors import ModelError
 from mlxtune.models.skeleton import Config, Forms
 from mlxtune.recipe.schema import Recipe
 
@@ -70,7 +71,7 @@ class StepEstimator:
         rates: Rates | None = None,
     ) -> None:
         self._rates = rates
-        self.blocks = int(config["num_hidden_layers"])
+        self.blocks = _block_count(config)
         depths = _depths(config) if recipe.lora.layers is None else (self.blocks,)
         self._models = [
             StepModel(recipe, shallow(config, depth), _of_blocks(forms, depth), dtype)
@@ -137,10 +138,25 @@ def _combined(each: Sequence[StepTotals], line: Callable[[Sequence[float]], floa
 
 def _depths(config: Config) -> tuple[int, ...]:
     """How many blocks to build: all of them, or two smaller numbers of whole patterns."""
-    count, period = int(config["num_hidden_layers"]), _period(config)
+    count = _block_count(config)
+    if "num_hidden_layers" not in config:
+        return (count,)
+    period = _period(config)
     few = -(-_LEAST // period) * period
     more = few + -(-_MORE // period) * period
     return (few, more) if more < count else (count,)
+
+
+def _block_count(config: Config) -> int:
+    text = config.get("text_config")
+    count = config.get("num_hidden_layers") or (text or {}).get("num_hidden_layers")
+    if not isinstance(count, int) or count < 1:
+        raise ModelError(
+            "it does not say how many blocks the model has",
+            where="config.json",
+            remedy="num_hidden_layers is missing",
+        )
+    return count
 
 
 def _period(config: Config) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -61,6 +62,7 @@ class StepModel:
         dtype: that it computes in.
 
     Attributes:
+        model: mlx-lm's, with adapters in place.
         packing: whether it takes packed batches.
         sizes: what it takes between steps.
 
@@ -71,7 +73,7 @@ class StepModel:
 
     def __init__(self, recipe: Recipe, config: Config, forms: Forms | None, dtype: str) -> None:
         self._train = recipe.train
-        self._model = model = skeleton(config, DTYPES[dtype], forms)
+        self.model = model = skeleton(config, DTYPES[dtype], forms)
         classes: GatedClasses = {}
         self.packing = recipe.train.packing
         twin = _twin(config, classes)
@@ -99,7 +101,7 @@ class StepModel:
     @property
     def trainable(self) -> int:
         """How many parameters train."""
-        return sum(a.size for a in flat(self._model.trainable_parameters()).values())
+        return sum(a.size for a in flat(self.model.trainable_parameters()).values())
 
     def materialize(self, seed: int = 0) -> None:
         """Give the model weights: small random numbers, to measure steps with."""
@@ -110,9 +112,9 @@ class StepModel:
                 return mx.random.randint(0, 255, array.shape, array.dtype, key=key)
             return (0.02 * mx.random.normal(array.shape, key=key)).astype(array.dtype)
 
-        for name, array in flat(self._model.parameters()).items():
-            self._model.update(tree_unflatten([(name, filled(array))]))
-            mx.eval(self._model.parameters())
+        for name, array in flat(self.model.parameters()).items():
+            self.model.update(tree_unflatten([(name, filled(array))]))
+            mx.eval(self.model.parameters())
         mx.eval(self._optimizer.state)
 
     def measure(
@@ -123,21 +125,14 @@ class StepModel:
         Returns:
             The median time of a step after the first, and the peak.
         """
-        checkpoint_blocks(self._model, checkpointed)
-        step = TrainStep(
-            self._model,
-            self._optimizer,
-            max_grad_norm=self._train.max_grad_norm,
-            lora_plus_ratio=self._train.lora_plus_ratio,
-            loss=LossFunction(self._model, comes_apart=self._comes_apart),
-        )
         seconds = []
-        mx.reset_peak_memory()
-        for _ in range(steps):
-            begun = time.perf_counter()
-            result = step([batch], 1e-5)
-            mx.eval(self._model.state, self._optimizer.state, result.loss, result.grad_norm)
-            seconds.append(time.perf_counter() - begun)
+        with self._step(checkpointed) as step:
+            mx.reset_peak_memory()
+            for _ in range(steps):
+                begun = time.perf_counter()
+                result = step([batch], 1e-5)
+                mx.eval(self.model.state, self._optimizer.state, result.loss, result.grad_norm)
+                seconds.append(time.perf_counter() - begun)
         return Measured(median(seconds[1:]), mx.get_peak_memory())
 
     def graph(self, batch: Batch, checkpointed: Iterable[int] = ()) -> Graph:
@@ -147,36 +142,46 @@ class StepModel:
             batch: only its shapes matter.
             checkpointed: numbers of the blocks that are computed twice.
         """
-        model, optimizer = self._model, self._optimizer
-        classes = [type(layer) for layer in model.layers]
-        checkpoint_blocks(model, checkpointed)
-        step = TrainStep(
-            model,
-            optimizer,
-            max_grad_norm=self._train.max_grad_norm,
-            lora_plus_ratio=self._train.lora_plus_ratio,
-            compiled=False,
-            loss=LossFunction(model, comes_apart=self._comes_apart),
-        )
+        model, optimizer = self.model, self._optimizer
         arrays = batch_arrays(batch, batch.weight)
         optimizer.learning_rate = mx.array(0.0)
         trees = [flat(tree) for tree in (model.parameters(), optimizer.state, arrays)]
 
-        def whole_step(*given: mx.array) -> list[mx.array]:
-            each = iter(given)
-            parameters, state, inputs = ({name: next(each) for name in tree} for tree in trees)
-            model.update(tree_unflatten(list(parameters.items())))
-            optimizer.state = tree_unflatten(list(state.items()))
-            loss, norm = step._whole_step(inputs, batch.prefix, batch.packed)
-            after = [*flat(model.parameters()).values(), *flat(optimizer.state).values()]
-            return [*after, loss, norm]
+        with self._step(checkpointed, compiled=False) as step:
 
+            def whole_step(*given: mx.array) -> list[mx.array]:
+                each = iter(given)
+                parameters, state, inputs = ({name: next(each) for name in t} for t in trees)
+                model.update(tree_unflatten(list(parameters.items())))
+                optimizer.state = tree_unflatten(list(state.items()))
+                loss, norm = step.whole(inputs, batch.prefix, batch.packed)
+                after = [*flat(model.parameters()).values(), *flat(optimizer.state).values()]
+                return [*after, loss, norm]
+
+            try:
+                return trace(whole_step, *(a for tree in trees for a in tree.values()))
+            finally:
+                model.update(tree_unflatten(list(trees[0].items())))
+                optimizer.state = tree_unflatten(list(trees[1].items()))
+
+    @contextmanager
+    def _step(
+        self, checkpointed: Iterable[int], *, compiled: bool | None = None
+    ) -> Iterator[TrainStep]:
+        """A step of the model, some of whose blocks are computed twice for as long."""
+        classes = [type(layer) for layer in self.model.layers]
+        checkpoint_blocks(self.model, checkpointed)
         try:
-            return trace(whole_step, *(a for tree in trees for a in tree.values()))
+            yield TrainStep(
+                self.model,
+                self._optimizer,
+                max_grad_norm=self._train.max_grad_norm,
+                lora_plus_ratio=self._train.lora_plus_ratio,
+                compiled=compiled,
+                loss=LossFunction(self.model, comes_apart=self._comes_apart),
+            )
         finally:
-            model.update(tree_unflatten(list(trees[0].items())))
-            optimizer.state = tree_unflatten(list(trees[1].items()))
-            for layer, original in zip(model.layers, classes, strict=True):
+            for layer, original in zip(self.model.layers, classes, strict=True):
                 layer.__class__ = original
 
 

@@ -137,7 +137,7 @@ class TrainStep:
         self._max_grad_norm = max_grad_norm
         self._lora_plus_ratio = lora_plus_ratio
         self._gradient = nn.value_and_grad(model, loss or LossFunction(model))
-        self._whole: Callable[..., Any] = self._whole_step
+        self._whole: Callable[..., Any] = self.whole
         self._one: Callable[..., Any] = self._gradient
         self._finish: Callable[..., Any] = self._update
         if compiled is None:
@@ -147,7 +147,7 @@ class TrainStep:
             compiled = not on_cpu()
         if compiled:
             state = [model.state, optimizer.state, mx.random.state]
-            self._whole = mx.compile(self._whole_step, inputs=state, outputs=state)
+            self._whole = mx.compile(self.whole, inputs=state, outputs=state)
             self._one = mx.compile(self._gradient, inputs=state, outputs=state)
             self._finish = mx.compile(self._update, inputs=state, outputs=state)
 
@@ -182,7 +182,8 @@ class TrainStep:
 
     # ------------------------------------------------------------------ the step itself
 
-    def _whole_step(self, arrays: Arrays, prefix: int, packed: bool) -> tuple[mx.array, mx.array]:
+    def whole(self, arrays: Arrays, prefix: int, packed: bool) -> tuple[mx.array, mx.array]:
+        """A step of one batch, uncompiled: its loss and the norm of its gradient."""
         loss, gradients = self._gradient(arrays, prefix, packed)
         return loss, self._update(gradients)
 

@@ -1,0 +1,255 @@
+"""Plans: what a step takes, from its graph, against steps that are run."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import cli_tools
+import mlx.core as mx
+import pytest
+from conftest import ROOT, SHELL_TRAIN, SMOLLM2
+
+from mlxtune.arrays import custom_gradient
+from mlxtune.bench.chips import CHIPS
+from mlxtune.bench.compare import BEGIN, END, renewed
+from mlxtune.bench.depth import StepEstimator, shallow
+from mlxtune.bench.graph import trace
+from mlxtune.bench.lengths import samples_of
+from mlxtune.bench.machine import Machine, mac
+from mlxtune.bench.measure import read_figures
+from mlxtune.bench.memory import execution_order, peak_memory
+from mlxtune.bench.plan import Planner, with_changes
+from mlxtune.bench.step import StepModel
+from mlxtune.data.pack import pack, pad
+from mlxtune.errors import ChipError, ModelError
+from mlxtune.models.known import known_config
+from mlxtune.recipe.load import load_recipe, parse_recipe
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "num_hidden_layers": 6,
+    "intermediate_size": 768,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 4096,
+    "tie_word_embeddings": True,
+}
+GEMMA = LLAMA | {
+    "model_type": "gemma3_text",
+    "head_dim": 64,
+    "sliding_window": 128,
+    "sliding_window_pattern": 3,
+    "query_pre_attn_scalar": 64,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "max_position_embeddings": 1024,
+}
+QWEN = LLAMA | {"model_type": "qwen3", "head_dim": 64, "rope_theta": 1e6}
+QWEN |= {"max_position_embeddings": 1024}
+
+
+def mlxtune(*arguments, ok=True):
+    done = cli_tools.mlxtune(*map(str, arguments), cwd=ROOT)
+    assert (done.returncode == 0) is ok, done.stdout + done.stderr
+    return done
+
+
+def recipe_of(**sections):
+    given = {"name": "p", "model": {"path": "none"}, "data": [{"path": "none"}]}
+    for section, keys in sections.items():
+        given[section] = given.get(section, {}) | keys
+    return parse_recipe(given, where="test")
+
+
+@pytest.mark.parametrize(
+    ("config", "sections"),
+    [
+        (LLAMA, {}),
+        (LLAMA, {"train": {"gradient_checkpointing": True}}),
+        (LLAMA, {"model": {"quantize": 4}, "train": {"optimizer": "adamw_8bit"}}),
+        (LLAMA, {"model": {"quantize": "nf4"}, "lora": {"dora": True}}),
+        (LLAMA, {"lora": {"rank": 64, "dropout": 0.1}, "train": {"packing": False}}),
+        (LLAMA, {"lora": {"layers": 2}, "train": {"optimizer": "muon"}}),
+        (GEMMA, {}),
+        (QWEN, {"train": {"gradient_checkpointing": True, "optimizer": "adafactor"}}),
+    ],
+    ids=["plain", "twice", "qlora", "dora", "padded", "last-blocks", "windows", "qwen"],
+)
+def test_the_planned_peak_is_the_peak_of_a_step(config, sections):
+    recipe = recipe_of(**sections)
+    model = StepModel(recipe, config, None, "float32")
+    lengths = (300, 280, 310, 120, 90, 250)
+    batch = (pack if model.packing else pad)(samples_of(lengths))
+    twice = range(model.blocks if recipe.train.gradient_checkpointing is True else 0)
+    planned = peak_memory(model.graph(batch, twice))
+    model.materialize()
+    measured = model.measure(batch, twice, steps=3).peak
+    assert planned == pytest.approx(measured, rel=0.05)
+
+
+def test_nothing_is_computed_for_a_plan():
+    recipe = recipe_of(model={"quantize": 4})
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    estimator = StepEstimator(recipe, known_config("Qwen/Qwen3-8B"), None, "bfloat16")
+    total = estimator.step(pack(samples_of((512, 400))))
+    assert total.peak > 4e9
+    assert mx.get_peak_memory() - before < 50e6
+
+
+def test_two_shallow_models_say_what_a_deep_one_takes():
+    config = LLAMA | {"num_hidden_layers": 24}
+    batch = pack(samples_of((300, 200, 100)))
+    for sections in ({}, {"train": {"gradient_checkpointing": True}}):
+        recipe = recipe_of(**sections)
+        twice = 24 * bool(sections)
+        got = StepEstimator(recipe, config, None, "float32").step(batch, twice)
+        whole = StepModel(recipe, config, None, "float32").graph(batch, range(twice))
+        assert got.peak == pytest.approx(peak_memory(whole), rel=0.02)
+
+
+def test_gradients_of_adapters_are_computed_layer_by_layer():
+    """Or checkpointing would save next to nothing."""
+    config = LLAMA | {"num_hidden_layers": 12}
+    model = StepModel(recipe_of(), config, None, "float32")
+    model.materialize()
+    batch = pack(samples_of((1000,)))
+    kept = model.measure(batch, steps=2).peak - model.sizes.weights
+    classes = [type(layer) for layer in model.model.layers]
+    twice = model.measure(batch, range(12), steps=2).peak - model.sizes.weights
+    assert [type(layer) for layer in model.model.layers] == classes
+    assert twice < 0.4 * kept
+
+
+def test_a_function_with_a_gradient_of_its_own_is_traced_with_it():
+    @custom_gradient(lambda x, cotangent, _y: cotangent @ mx.ones((8, 3)))
+    def project(x):
+        return mx.exp(x @ mx.ones((3, 8)))
+
+    def loss(x):
+        return mx.square(project(mx.sin(x))).sum()
+
+    graph = trace(lambda x: mx.value_and_grad(loss)(x), mx.zeros((5, 3)))
+    kinds = [operation.name for operation in execution_order(graph)]
+    assert kinds.count("Matmul") == 2  # one forward, one back; none of the marker
+    assert "Exp" in kinds and "Cos" in kinds and "CustomTransforms" in kinds
+    assert graph.shapes[graph.outputs[1]].dims == (5, 3)
+    # Every array is an argument, a constant or comes out of an operation before it is used.
+    known = {*graph.inputs, *(n for n in graph.shapes if n not in graph.operations)}
+    for operation in execution_order(graph):
+        assert set(operation.inputs) <= known
+        known |= set(operation.outputs)
+
+
+def test_a_config_without_sizes_is_refused():
+    with pytest.raises(ModelError, match="how many blocks"):
+        StepEstimator(recipe_of(), {"model_type": "llama"}, None, "float32")
+
+
+def test_a_mac_that_is_not_sold():
+    with pytest.raises(ChipError, match="not sold with 12 GB"):
+        mac("M2", 12)
+
+
+FILES = sorted((ROOT / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_recipe_fits_the_mac_that_it_is_for(path):
+    head = path.read_text(encoding="utf-8").split("\n\n")[0]
+    [(chip, memory)] = re.findall(r"^# for: (M\d+(?: \w+)?), (\d+) GB$", head, re.MULTILINE)
+    recipe = load_recipe(path)
+    plan = Planner(recipe, mac(chip, int(memory))).estimate(recipe)
+    assert plan.fits, f"{plan.peak_memory_bytes / 1e9:.1f} of {plan.budget_bytes / 1e9:.1f} GB"
+    parts = plan.weights_bytes + plan.adapters_bytes + plan.gradients_bytes
+    parts += plan.optimizer_bytes + plan.logits_bytes + plan.activations_bytes
+    assert parts == plan.peak_memory_bytes
+    assert plan.seconds_per_step is None or plan.seconds_per_step > 0
+
+
+def test_what_does_not_fit_gets_advice_and_a_recipe_that_does():
+    recipe = load_recipe(ROOT / "recipes/qwen3-0.6b.toml")
+    small = Machine("a small one", int(1.0e9), gpu=True, rates=None, measured=False)
+    planner = Planner(recipe, small)
+    plan = planner()
+    assert not plan.fits and plan.advice and plan.seconds_per_step is None
+    for advice in plan.advice:
+        other = planner.estimate(with_changes(recipe, advice.changes))
+        assert plan.peak_memory_bytes - other.peak_memory_bytes == advice.saves_bytes > 0
+    fitted, better, changed = planner.fitted()
+    assert better.fits and changed
+    assert fitted == with_changes(recipe, changed)
+    hopeless = Machine("a tiny one", int(1e7), gpu=True, rates=None, measured=False)
+    with pytest.raises(ModelError, match="nothing makes it fit"):
+        Planner(recipe, hopeless).fitted()
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plan") / "r.toml"
+    path.write_text(
+        f'# kept\nname = "r"\n[model]\npath = "{SMOLLM2}"  # too\n'
+        f'[[data]]\npath = "{SHELL_TRAIN}"\nmax_samples = 40\n[train]\nmax_steps = 1\n',
+    )
+    return path
+
+
+def test_plan_prints_its_parts_and_json(recipe_file):
+    shown = mlxtune("plan", recipe_file)
+    assert "fits" in shown.stdout and "activations" in shown.stdout
+    assert "40 records, tokenized" in shown.stdout and "estimate" in shown.stdout
+    found = json.loads(mlxtune("plan", recipe_file, "--chip", "M2 Pro", "--json").stdout)
+    assert found["fits"] and found["machine"].startswith("M2 Pro")
+    assert found["peak_memory_bytes"] > found["weights_bytes"] > 0
+    assert found["seconds_per_step"] > 0 and found["advice"] == []
+
+
+def test_fit_keeps_comments_and_writes_what_loads(recipe_file, tmp_path):
+    output = tmp_path / "fits.toml"
+    limit = ("--set", "train.memory_limit=0.3")
+    shown = mlxtune("plan", recipe_file, *limit, "--fit", output)
+    assert "changed" in shown.stdout
+    text = output.read_text()
+    assert "# kept" in text and "# too" in text
+    assert load_recipe(output).train.memory_limit == 0.3
+    again = mlxtune("plan", output)
+    assert "DOES NOT FIT" not in again.stdout
+    refused = mlxtune("plan", recipe_file, "--fit", output, ok=False)
+    assert "exists already" in refused.stderr
+
+
+def test_an_unknown_chip_is_told_with_the_nearest(recipe_file):
+    refused = mlxtune("plan", recipe_file, "--chip", "M2 Prro", ok=False)
+    assert "M2 Pro" in refused.stderr and "Traceback" not in refused.stderr
+    assert mlxtune("plan", recipe_file, "--memory", "16", ok=False).returncode == 2
+
+
+def test_lora_refuses_what_cannot_fit_and_can_be_forced(recipe_file, tmp_path):
+    run, limit = tmp_path / "run", ("--set", "train.memory_limit=0.2")
+    refused = mlxtune("lora", recipe_file, *limit, "-o", run, ok=False)
+    assert "this run needs about" in refused.stderr and "--force" in refused.stderr
+    assert "what saves memory" in refused.stderr
+    assert not run.exists()
+    forced = mlxtune("lora", recipe_file, *limit, "-o", run, "--force")
+    assert "DOES NOT FIT" in forced.stdout
+    plan = json.loads((run / "run.json").read_text())["plan"]
+    assert plan["peak_memory_bytes"] > 0 and plan["seconds_per_step"] > 0
+
+
+def test_the_page_of_benchmarks_is_what_its_results_say():
+    folder = ROOT / "benchmarks"
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    assert renewed(page, read_figures(folder / "results"), where="README.md") == page
+    own = page.partition(BEGIN)[2].partition(END)[0]
+    measured, _, estimated = own.partition("Estimated")
+    assert not any(str(chip) in measured for chip in CHIPS)  # nobody has measured one yet
+    assert "M2 Pro" in estimated
+
+
+def test_a_shallow_config_has_the_first_blocks():
+    config = {"num_hidden_layers": 4, "layer_types": ["a", "b", "a", "b"], "sizes": [1, 2]}
+    found = shallow(config, 2)
+    assert found == {"num_hidden_layers": 2, "layer_types": ["a", "b"], "sizes": [1, 2]}
