@@ -105,6 +105,11 @@ def checkpoint(function: Function) -> Function:
     return call
 
 
+def intercepted() -> bool:
+    """Whether gradients are being looked into rather than computed."""
+    return _interceptor.get() is not None
+
+
 @contextmanager
 def intercept_gradients(interceptor: Interceptor) -> Iterator[None]:
     """Hand calls of what `custom_gradient` and `checkpoint` made to someone else."""

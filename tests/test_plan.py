@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 
 import cli_tools
 import mlx.core as mx
 import pytest
-from conftest import ROOT, SHELL_TRAIN, SMOLLM2
+from conftest import ROOT, SHELL_TRAIN
 
 from mlxtune.arrays import custom_gradient
 from mlxtune.bench.chips import CHIPS
 from mlxtune.bench.compare import BEGIN, END, renewed
 from mlxtune.bench.depth import StepEstimator, shallow
 from mlxtune.bench.graph import trace
-from mlxtune.bench.lengths import samples_of
+from mlxtune.bench.lengths import Lengths, samples_of
 from mlxtune.bench.machine import Machine, mac
 from mlxtune.bench.measure import read_figures
 from mlxtune.bench.memory import execution_order, peak_memory
-from mlxtune.bench.plan import Planner, with_changes
+from mlxtune.bench.plan import ModelFacts, Planner, with_changes
 from mlxtune.bench.step import StepModel
+from mlxtune.data.batches import Part
 from mlxtune.data.pack import pack, pad
 from mlxtune.errors import ChipError, ModelError
 from mlxtune.models.known import known_config
@@ -28,11 +30,11 @@ from mlxtune.recipe.load import load_recipe, parse_recipe
 
 LLAMA = {
     "model_type": "llama",
-    "hidden_size": 256,
+    "hidden_size": 512,
     "num_hidden_layers": 6,
-    "intermediate_size": 768,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "intermediate_size": 1536,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
     "rms_norm_eps": 1e-5,
     "vocab_size": 4096,
     "tie_word_embeddings": True,
@@ -81,13 +83,15 @@ def recipe_of(**sections):
 def test_the_planned_peak_is_the_peak_of_a_step(config, sections):
     recipe = recipe_of(**sections)
     model = StepModel(recipe, config, None, "float32")
-    lengths = (300, 280, 310, 120, 90, 250)
+    lengths = (600, 560, 620, 240, 180, 500)
     batch = (pack if model.packing else pad)(samples_of(lengths))
     twice = range(model.blocks if recipe.train.gradient_checkpointing is True else 0)
     planned = peak_memory(model.graph(batch, twice))
+    gc.collect()
+    others = mx.get_active_memory()  # of tests before this one
     model.materialize()
-    measured = model.measure(batch, twice, steps=3).peak
-    assert planned == pytest.approx(measured, rel=0.05)
+    measured = model.measure(batch, twice, steps=2).peak - others
+    assert planned == pytest.approx(measured, rel=0.1)
 
 
 def test_nothing_is_computed_for_a_plan():
@@ -116,7 +120,7 @@ def test_gradients_of_adapters_are_computed_layer_by_layer():
     config = LLAMA | {"num_hidden_layers": 12}
     model = StepModel(recipe_of(), config, None, "float32")
     model.materialize()
-    batch = pack(samples_of((1000,)))
+    batch = pack(samples_of((600,)))
     kept = model.measure(batch, steps=2).peak - model.sizes.weights
     classes = [type(layer) for layer in model.model.layers]
     twice = model.measure(batch, range(12), steps=2).peak - model.sizes.weights
@@ -171,27 +175,40 @@ def test_a_recipe_fits_the_mac_that_it_is_for(path):
 
 
 def test_what_does_not_fit_gets_advice_and_a_recipe_that_does():
-    recipe = load_recipe(ROOT / "recipes/qwen3-0.6b.toml")
-    small = Machine("a small one", int(1.0e9), gpu=True, rates=None, measured=False)
-    planner = Planner(recipe, small)
-    plan = planner()
-    assert not plan.fits and plan.advice and plan.seconds_per_step is None
-    for advice in plan.advice:
-        other = planner.estimate(with_changes(recipe, advice.changes))
+    recipe = recipe_of(train={"max_seq_length": 512})
+    facts = ModelFacts(LLAMA, None, None, "a test")
+    lengths = Lengths((Part(samples_of([400] * 16)),), "tokenized", "16 records")
+
+    def planner(budget):
+        machine = Machine("a small one", budget, gpu=True, rates=None, measured=False)
+        return Planner(recipe, machine, facts=facts, lengths=lengths)
+
+    # Below what gradient checkpointing alone comes to.
+    small = planner(int(1.5e8))
+    plan = small()
+    assert not plan.fits and plan.seconds_per_step is None
+    keys = {key for advice in plan.advice for key in advice.changes}
+    assert {"train.batch_size", "model.quantize", "train.max_seq_length"} <= keys
+    for advice in plan.advice[:2]:
+        other = small.estimate(with_changes(recipe, advice.changes))
         assert plan.peak_memory_bytes - other.peak_memory_bytes == advice.saves_bytes > 0
-    fitted, better, changed = planner.fitted()
-    assert better.fits and changed
-    assert fitted == with_changes(recipe, changed)
-    hopeless = Machine("a tiny one", int(1e7), gpu=True, rates=None, measured=False)
+    fitted, better, changed = small.fitted()
+    assert better.fits and fitted == with_changes(recipe, changed)
+    assert fitted.train.batch_size < recipe.train.batch_size
+    hopeless = with_changes(fitted, {"lora.rank": 4, "train.max_seq_length": 256})
+    hopeless = with_changes(hopeless, {"train.batch_size": 1, "model.quantize": 4})
+    tiny = Machine("a tiny one", int(1e7), gpu=True, rates=None, measured=False)
     with pytest.raises(ModelError, match="nothing makes it fit"):
-        Planner(recipe, hopeless).fitted()
+        Planner(hopeless, tiny, facts=facts, lengths=lengths).fitted()
 
 
 @pytest.fixture(scope="module")
 def recipe_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("plan") / "r.toml"
+    folder = tmp_path_factory.mktemp("plan")
+    cli_tools.save_tiny_model(folder / "model")
+    path = folder / "r.toml"
     path.write_text(
-        f'# kept\nname = "r"\n[model]\npath = "{SMOLLM2}"  # too\n'
+        f'# kept\nname = "r"\n[model]\npath = "{folder / "model"}"  # too\n'
         f'[[data]]\npath = "{SHELL_TRAIN}"\nmax_samples = 40\n[train]\nmax_steps = 1\n',
     )
     return path
@@ -209,12 +226,12 @@ def test_plan_prints_its_parts_and_json(recipe_file):
 
 def test_fit_keeps_comments_and_writes_what_loads(recipe_file, tmp_path):
     output = tmp_path / "fits.toml"
-    limit = ("--set", "train.memory_limit=0.3")
+    limit = ("--set", "train.memory_limit=0.008")
     shown = mlxtune("plan", recipe_file, *limit, "--fit", output)
     assert "changed" in shown.stdout
     text = output.read_text()
     assert "# kept" in text and "# too" in text
-    assert load_recipe(output).train.memory_limit == 0.3
+    assert load_recipe(output).train.memory_limit == 0.008
     again = mlxtune("plan", output)
     assert "DOES NOT FIT" not in again.stdout
     refused = mlxtune("plan", recipe_file, "--fit", output, ok=False)
@@ -228,7 +245,7 @@ def test_an_unknown_chip_is_told_with_the_nearest(recipe_file):
 
 
 def test_lora_refuses_what_cannot_fit_and_can_be_forced(recipe_file, tmp_path):
-    run, limit = tmp_path / "run", ("--set", "train.memory_limit=0.2")
+    run, limit = tmp_path / "run", ("--set", "train.memory_limit=0.001")
     refused = mlxtune("lora", recipe_file, *limit, "-o", run, ok=False)
     assert "this run needs about" in refused.stderr and "--force" in refused.stderr
     assert "what saves memory" in refused.stderr

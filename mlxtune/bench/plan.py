@@ -18,7 +18,7 @@ from mlxtune.bench.depth import StepEstimator
 from mlxtune.bench.lengths import Lengths, lengths_of_recipe
 from mlxtune.bench.machine import Machine
 from mlxtune.data.batches import Part, Plan
-from mlxtune.data.pack import Batch
+from mlxtune.data.pack import TARGET_STEP, Batch
 from mlxtune.data.render import Sample
 from mlxtune.device import as_on_gpu
 from mlxtune.errors import ModelError
@@ -237,8 +237,8 @@ class Planner:
         peak += extra
         seconds, flops = self._time(model, batches, twice)
         sizes = model.sizes
-        logits = 3 * 4 * LOGITS_AT_ONCE
         rest = peak - sizes.weights - 2 * sizes.adapters - sizes.optimizer
+        logits = min(rest, _logits_bytes(facts.config, largest))
         return RunPlan(
             machine=self.machine.name,
             measured_rates=self.machine.measured,
@@ -254,8 +254,8 @@ class Planner:
             adapters_bytes=sizes.adapters,
             gradients_bytes=sizes.adapters,
             optimizer_bytes=sizes.optimizer,
-            logits_bytes=min(logits, rest),
-            activations_bytes=max(0, rest - logits),
+            logits_bytes=logits,
+            activations_bytes=rest - logits,
             budget_bytes=budget,
             fits=peak <= budget,
             seconds_per_step=seconds,
@@ -339,6 +339,13 @@ def _candidates(recipe: Recipe) -> Iterator[tuple[dict[str, Any], str]]:
     if recipe.lora.rank > 4:
         half = recipe.lora.rank // 2
         yield {"lora.rank": half, "lora.alpha": recipe.lora.alpha / 2}, "less to learn with"
+
+
+def _logits_bytes(config: Config, batch: Batch) -> int:
+    """Of a chunk of the loss: the logits, their powers and their gradient in float32."""
+    vocabulary = int(config.get("vocab_size") or 0)
+    rows = max(TARGET_STEP, LOGITS_AT_ONCE // max(1, vocabulary))
+    return 3 * 4 * min(rows, len(batch.targets)) * vocabulary
 
 
 def _cut(sample: Sample, limit: int) -> Sample:

@@ -9,10 +9,12 @@ of `x`, which may have more of them (x (n, 1, 1, in), indices (n, k)) or be in t
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.switch_layers import SwitchLinear
 
+from mlxtune.arrays import custom_gradient, intercepted
 from mlxtune.layers.adapter import Adapter
 from mlxtune.layers.lora import Dropout
 from mlxtune.layers.quantized import PackedLayer, frozen_product
@@ -138,7 +140,7 @@ class LoRASwitchLinear(Adapter):
         z = self.dropout(x)
         for factor in factors:
             each = factor.astype(x.dtype).swapaxes(-1, -2)
-            z = mx.gather_mm(z, each, rhs_indices=indices, sorted_indices=sorted_indices)
+            z = _gathered(z, each, indices, ordered=sorted_indices)
         return y + (self.scale * z).astype(y.dtype)
 
     def fused_weight(self) -> mx.array:
@@ -150,6 +152,29 @@ class LoRASwitchLinear(Adapter):
     def fuse(self) -> SwitchLinear:
         """Plain experts that compute what this layer computes, in float32; never packed."""
         return plain_experts(self.fused_weight(), self.linear.get("bias"))
+
+
+def _gathered(z: mx.array, each: mx.array, indices: mx.array, *, ordered: bool) -> mx.array:
+    """`mx.gather_mm`, whose gradient for the matrices MLX cannot export.
+
+    Where gradients are looked into, one product of all rows stands for it: of as many
+    operations, and with a result of the same size.
+    """
+
+    def product(z: mx.array, each: mx.array) -> mx.array:
+        return mx.gather_mm(z, each, rhs_indices=indices, sorted_indices=ordered)
+
+    def backward(primals: Any, cotangent: mx.array, _product: mx.array) -> Any:
+        z, each = primals
+        if not intercepted():
+            return mx.vjp(product, [z, each], [cotangent])[1]
+        [below] = mx.vjp(lambda z: product(z, each), [z], [cotangent])[1]
+        rows = mx.broadcast_to(z, (*cotangent.shape[:-1], z.shape[-1])).reshape(-1, z.shape[-1])
+        together = rows.T @ cotangent.reshape(-1, cotangent.shape[-1])
+        return below, together + mx.zeros(each.shape, each.dtype)
+
+    result: mx.array = custom_gradient(backward)(product)(z, each)
+    return result
 
 
 def plain_experts(weight: mx.array, bias: mx.array | None) -> SwitchLinear:
