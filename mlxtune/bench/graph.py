@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxtune.arrays import intercept_gradients
+from mlxtune.errors import ModelError
 
 Function = Callable[..., Any]
 
@@ -162,7 +163,7 @@ def trace(function: Callable[..., Sequence[mx.array]], *args: mx.array) -> Graph
     """The graph of `function(*args)`, of whose arguments only the shapes are looked at.
 
     Raises:
-        UntraceableError: something in it cannot be exported by MLX.
+        ModelError: something in it cannot be exported by MLX.
     """
     first = _Tracer()
     with intercept_gradients(first):
@@ -186,12 +187,11 @@ def trace(function: Callable[..., Sequence[mx.array]], *args: mx.array) -> Graph
     try:
         mx.export_function(events.append, everything, *args, *stand_ins)
     except ValueError as error:
-        raise UntraceableError(str(error)) from None
+        raise ModelError(
+            f"its step cannot be traced: {error}",
+            remedy="no plan can be made of this architecture; train it without",
+        ) from None
     return _spliced(_read(events), tracers[-1].calls, len(args), count)
-
-
-class UntraceableError(Exception):
-    """MLX cannot export what was to be traced."""
 
 
 def _listed(value: Any) -> list[mx.array]:

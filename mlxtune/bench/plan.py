@@ -24,6 +24,7 @@ from mlxtune.device import as_on_gpu
 from mlxtune.errors import ModelError
 from mlxtune.gguf.model import read_packing
 from mlxtune.gguf.reader import GGUFFile
+from mlxtune.models.known import known_config
 from mlxtune.models.load import model_config
 from mlxtune.models.resolve import ModelSource, is_hub_id, resolve_model
 from mlxtune.models.skeleton import Config, Forms
@@ -123,8 +124,7 @@ class RunPlan:
 def model_facts(recipe: Recipe) -> ModelFacts:
     """What there is to know of a recipe's model without its weights.
 
-    Of a hub id nothing but config.json is fetched; where the hub cannot be reached, sizes
-    that mlxtune knows by heart take its place.
+    Of a hub id nothing but config.json is fetched, and that not where mlxtune knows the sizes.
 
     Raises:
         ModelError: nothing is known of it.
@@ -138,15 +138,14 @@ def model_facts(recipe: Recipe) -> ModelFacts:
     if isinstance(cached, str):
         source = ModelSource(name, Path(cached).parent)
         tokenizer = source if (source.path / "tokenizer.json").is_file() else None
-        return ModelFacts(model_config(source), None, tokenizer, "the hub's cache")
-    from mlxtune.models.known import known_config
-
+        return ModelFacts(model_config(source), None, tokenizer, f"{name}, in the hub's cache")
+    # Before the hub is asked: it may be far away, or want a licence accepted.
+    if revision is None and (config := known_config(name)) is not None:
+        return ModelFacts(config, None, None, f"{name}, sizes known to mlxtune")
     try:
         file = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
-        return ModelFacts(json.loads(Path(file).read_text()), None, None, "the hub")
+        return ModelFacts(json.loads(Path(file).read_text()), None, None, f"{name}, from the hub")
     except Exception as error:  # offline, no such model, a licence not accepted
-        if (config := known_config(name)) is not None:
-            return ModelFacts(config, None, None, "sizes known to mlxtune")
         raise ModelError(
             f"its config.json cannot be had: {type(error).__name__}",
             where=name,

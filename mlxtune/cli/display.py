@@ -205,6 +205,7 @@ def _describe(outline: Outline) -> list[str]:
     share = outline.trainable / outline.parameters
     held_out = f", {outline.held_out} held out" if outline.held_out else ""
     lines = [
+        *outline.plan,
         f"model    {outline.model}",
         f"device   {outline.device}, {outline.dtype}",
         f"adapter  {outline.trainable / 1e6:.2f} M of {outline.parameters / 1e6:.0f} M "

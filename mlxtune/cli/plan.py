@@ -78,8 +78,7 @@ def forecast(*, force: bool) -> Forecast:
         force: train what does not fit, all the same.
     """
 
-    def of_run(recipe: Recipe, corpus: Corpus) -> dict[str, Any] | None:
-        from mlxtune.bench.graph import UntraceableError
+    def of_run(recipe: Recipe, corpus: Corpus) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
         from mlxtune.bench.lengths import Lengths
         from mlxtune.bench.machine import this_machine
         from mlxtune.bench.plan import Planner
@@ -89,11 +88,8 @@ def forecast(*, force: bool) -> Forecast:
         try:
             planner = Planner(recipe, this_machine(remembered=True), lengths=lengths)
             result = planner.estimate(recipe)
-        except (ModelError, UntraceableError) as error:
-            click.echo(f"no plan: {error}")
-            return None
-        for line in summary_lines(result):
-            click.echo(line)
+        except ModelError as error:
+            return None, (f"no plan: {error}",)
         if not result.fits and not force:
             raise TooLarge(
                 f"this run needs about {result.peak_memory_bytes / _GB:.1f} GB, and "
@@ -101,7 +97,8 @@ def forecast(*, force: bool) -> Forecast:
                 remedy="\n  ".join([*advice_lines(planner()), "or train all the same: --force"]),
             )
         figures = result.as_json()
-        return {key: figures[key] for key in ("peak_memory_bytes", "seconds_per_step", "steps")}
+        kept = {key: figures[key] for key in ("peak_memory_bytes", "seconds_per_step", "steps")}
+        return kept, tuple(summary_lines(result))
 
     return of_run
 

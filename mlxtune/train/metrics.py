@@ -61,6 +61,7 @@ class Outline:
     first_step: int
     total_steps: int
     workers: int = 1
+    plan: tuple[str, ...] = ()
 
 
 class Reporter(Protocol):

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,9 @@ from mlxtune.train.neftune import add_embedding_noise
 from mlxtune.train.run import Run, adapter_folder
 from mlxtune.train.trackers import Trackers, require_trackers
 
-# Is told the recipe and its records and says what the run will take; may refuse it by raising.
-Forecast = Callable[[Recipe, Corpus], dict[str, Any] | None]
+# Is told the recipe and its records and says what the run will take, in figures for run.json and
+# in lines for people; may refuse it by raising.
+Forecast = Callable[[Recipe, Corpus], tuple[dict[str, Any] | None, tuple[str, ...]]]
 
 
 def fine_tune(
@@ -114,9 +116,10 @@ def _fine_tune(
     corpus = read_corpus(recipe, renderer, reporter.tokenized)
     workers.barrier()
     before = run.status() if run is not None else {}
+    said: tuple[str, ...] = ()
     expected = before.get("plan")
     if forecast is not None and workers.first and not resume:
-        expected = forecast(recipe, corpus)
+        expected, said = forecast(recipe, corpus)
     workers.barrier()
     adapted = adapted_model(recipe, initial, before.get("quantized_matmul"))
     base, notes = adapted.base, [*corpus.notes(), *adapted.notes]
@@ -170,6 +173,7 @@ def _fine_tune(
         first, damaged = trainer.resume()
         notes += damaged
     outline = _outline(recipe, run, adapted, corpus, notes, first, trainer.total_steps, workers)
+    outline = replace(outline, plan=said)
     reporter.started(outline)
     with _status_kept(run, trackers) if workers.first else nullcontext():
         trackers.started(outline)
