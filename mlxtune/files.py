@@ -117,7 +117,7 @@ def atomic_files(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         OutputExists: a file exists and may not be replaced.
         StorageError: the disk is full or refuses the write.
     """
-    _require_no_file(path, overwrite)
+    require_no_file(path, overwrite)
     temporary = _beside(path, "partial")
     try:
         with storage_errors(path), _parents_of(path):
@@ -128,7 +128,7 @@ def atomic_files(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 files = sorted(temporary.iterdir())
                 for file in files:
                     _sync(file)
-                    _require_no_file(path.parent / file.name, overwrite)
+                    require_no_file(path.parent / file.name, overwrite)
                 for file in files:
                     file.replace(path.parent / file.name)
             finally:
@@ -138,7 +138,12 @@ def atomic_files(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise StorageError(error.what, where=str(path), remedy=error.remedy) from error
 
 
-def _require_no_file(path: Path, overwrite: bool) -> None:
+def require_no_file(path: Path, overwrite: bool) -> None:
+    """Say early that a file would be refused.
+
+    Raises:
+        OutputExists: it is there and `overwrite` is false, or it is a folder.
+    """
     if path.is_dir():
         raise OutputExists("this is a folder", where=str(path), remedy="name a file in it")
     if path.exists() and not overwrite:

@@ -25,7 +25,7 @@ from mlxtune.models.skeleton import Config, Forms, hollow, skeleton, tiny_twin
 from mlxtune.recipe.schema import Recipe, TrainSection
 from mlxtune.train.blocks import checkpoint_blocks
 from mlxtune.train.model import put_adapters, put_own_layers
-from mlxtune.train.optim import make_optimizer
+from mlxtune.train.optim import optimizer_of
 from mlxtune.train.step import LossFunction, TrainStep, batch_arrays
 
 
@@ -196,15 +196,7 @@ def _twin(config: Config, classes: GatedClasses) -> nn.Module | None:
 
 
 def _optimizer(train: TrainSection, model: nn.Module) -> Any:
-    optimizer = make_optimizer(
-        train.optimizer,
-        model,
-        weight_decay=train.weight_decay,
-        beta1=train.adam_beta1,
-        beta2=train.adam_beta2,
-        epsilon=train.adam_epsilon,
-        bias_correction=train.adam_bias_correction,
-    )
+    optimizer = optimizer_of(train, model)
     state = flat(optimizer.state).items()
     optimizer.state = tree_unflatten([(name, mx.zeros(a.shape, a.dtype)) for name, a in state])
     return optimizer

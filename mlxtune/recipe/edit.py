@@ -8,8 +8,7 @@ from typing import Any
 
 import tomlkit
 
-from mlxtune.errors import OutputExists
-from mlxtune.files import write_text
+from mlxtune.files import require_no_file, write_text
 from mlxtune.recipe.load import override_value
 
 
@@ -34,12 +33,7 @@ def write_edited(
         OutputExists: the file is there.
         StorageError: the disk refuses it.
     """
-    if output.exists() and not overwrite:
-        raise OutputExists(
-            "this exists already; nothing was written",
-            where=str(output),
-            remedy="name another file, or pass --overwrite",
-        )
+    require_no_file(output, overwrite)
     document = tomlkit.parse(source.read_text(encoding="utf-8-sig"))
     for override in overrides:
         override_value(document, override)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlxtune.errors import OutputExists
-from mlxtune.files import atomic_file, write_text
+from mlxtune.files import atomic_file, require_no_file, write_text
 from mlxtune.report.collect import RunRecord
 from mlxtune.report.page import page
 
@@ -38,7 +37,7 @@ def write_report(
     place = output or own or Path(PAGE)
     for path in (place, png):
         if path is not None and path != own:
-            _require_free(path, overwrite)
+            require_no_file(path, overwrite)
     picture = None
     if png is not None:
         from mlxtune.report.png import curves_png
@@ -51,14 +50,3 @@ def write_report(
     with atomic_file(png) as handle:
         handle.write(picture)
     return [place, png]
-
-
-def _require_free(path: Path, overwrite: bool) -> None:
-    if path.is_dir():
-        raise OutputExists("this is a folder", where=str(path), remedy="name a file in it")
-    if path.exists() and not overwrite:
-        raise OutputExists(
-            "this exists already; nothing was written",
-            where=str(path),
-            remedy="choose another place, or pass --overwrite to replace it",
-        )

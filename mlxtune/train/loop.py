@@ -34,7 +34,7 @@ from mlxtune.train.checkpoint import (
 from mlxtune.train.distributed import Stopped, Workers
 from mlxtune.train.heldout import held_out_loss
 from mlxtune.train.metrics import Report, Reporter
-from mlxtune.train.optim import make_optimizer
+from mlxtune.train.optim import optimizer_of
 from mlxtune.train.run import Run
 from mlxtune.train.schedule import learning_rate
 from mlxtune.train.step import TrainStep
@@ -90,15 +90,7 @@ class Trainer:
         self._workers = workers
         self.total_steps = plan.total_steps(epochs=train.epochs, max_steps=train.max_steps)
         self._eval_every = evaluation.steps or plan.steps_per_epoch
-        self._optimizer = make_optimizer(
-            train.optimizer,
-            model,
-            weight_decay=train.weight_decay,
-            beta1=train.adam_beta1,
-            beta2=train.adam_beta2,
-            epsilon=train.adam_epsilon,
-            bias_correction=train.adam_bias_correction,
-        )
+        self._optimizer = optimizer_of(train, model)
         self._progress = Progress()
 
     def resume(self) -> tuple[int, list[str]]:

@@ -11,6 +11,7 @@ import mlx.nn as nn
 import mlx.optimizers
 from mlx.utils import tree_map_with_path
 
+from mlxtune.recipe.schema import TrainSection
 from mlxtune.train.adamw8bit import AdamW8bit
 
 Optimizer = mlx.optimizers.Optimizer
@@ -74,6 +75,19 @@ def make_optimizer(
     optimizer = _MAKERS[name](0.0, weight_decay=weight_decay, **options)
     optimizer.init(model.trainable_parameters())
     return optimizer
+
+
+def optimizer_of(train: TrainSection, model: nn.Module) -> Optimizer:
+    """The optimizer of a recipe, for the model's trainable parameters."""
+    return make_optimizer(
+        train.optimizer,
+        model,
+        weight_decay=train.weight_decay,
+        beta1=train.adam_beta1,
+        beta2=train.adam_beta2,
+        epsilon=train.adam_epsilon,
+        bias_correction=train.adam_bias_correction,
+    )
 
 
 class _DecaysMatrices(Optimizer):
