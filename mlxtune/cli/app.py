@@ -40,6 +40,7 @@ def cli(debug: bool) -> None:
 
     \b
     mlxtune init                     write a recipe
+    mlxtune plan recipe.toml         does it fit, how long does it take?
     mlxtune lora recipe.toml         train it
     mlxtune eval runs/NAME           did it learn?
     mlxtune export runs/NAME         a GGUF for Ollama, llama.cpp and mistral.rs
@@ -121,7 +122,7 @@ def lora(
     if silent:
         return
     click.echo(f"adapter: {folder / 'adapter'}")
-    click.echo(f"next: mlxtune eval {folder}   mlxtune export {folder}")
+    click.echo(f"next: mlxtune eval {folder}   mlxtune report {folder}   mlxtune export {folder}")
 
 
 @cli.command()
