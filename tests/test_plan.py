@@ -120,12 +120,12 @@ def test_gradients_of_adapters_are_computed_layer_by_layer():
     config = LLAMA | {"num_hidden_layers": 12}
     model = StepModel(recipe_of(), config, None, "float32")
     model.materialize()
-    batch = pack(samples_of((600,)))
+    batch = pack(samples_of((1000,)))
     kept = model.measure(batch, steps=2).peak - model.sizes.weights
     classes = [type(layer) for layer in model.model.layers]
     twice = model.measure(batch, range(12), steps=2).peak - model.sizes.weights
     assert [type(layer) for layer in model.model.layers] == classes
-    assert twice < 0.4 * kept
+    assert twice < 0.5 * kept
 
 
 def test_a_function_with_a_gradient_of_its_own_is_traced_with_it():
