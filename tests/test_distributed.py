@@ -170,8 +170,12 @@ def test_two_workers_are_one_with_twice_the_batch(
     launched, folder, values, name, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(folder)
-    recipe = parse_recipe(with_train(values, ONE, SAME[name][1]), where="test")
-    one, two = fine_tune(recipe, tmp_path / "one", Silent()), Run(folder / "runs" / name)
+
+    def alone(split):
+        recipe = parse_recipe(with_train(values, split, SAME[name][1]), where="test")
+        return fine_tune(recipe, tmp_path / f"by {split['batch_size']}", Silent())
+
+    one, two = alone(ONE), Run(folder / "runs" / name)
     entries, others = list(one.metrics()), list(two.metrics())
     assert len(entries) == len(others) == 8 + 3
     for entry, other in zip(entries, others, strict=True):
@@ -181,10 +185,16 @@ def test_two_workers_are_one_with_twice_the_batch(
         for key in {"loss", "held_out_loss", "grad_norm", "learning_rate"} & entry.keys():
             assert other[key] == pytest.approx(entry[key], rel=1e-5), (key, entry["step"])
     assert max(entry.get("grad_norm", 0) for entry in entries) > 0.5, "nothing was clipped"
+    # AdamW divides small gradients by their own size, and with it what rounding left in them:
+    # one process whose steps are eight passes is the measure of how far that alone leads.
+    other_passes = alone(ONE | {"batch_size": 1, "gradient_accumulation_steps": 8})
     for place in ("adapter", "adapter-best"):
-        want, got = (load_arrays(r.path / place / "adapters.safetensors") for r in (one, two))
+        file = f"{place}/adapters.safetensors"
+        want, got, rounded = (load_arrays(r.path / file) for r in (one, two, other_passes))
         assert want.keys() == got.keys()
-        assert max(distance(got[key], want[key]) for key in want) < 1e-5
+        rounding = max(distance(rounded[key], want[key]) for key in want)
+        assert rounding < 5e-5, "that is no rounding"
+        assert max(distance(got[key], want[key]) for key in want) < max(1e-5, 2 * rounding)
 
 
 @pytest.mark.parametrize("name", [*SAME, "straight", "resumed"])
