@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -9,11 +11,13 @@ from helpers import distance, random_samples, tiny, with_adapters
 
 from mlxtune.data.pack import pack
 from mlxtune.models import attention as module
+from mlxtune.models import packed
 from mlxtune.models.attention import attention, blocks
 from mlxtune.models.packed import OwnAttention, PackCache, PackedRope, enable_packs, pack_kind
 from mlxtune.train.step import LossFunction, batch_arrays
 
 SHAPES = [(1, 40, 0), (3, 17, 9), (2, 64, 30), (5, 8, 0)]
+WINDOWS = [None, 3, 20]
 DIM = 16
 
 
@@ -35,15 +39,16 @@ def arrays(rows: int, width: int, prefix: int, heads: int, kv_heads: int) -> lis
 @pytest.mark.parametrize("scores", [1 << 10, 1 << 14, 1 << 30])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_values_and_gradients_are_those_of_mlx(monkeypatch, shape, heads, kv_heads, scores):
+@pytest.mark.parametrize("window", WINDOWS)
+def test_values_and_gradients_are_those_of_mlx(monkeypatch, window, shape, heads, kv_heads, scores):
     monkeypatch.setattr(module, "_CPU_SCORES", scores)
     monkeypatch.setattr(module, "_LEAST_QUERIES", 4)
-    cache, mask = cache_of(*shape), cache_of(*shape).mask()
+    bias, mask = partial(cache_of(*shape)._bias, window), cache_of(*shape).mask(window)
     given = arrays(*shape, heads, kv_heads)
     weights = mx.random.normal(given[0].shape, key=mx.random.key(9))
 
     def ours(q, k, v):
-        return attention(q, k, v, scale=0.3, prefix=shape[2], bias=cache._bias)
+        return attention(q, k, v, scale=0.3, prefix=shape[2], bias=bias, window=window)
 
     def theirs(q, k, v):
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=mask)
@@ -58,14 +63,14 @@ def test_values_and_gradients_are_those_of_mlx(monkeypatch, shape, heads, kv_hea
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_sixteen_bits_stay_sixteen_bits(dtype):
-    cache = cache_of(2, 64, 30)
+    bias = partial(cache_of(2, 64, 30)._bias, None)
     given = [x.astype(dtype) for x in arrays(2, 64, 30, 6, 2)]
 
     def loss(*a):
-        return attention(*a, scale=0.3, prefix=30, bias=cache._bias).astype(mx.float32).sum()
+        return attention(*a, scale=0.3, prefix=30, bias=bias).astype(mx.float32).sum()
 
-    got = attention(*given, scale=0.3, prefix=30, bias=cache._bias)
-    full = attention(*[x.astype(mx.float32) for x in given], scale=0.3, prefix=30, bias=cache._bias)
+    got = attention(*given, scale=0.3, prefix=30, bias=bias)
+    full = attention(*[x.astype(mx.float32) for x in given], scale=0.3, prefix=30, bias=bias)
     assert got.dtype == dtype
     assert distance(got, full) < 1e-2
     assert all(g.dtype == dtype for g in mx.grad(loss, argnums=(0, 1, 2))(*given))
@@ -77,8 +82,11 @@ def test_blocks_cover_each_query_once_and_leave_out_what_none_of_them_sees():
     seen = np.zeros((3, 1000), int)
     for part in parts:
         seen[part.rows, part.queries] += 1
-        assert part.keys == 50 + part.queries.stop
+        assert part.keys == slice(0, 50 + part.queries.stop)
     assert (seen == 1).all()
+    for part in blocks(2, 4000, 0, 8, window=100):
+        assert part.keys == slice(max(0, part.queries.start - 99), part.queries.stop)
+        assert part.seen < 200
 
 
 def test_scores_are_not_kept():
@@ -86,12 +94,12 @@ def test_scores_are_not_kept():
 
     def peak(width: int, ours: bool) -> int:
         cache = PackCache(mx.arange(width)[None], mx.ones((1, width), mx.int32), 0)
-        given, mask = arrays(1, width, 0, 8, 8), cache.mask()
+        given, mask, bias = arrays(1, width, 0, 8, 8), cache.mask(), partial(cache._bias, None)
         mx.eval(given, mask)
 
         def loss(q, k, v):
             if ours:
-                return attention(q, k, v, scale=0.3, prefix=0, bias=cache._bias).sum()
+                return attention(q, k, v, scale=0.3, prefix=0, bias=bias).sum()
             return mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=mask).sum()
 
         before = mx.get_active_memory()
@@ -110,7 +118,9 @@ def test_scores_are_not_kept():
     [
         ("llama", True),
         ("qwen3", True),
-        ("gemma3_text", False),  # some blocks look through a window
+        ("gemma3_text", True),  # some blocks look through a window
+        ("olmo3", True),
+        ("gpt_oss", False),  # something else takes part in the softmax
         ("gemma2", False),  # scores are capped before the softmax
         ("qwen3_moe", True),
     ],
@@ -120,6 +130,7 @@ def test_models_take_it_where_it_computes_the_same(kind, own):
         "tie_word_embeddings": True,
         "sliding_window": 16,
         "sliding_window_pattern": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
         "num_key_value_heads": 4,
         "num_experts": 4,
         "num_experts_per_tok": 2,
@@ -152,3 +163,14 @@ def test_a_cap_on_scores_that_nothing_names_is_seen():
     assert model.layers[0].self_attn.attn_logit_softcapping
     enable_packs(model)
     assert pack_kind(model) is PackCache
+
+
+def test_each_block_has_its_window_and_a_wrong_one_is_seen_in_a_few_tokens():
+    model = tiny("gemma3_text", sliding_window=100, sliding_window_pattern=2)
+    enable_packs(model)
+    ropes = [m for m in model.modules() if isinstance(m, PackedRope)]
+    assert sorted((rope.window for rope in ropes), key=str) == [100, None]
+    assert packed._takes_own_attention(model)
+    for rope in ropes:
+        rope.window = None
+    assert not packed._takes_own_attention(model)

@@ -1,8 +1,8 @@
 """Attention that keeps no scores: block by block, and computed again in the backward pass.
 
 The algorithm is that of FlashAttention-2 (Dao 2023, arXiv:2307.08691) in MLX's own
-operations. Blocks above the diagonal are never computed, and a block is small enough to
-stay in a CPU's cache.
+operations. Blocks above the diagonal or out of a window's sight are never computed, and a
+block is small enough to stay in a CPU's cache.
 """
 
 from __future__ import annotations
@@ -24,27 +24,42 @@ _LEAST_QUERIES = 32
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows of a grid, some queries of them, and the first `keys` keys they may see."""
+    """Some rows of a grid, some queries of them, and the keys that these may see.
+
+    Keys are counted from the first of the prefix; all of a prefix are among them.
+    """
 
     rows: slice
     queries: slice
-    keys: int
+    keys: slice
+
+    @property
+    def seen(self) -> int:
+        """How many keys there are."""
+        return int(self.keys.stop - self.keys.start)
 
 
 # The mask of a block: float32 (rows, 1, 1, queries, keys), 0 or very negative.
 Bias = Callable[[Block], mx.array]
 
 
-def blocks(rows: int, width: int, prefix: int, heads: int) -> Iterator[Block]:
+def blocks(
+    rows: int, width: int, prefix: int, heads: int, window: int | None = None
+) -> Iterator[Block]:
     """The blocks of a grid of `rows` x `width` queries, each row with `prefix` keys in front."""
     limit = _CPU_SCORES if on_cpu() else _GPU_SCORES
-    queries = min(width, max(_LEAST_QUERIES, limit // (heads * (prefix + width))))
+    # No more queries than a window holds: they see twice as many keys at most.
+    sight = width if window is None else min(width, max(window, _LEAST_QUERIES))
+    seen = prefix + min(width, 2 * sight)
+    queries = min(sight, max(_LEAST_QUERIES, limit // (heads * seen)))
     queries = -(-width // -(-width // queries))  # all blocks of a row alike
-    group = max(1, limit // (heads * queries * (prefix + width))) if queries == width else 1
+    group = max(1, limit // (heads * queries * seen)) if queries == width else 1
     for row in range(0, rows, group):
         for start in range(0, width, queries):
             end = min(width, start + queries)
-            yield Block(slice(row, min(rows, row + group)), slice(start, end), prefix + end)
+            first = 0 if window is None or prefix else max(0, start - window + 1)
+            keys = slice(first, prefix + end)
+            yield Block(slice(row, min(rows, row + group)), slice(start, end), keys)
 
 
 def attention(
@@ -55,6 +70,7 @@ def attention(
     scale: float,
     prefix: int,
     bias: Bias,
+    window: int | None = None,
 ) -> mx.array:
     """softmax(scale * Q K^T + bias) V, differentiable in all three.
 
@@ -64,17 +80,18 @@ def attention(
         scale: on the scores.
         prefix: keys in front of a row's own.
         bias: who sees whom, block by block; a query sees no key of its row after itself.
+        window: how many keys of its row a query sees at most, itself among them.
 
     Returns:
         As `queries`.
     """
     rows, heads, width, dim = queries.shape
     kv_heads = keys.shape[1]
-    parts = list(blocks(rows, width, prefix, heads))
+    parts = list(blocks(rows, width, prefix, heads, window))
 
     def scores(block: Block, q: mx.array, k: mx.array) -> mx.array:
         product = (q @ k.swapaxes(-1, -2)).astype(mx.float32)
-        product = product.reshape(*product.shape[:2], heads // kv_heads, -1, block.keys)
+        product = product.reshape(*product.shape[:2], heads // kv_heads, -1, block.seen)
         return product + bias(block)
 
     def of_block(block: Block, x: mx.array) -> mx.array:
@@ -101,9 +118,9 @@ def attention(
             if before:
                 # Not before the last block is done with its scores.
                 [own] = mx.depends([own], before)
-            k_seen, v_seen = k[block.rows, :, : block.keys], v[block.rows, :, : block.keys]
+            k_seen, v_seen = k[block.rows, :, block.keys], v[block.rows, :, block.keys]
             p = exp(scores(block, own, k_seen) - log[block.rows, :, :, block.queries])
-            flat = p.reshape(*own.shape[:-1], block.keys)
+            flat = p.reshape(*own.shape[:-1], block.seen)
             from_above = (above @ v_seen.swapaxes(-1, -2)).astype(mx.float32)
             ds = p * (from_above.reshape(p.shape) - drift[block.rows, :, :, block.queries])
             ds = ds.reshape(flat.shape).astype(q.dtype)
@@ -128,12 +145,12 @@ def attention(
             own = of_block(block, q) * scale
             if outputs:  # not before the last block is done with its scores
                 [own] = mx.depends([own], [outputs[-1]])
-            s = scores(block, own, k[block.rows, :, : block.keys])
+            s = scores(block, own, k[block.rows, :, block.keys])
             peak = s.max(axis=-1, keepdims=True)
             p = exp(s - peak)
             total = p.sum(axis=-1, keepdims=True)
-            flat = p.reshape(*own.shape[:-1], block.keys).astype(v.dtype)
-            mixed = flat @ v[block.rows, :, : block.keys]
+            flat = p.reshape(*own.shape[:-1], block.seen).astype(v.dtype)
+            mixed = flat @ v[block.rows, :, block.keys]
             mixed = mixed.reshape(*total.shape[:-1], dim) / total.astype(v.dtype)
             outputs.append(mixed)
             logs.append(peak + mx.log(total))
@@ -153,10 +170,16 @@ def _joined(parts: list[Block], arrays: list[mx.array]) -> mx.array:
 
 
 def _add(total: dict[int, mx.array], block: Block, more: mx.array) -> mx.array:
-    """Add the gradient for the keys that a block sees to that of all keys of its rows."""
-    row = block.rows.start
+    """Add the gradient for the keys that a block sees to that of all keys of its rows.
+
+    The first block of some rows that is given is their last, which sees the last key.
+    """
+    row, keys = block.rows.start, block.keys
     if row in total:
-        seen, rest = mx.split(total[row], [block.keys], axis=2)
-        more = mx.concatenate([seen + more, rest], axis=2)
+        before, seen, rest = mx.split(total[row], [keys.start, keys.stop], axis=2)
+        parts = [part for part in (before, seen + more, rest) if part.shape[2]]
+        more = mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
+    elif keys.start:
+        more = mx.pad(more, [(0, 0), (0, 0), (keys.start, 0), (0, 0)])
     total[row] = more
     return more

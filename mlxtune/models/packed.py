@@ -16,8 +16,10 @@ value is the result.
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from math import ceil, inf, isfinite
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -42,10 +44,12 @@ class PackCache:
         self.segments = segments
         self.prefix = prefix
         # What `PackedRope` keeps of the queries of the block that is being computed, for
-        # attention of our own: (rows, heads, width, dim), and the scale of the scores.
-        self.asked: tuple[mx.array, float] | None = None
-        self.gain = 1.0  # on queries and keys, to see what an architecture does to large scores
-        self._biases: dict[tuple[int, int], mx.array] = {}
+        # attention of our own: (rows, heads, width, dim), the scale of scores, the window.
+        self.asked: tuple[mx.array, float, int | None] | None = None
+        # To see in a few tokens what an architecture does to large scores, and which blocks
+        # look through a window: a factor on queries and keys, and the widest window.
+        self.gain, self.widest = 1.0, sys.maxsize
+        self._biases: dict[tuple[int | None, int, int], mx.array] = {}
 
     @property
     def offset(self) -> PackCache:
@@ -68,8 +72,17 @@ class PackCache:
         keys, values = self._with_prefix(keys), self._with_prefix(values)
         if self.asked is None:
             return keys, values
-        (queries, scale), self.asked = self.asked, None
-        mixed = attention(queries, keys, values, scale=scale, prefix=self.prefix, bias=self._bias)
+        (queries, scale, window), self.asked = self.asked, None
+        window = self._reach(window)
+        mixed = attention(
+            queries,
+            keys,
+            values,
+            scale=scale,
+            prefix=self.prefix,
+            bias=partial(self._bias, window),
+            window=window,
+        )
         # One key with one long value: what the model's own attention makes of it is the
         # value, which its reshaping turns into (1, rows * width, heads * dim).
         mixed = mixed.transpose(0, 2, 1, 3).reshape(1, 1, 1, -1)
@@ -89,7 +102,14 @@ class PackCache:
         self, _length: int, return_array: bool = True, window_size: int | None = None
     ) -> mx.array | None:
         """As mlx-lm asks for it."""
-        return self.mask(window_size)
+        return self.mask(self._reach(window_size))
+
+    def _reach(self, window: int | None) -> int | None:
+        """How far a token of the pack looks back; None where that takes nothing from it."""
+        if window is None:
+            return None
+        reach = min(window, self.widest)
+        return reach if reach < self.prefix + self.positions.shape[1] else None
 
     def mask(self, window_size: int | None = None, block: Block | None = None) -> mx.array:
         """Who sees whom: bool (rows, 1, width, prefix + width), or of a block alone.
@@ -99,8 +119,9 @@ class PackCache:
         softmax is over something.
         """
         width = self.positions.shape[1]
-        block = block or Block(slice(None), slice(0, width), self.prefix + width)
-        keys = slice(0, block.keys - self.prefix)  # of the rows' own
+        block = block or Block(slice(None), slice(0, width), slice(0, self.prefix + width))
+        # Of the rows' own keys; where there is a prefix, a block sees all of it.
+        keys = slice(max(0, block.keys.start - self.prefix), block.keys.stop - self.prefix)
         segments, positions = self.segments[block.rows], self.positions[block.rows]
         segment = segments[:, None, block.queries, None]
         position = positions[:, None, block.queries, None]
@@ -117,11 +138,11 @@ class PackCache:
             front = front & (position - ahead < window_size)
         return mx.concatenate([mx.broadcast_to(front, (*own.shape[:-1], self.prefix)), own], -1)
 
-    def _bias(self, block: Block) -> mx.array:
-        """The mask of a block for its scores, made once for all layers."""
-        key = block.rows.start, block.queries.start
+    def _bias(self, window: int | None, block: Block) -> mx.array:
+        """The mask of a block for its scores, made once for all layers alike."""
+        key = window, block.rows.start, block.queries.start
         if key not in self._biases:
-            self._biases[key] = mx.where(self.mask(block=block), 0.0, _NEVER)[:, :, None]
+            self._biases[key] = mx.where(self.mask(window, block), 0.0, _NEVER)[:, :, None]
         return self._biases[key]
 
 
@@ -131,13 +152,22 @@ class OwnAttention(PackCache):
     def make_mask(
         self, _length: int, return_array: bool = True, window_size: int | None = None
     ) -> None:
-        """Nothing to mask.
+        """Nothing to mask: `PackedRope` knows its block's window."""
 
-        Raises:
-            ModelError: a window is asked for, and which block has it cannot be known.
-        """
-        if window_size is not None:
-            raise ModelError("its attention has windows")
+
+class _Asked(PackCache):
+    """A pack that remembers the masks it has given, and which windows they are of."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.given: list[tuple[mx.array, int | None]] = []
+
+    def make_mask(
+        self, _length: int, return_array: bool = True, window_size: int | None = None
+    ) -> mx.array:
+        mask = self.mask(window_size)
+        self.given.append((mask, window_size))
+        return mask
 
 
 class PackedRope(nn.Module):
@@ -147,13 +177,18 @@ class PackedRope(nn.Module):
         inner: the model's own rotary embedding. Given anything but a pack as offset, it
             is simply called.
         scale: of the scores of the attention that it belongs to; None if unknown.
+
+    Attributes:
+        own: whether the attention that it belongs to may be ours.
+        window: how far that looks back, in tokens; None for without bounds.
     """
 
     def __init__(self, inner: nn.Module, scale: float | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.inner = inner
         self.scale = scale
-        self.own = False  # whether the attention that it belongs to may be ours
+        self.own = False
+        self.window: int | None = None
 
     def __call__(self, x: mx.array, offset: Any = 0) -> mx.array:
         """Rotate (1, heads, rows * width, dim); a packed grid comes back as its rows."""
@@ -169,7 +204,7 @@ class PackedRope(nn.Module):
         if isinstance(offset, OwnAttention) and offset.asked is None:
             # The first that is turned are the queries: `update_and_fetch` has use for them.
             assert self.scale is not None
-            offset.asked = grid, self.scale
+            offset.asked = grid, self.scale, self.window
             return mx.zeros((1, 1, 1, 1), grid.dtype)
         return grid
 
@@ -197,14 +232,14 @@ def enable_packs(model: nn.Module, proven_on: nn.Module | None = None) -> None:
         scale = getattr(owner, "scale", None)
         owner.rope = PackedRope(owner.rope, scale if isinstance(scale, float) else None)
     if proven_on is not None:
-        own = pack_kind(proven_on) is OwnAttention
+        own = pack_kind(proven_on) is OwnAttention and _find_windows(model)
     elif problem := _problem(model):
         for owner in owners:
             owner.rope = owner.rope.inner
         raise ModelError(f"packed samples cannot be given to this architecture: {problem}")
     else:
         # CUDA has a fused attention with a backward pass; elsewhere MLX keeps all scores.
-        own = not mx.cuda.is_available() and _takes_own_attention(model)
+        own = not mx.cuda.is_available() and _find_windows(model) and _takes_own_attention(model)
     for owner in owners:
         owner.rope.own = own
 
@@ -216,6 +251,7 @@ def pack_kind(model: nn.Module) -> type[PackCache]:
 
 
 _NEVER = -1e30
+_Pack = TypeVar("_Pack", bound=PackCache)
 
 
 # Two samples, 1 2 3 and 1 2 4 5, in a grid of one row for the prefix 1 2 and one row that
@@ -231,7 +267,7 @@ _GAIN = 30.0
 def _problem(model: nn.Module) -> str | None:
     """What is wrong with the logits of two packed samples; None if nothing is."""
     try:
-        got = _probe(model, PackCache)
+        got = _logits(model, _probe(PackCache))
         alone = [model(mx.array([[1, 2, 3]]))[0, 2:], model(mx.array([[1, 2, 4, 5]]))[0, 2:]]
         off = _distance(got, mx.concatenate(alone))
     except Exception as error:  # whatever an unknown architecture does with a cache
@@ -244,8 +280,10 @@ def _takes_own_attention(model: nn.Module) -> bool:
     if getattr(getattr(model, "args", None), "attn_logit_softcapping", None):
         return False
     try:
-        for gain in (1.0, _GAIN):
-            got, want = (_probe(model, kind, gain) for kind in (OwnAttention, PackCache))
+        for gain, widest in ((1.0, sys.maxsize), (_GAIN, sys.maxsize), (1.0, 2)):
+            got, want = (
+                _logits(model, _probe(kind, gain, widest)) for kind in (OwnAttention, PackCache)
+            )
             if _distance(got, want) > _BOUNDS.get(got.dtype, _LOOSE):
                 return False
     except Exception:  # as above
@@ -253,14 +291,52 @@ def _takes_own_attention(model: nn.Module) -> bool:
     return True
 
 
-def _probe(model: nn.Module, kind: type[PackCache], gain: float = 1.0) -> mx.array:
-    """Logits of the three tokens after the prefix."""
-    cache = kind(
-        positions=mx.array([[0, 1, 0, 0], [2, 2, 3, 0]]),
-        segments=mx.array([[0, 0, -1, -1], [1, 2, 2, -1]]),
-        prefix=2,
-    )
-    cache.gain = gain
+def _find_windows(model: nn.Module) -> bool:
+    """Tell the rotary embeddings how far their blocks look back; nothing is computed.
+
+    Returns:
+        False where a block is not given one of the masks that the model has asked for.
+    """
+    cache = _probe(_Asked)
+    windows: list[int | None] = []
+    classes = [type(layer) for layer in model.layers]
+
+    def watched(original: type) -> type:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            for given in (*args, *kwargs.values()):
+                windows.extend(window for mask, window in cache.given if given is mask)
+            return original.__call__(self, *args, **kwargs)
+
+        return type(original.__name__, (original,), {"__call__": call})
+
+    try:
+        for layer, original in zip(model.layers, classes, strict=True):
+            layer.__class__ = watched(original)
+        _logits(model, cache)
+    except Exception:  # as above
+        return False
+    finally:
+        for layer, original in zip(model.layers, classes, strict=True):
+            layer.__class__ = original
+    modules = [module for layer in model.layers for module in layer.modules()]
+    ropes = [module for module in modules if isinstance(module, PackedRope)]
+    if not len(ropes) == len(windows) == len(classes):
+        return False
+    for rope, window in zip(ropes, windows, strict=True):
+        rope.window = window
+    return True
+
+
+def _probe(kind: type[_Pack], gain: float = 1.0, widest: int = sys.maxsize) -> _Pack:
+    """The pack of `_PROBE`."""
+    positions, segments = [[0, 1, 0, 0], [2, 2, 3, 0]], [[0, 0, -1, -1], [1, 2, 2, -1]]
+    cache = kind(mx.array(positions), mx.array(segments), 2)
+    cache.gain, cache.widest = gain, widest
+    return cache
+
+
+def _logits(model: nn.Module, cache: PackCache) -> mx.array:
+    """Logits of the three tokens of `_PROBE` after its prefix."""
     tokens = mx.array(_PROBE).reshape(1, -1)
     logits: mx.array = model(tokens, cache=[cache] * len(model.layers))
     return logits[0, 4:7]
