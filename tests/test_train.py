@@ -184,7 +184,7 @@ def test_an_adapter_to_begin_with_is_looked_at_first(recipe, few, tmp_path):
 def test_dora_on_packed_weights_is_interrupted_resumed_and_fused(recipe, few, tmp_path):
     settings = recipe(
         few,
-        model={"quantize": 4},
+        model={"quantize": 4, "quantized_matmul": "expand"},
         lora={"dora": True, "dropout": 0.2},
         train={"gradient_checkpointing": True, "max_steps": 4, "lora_plus_ratio": 4.0},
         checkpoint={"steps": 2},

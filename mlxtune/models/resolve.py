@@ -12,7 +12,8 @@ from mlxtune.errors import ModelError
 from mlxtune.models.ollama_store import find_model
 
 # What a model consists of. No *.py and no pickles: nothing of a model is ever executed.
-HUB_PATTERNS = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
+_WEIGHTS = "*.safetensors"
+_ALL_ELSE = ("*.json", "tokenizer.model", "*.txt", "*.jinja")
 
 _HUB_ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*$")
 
@@ -36,7 +37,7 @@ class ModelSource:
         return self.path.is_file()
 
 
-def resolve_model(name: str, *, revision: str | None = None) -> ModelSource:
+def resolve_model(name: str, *, revision: str | None = None, weights: bool = True) -> ModelSource:
     """Find a model: a folder, a `.gguf` file, `pkg:PACKAGE/FILE`, `ollama:NAME`, or a hub id.
 
     A hub id is downloaded on first use; with HF_HUB_OFFLINE set only the local cache is
@@ -45,6 +46,7 @@ def resolve_model(name: str, *, revision: str | None = None) -> ModelSource:
     Args:
         name: what the recipe's `model.path` says; `~` is expanded.
         revision: branch, tag or commit of a hub id.
+        weights: whether a hub id's weights are fetched too, which may be many gigabytes.
 
     Raises:
         ModelError: nothing is found there.
@@ -72,7 +74,7 @@ def resolve_model(name: str, *, revision: str | None = None) -> ModelSource:
             "a model is a folder, a .gguf file or a hub id; this is another file", where=name
         )
     if is_hub_id(name):
-        return ModelSource(name, _from_hub(name, revision))
+        return ModelSource(name, _from_hub(name, revision, weights))
     raise ModelError(
         "there is no such folder, and this is no hub id either",
         where=name,
@@ -124,7 +126,7 @@ def _in_package(name: str) -> Path:
     return path
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
     # Importing the hub's client costs a tenth of a second; only hub ids need it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -134,8 +136,9 @@ def _from_hub(name: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
+    patterns = [*_ALL_ELSE, *([_WEIGHTS] if weights else [])]
     try:
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS)))
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except GatedRepoError:
         raise ModelError(
             "this model asks you to accept its licence first",
@@ -162,4 +165,10 @@ def _from_hub(name: str, revision: str | None) -> Path:
     except OSError as error:
         raise ModelError(f"the hub cannot be reached: {error}", where=name) from None
     _require_config(path)
+    if weights and not any(path.glob(_WEIGHTS)):
+        raise ModelError(
+            "this model has no safetensors",
+            where=name,
+            remedy="take another revision or a converted copy of it; pickles are not loaded",
+        )
     return path

@@ -184,9 +184,9 @@ def put_own_layers(
 
 
 def tokenizer_of(section: ModelSection) -> Any:
-    """The tokenizer of a recipe's model, which alone is loaded."""
+    """The tokenizer of a recipe's model, which alone is fetched and loaded."""
     template = _template_of(section)
-    source = resolve_model(section.path, revision=section.revision)
+    source = resolve_model(section.path, revision=section.revision, weights=False)
     return load_tokenizer(source, chat_template=template)
 
 
