@@ -11,7 +11,7 @@ from rich.text import Text
 
 from mlxtune.evaluate.bootstrap import Interval
 from mlxtune.evaluate.compare import Comparison, Figures
-from mlxtune.evaluate.results import METRIC_NAMES
+from mlxtune.evaluate.results import METRIC_NAMES, task_rows
 
 
 def show_comparison(result: Comparison, *, samples: int) -> None:
@@ -41,15 +41,8 @@ def show_tasks(result: dict[str, Any]) -> None:
     table = Table(title=f"lm-eval {result['lm_eval']}")
     for column in ("task", "metric", "value", "±"):
         table.add_column(column, justify="left" if column in ("task", "metric") else "right")
-    for task, figures in result["results"].items():
-        for metric, value in figures.items():
-            name, _, kind = metric.partition(",")
-            if name.endswith("_stderr") or not isinstance(value, float):
-                continue
-            error = figures.get(f"{name}_stderr,{kind}")
-            spread = f"{error:.4f}" if isinstance(error, float) else ""
-            label = name if kind in ("none", "") else f"{name} ({kind})"
-            table.add_row(task, label, f"{value:.4f}", spread)
+    for row in task_rows(result["results"]):
+        table.add_row(*row)
     Console().print(table)
 
 

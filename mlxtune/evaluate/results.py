@@ -156,3 +156,22 @@ def write_results(result: Comparison, folder: Path) -> tuple[Path, Path]:
         write_text(temporary / answers.name, text)
         write_text(temporary / figures.name, json.dumps(figures_json(result), indent=2) + "\n")
     return figures, answers
+
+
+def task_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Task, metric, value and standard error of lm-eval's figures, a row each.
+
+    Args:
+        results: `results` of what `run_tasks` returns.
+    """
+    rows = []
+    for task, figures in results.items():
+        for metric, value in figures.items() if isinstance(figures, dict) else ():
+            name, _, kind = metric.partition(",")
+            if name.endswith("_stderr") or not isinstance(value, float):
+                continue
+            error = figures.get(f"{name}_stderr,{kind}")
+            spread = f"{error:.4f}" if isinstance(error, float) else ""
+            label = name if kind in ("none", "") else f"{name} ({kind})"
+            rows.append((task, label, f"{value:.4f}", spread))
+    return rows

@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 
 import mlxtune
+from mlxtune.evaluate.results import task_rows
 from mlxtune.report.charts import charts
 from mlxtune.report.collect import Lengths, RunRecord, differences
 from mlxtune.report.results import Results, results
@@ -74,7 +75,7 @@ def page(runs: Sequence[RunRecord]) -> str:
         histograms=_histograms(runs),
         plans=_plans(runs, summaries),
         results=found,
-        tasks=[(run.name, run.tasks, list(_task_rows(run.tasks))) for run in runs if run.tasks],
+        tasks=[(run.name, run.tasks, task_rows(run.tasks["results"])) for run in runs if run.tasks],
         facts=_facts(runs),
         style=style,
         script=script,
@@ -155,21 +156,6 @@ def _histograms(runs: Sequence[RunRecord]) -> list[Histogram]:
             title += ": " + ", ".join(runs[n].name for n in numbers)
         found.append(Histogram(title, own, lengths, path, x_ticks, y_ticks))
     return found
-
-
-def _task_rows(tasks: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Task, metric, value and standard error of lm-eval's figures."""
-    rows = []
-    for task, figures in tasks["results"].items():
-        for metric, value in figures.items() if isinstance(figures, dict) else ():
-            name, _, kind = metric.partition(",")
-            if name.endswith("_stderr") or not isinstance(value, float):
-                continue
-            error = figures.get(f"{name}_stderr,{kind}")
-            spread = f"{error:.4f}" if isinstance(error, float) else ""
-            label = name if kind in ("none", "") else f"{name} ({kind})"
-            rows.append((task, label, f"{value:.4f}", spread))
-    return rows
 
 
 def _facts(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
