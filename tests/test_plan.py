@@ -30,9 +30,9 @@ from mlxtune.recipe.load import load_recipe, parse_recipe
 
 LLAMA = {
     "model_type": "llama",
-    "hidden_size": 512,
+    "hidden_size": 256,
     "num_hidden_layers": 6,
-    "intermediate_size": 1536,
+    "intermediate_size": 768,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "rms_norm_eps": 1e-5,
@@ -41,15 +41,15 @@ LLAMA = {
 }
 GEMMA = LLAMA | {
     "model_type": "gemma3_text",
-    "head_dim": 64,
+    "head_dim": 32,
     "sliding_window": 128,
     "sliding_window_pattern": 3,
-    "query_pre_attn_scalar": 64,
+    "query_pre_attn_scalar": 32,
     "rope_theta": 1e6,
     "rope_local_base_freq": 1e4,
     "max_position_embeddings": 1024,
 }
-QWEN = LLAMA | {"model_type": "qwen3", "head_dim": 64, "rope_theta": 1e6}
+QWEN = LLAMA | {"model_type": "qwen3", "head_dim": 32, "rope_theta": 1e6}
 QWEN |= {"max_position_embeddings": 1024}
 
 
