@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from mlxtune.bench.graph import CUSTOM, Graph, Operation
-from mlxtune.bench.memory import execution_order
 
 _FREE = {
     "Broadcast", "Copy", "Depends", "ExpandDims", "Flatten", "Slice", "Split", "Squeeze",
@@ -75,13 +74,13 @@ class Cost:
 
 def cost_of(graph: Graph, rates: Rates) -> Cost:
     """What computing the graph takes at these rates."""
-    total = _sum(_cost(graph, operation, rates) for operation in execution_order(graph))
+    total = _sum(_cost(graph, operation, rates) for operation in graph.order)
     return replace(total, seconds=total.seconds / rates.efficiency)
 
 
 def flops_of(graph: Graph) -> float:
     """Floating-point operations of the graph's products, two for a multiply-add."""
-    return sum(_flops(graph, operation) for operation in execution_order(graph))
+    return sum(_flops(graph, operation) for operation in graph.order)
 
 
 def _cost(graph: Graph, operation: Operation, rates: Rates) -> Cost:
@@ -105,7 +104,7 @@ def _cost(graph: Graph, operation: Operation, rates: Rates) -> Cost:
 
 
 def _flops(graph: Graph, operation: Operation) -> float:
-    if operation.name not in _PRODUCTS | _PACKED_PRODUCTS:
+    if operation.name not in _PRODUCTS and operation.name not in _PACKED_PRODUCTS:
         return 0.0
     width = graph.shapes[operation.inputs[0]].dims[-1]
     return 2.0 * graph.shapes[operation.outputs[0]].size * width

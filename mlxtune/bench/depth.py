@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from mlxtune.bench.cost import Rates, cost_of, flops_of
@@ -19,6 +19,7 @@ from mlxtune.data.pack import Batch
 from mlxtune.errors import ModelError
 from mlxtune.models.skeleton import Config, Forms
 from mlxtune.recipe.schema import Recipe
+from mlxtune.train.step import batch_arrays
 
 _LEAST, _MORE = 4, 2
 
@@ -83,6 +84,7 @@ class StepEstimator:
         kinds = zip(*each, strict=True)
         self.sizes = Sizes(*(round(self._at_full_depth(values)) for values in kinds))
         self.trainable = round(self._at_full_depth([m.trainable for m in self._models]))
+        self._known: dict[Hashable, StepTotals] = {}
 
     def step(self, batch: Batch, checkpointed: int = 0) -> StepTotals:
         """A step on one pass.
@@ -91,16 +93,22 @@ class StepEstimator:
             batch: only its shapes matter.
             checkpointed: how many blocks are computed twice.
         """
-        if len(self._models) == 1:
-            return self._traced(self._models[0], batch, checkpointed)
         none, every = 0, self.blocks
-        if checkpointed in (none, every):
-            each = [self._traced(m, batch, m.blocks if checkpointed else 0) for m in self._models]
-            return _combined(each, self._at_full_depth)
+        if len(self._models) == 1 or checkpointed in (none, every):
+            key = (_shapes(batch), checkpointed)
+            if key not in self._known:
+                self._known[key] = self._at_end(batch, checkpointed)
+            return self._known[key]
         # What each block saves is alike.
         share = checkpointed / every
         ends = [self.step(batch, none), self.step(batch, every)]
         return _combined(ends, lambda values: values[0] + share * (values[1] - values[0]))
+
+    def _at_end(self, batch: Batch, checkpointed: int) -> StepTotals:
+        if len(self._models) == 1:
+            return self._traced(self._models[0], batch, checkpointed)
+        each = [self._traced(m, batch, m.blocks if checkpointed else 0) for m in self._models]
+        return _combined(each, self._at_full_depth)
 
     def seconds_at(self, batch: Batch, each: Sequence[Rates], checkpointed: int = 0) -> list[float]:
         """Seconds of a step at the rates of several devices; all or no blocks computed twice."""
@@ -123,6 +131,12 @@ class StepEstimator:
             return values[0]
         (few, more), (least, most) = self._depths, values
         return least + (most - least) * (self.blocks - few) / (more - few)
+
+
+def _shapes(batch: Batch) -> Hashable:
+    """All of a batch that its step's graph hangs on."""
+    arrays = batch_arrays(batch)
+    return batch.prefix, batch.packed, tuple((name, a.shape) for name, a in arrays.items())
 
 
 def _combined(each: Sequence[StepTotals], line: Callable[[Sequence[float]], float]) -> StepTotals:

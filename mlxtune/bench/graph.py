@@ -8,8 +8,13 @@ subgraphs are put where MLX's differentiation of a marker left a gap for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -21,27 +26,31 @@ Function = Callable[..., Any]
 
 # What MLX calls the place of a function with a gradient of its own.
 CUSTOM = "CustomTransforms"
+# MLX lays its operations out breadth first, as long as no more than so many wait
+# (MLX_BFS_MAX_WIDTH).
+_WIDTH = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Dimensions and type of an array."""
+    """Dimensions and type of an array.
+
+    Attributes:
+        dims: of each axis.
+        dtype: of an element.
+        size: elements.
+        nbytes: bytes of all elements.
+    """
 
     dims: tuple[int, ...]
     dtype: mx.Dtype
+    size: int = field(init=False)
+    nbytes: int = field(init=False)
 
-    @property
-    def size(self) -> int:
-        """Elements."""
-        size = 1
-        for dim in self.dims:
-            size *= dim
-        return size
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all elements."""
-        return self.size * self.dtype.size
+    def __post_init__(self) -> None:
+        size = math.prod(self.dims)
+        object.__setattr__(self, "size", size)
+        object.__setattr__(self, "nbytes", size * self.dtype.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +78,45 @@ class Graph:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     shapes: dict[str, Shape]
+
+    @cached_property
+    def order(self) -> tuple[Operation, ...]:
+        """The operations in the order in which MLX computes them.
+
+        From the results backwards, breadth first within limits, and that reversed
+        (`eval_impl` in MLX's transforms.cpp).
+        """
+        uses: Counter[int] = Counter()
+        seen: set[int] = set()
+        root = Operation("Synchronizer", self.outputs, ())
+        stack = [root]
+        while stack:
+            for name in stack.pop().inputs:
+                if (before := self.operations.get(name)) is None:
+                    continue
+                uses[id(before)] += 1
+                if id(before) not in seen:
+                    seen.add(id(before))
+                    stack.append(before)
+        tape = [root]
+        put_off: list[tuple[Operation, int]] = []
+        at = 0
+        while at < len(tape) or put_off:
+            if at < len(tape):
+                operation, first = tape[at], 0
+                at += 1
+            else:
+                operation, first = put_off.pop()
+            for index in range(first, len(operation.inputs)):
+                if (before := self.operations.get(operation.inputs[index])) is None:
+                    continue
+                if len(tape) - at >= _WIDTH:
+                    put_off.append((operation, index))
+                    break
+                uses[id(before)] -= 1
+                if not uses[id(before)]:
+                    tape.append(before)
+        return tuple(tape[:0:-1])
 
 
 @dataclass
@@ -165,6 +213,23 @@ def trace(function: Callable[..., Sequence[mx.array]], *args: mx.array) -> Graph
     Raises:
         ModelError: something in it cannot be exported by MLX.
     """
+    with _without_collection():
+        return _trace(function, args)
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Where many thousand objects are made and kept, none of which is garbage."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _trace(function: Callable[..., Sequence[mx.array]], args: Sequence[mx.array]) -> Graph:
     first = _Tracer()
     with intercept_gradients(first):
         function(*args)
@@ -200,25 +265,29 @@ def _listed(value: Any) -> list[mx.array]:
 
 def _read(events: list[dict[str, Any]]) -> Graph:
     shapes: dict[str, Shape] = {}
+    alike: dict[Any, Shape] = {}
     operations: dict[str, Operation] = {}
     ends: dict[str, tuple[str, ...]] = {}
+
+    def add(arrays: Sequence[tuple[str, Sequence[int], mx.Dtype]]) -> tuple[str, ...]:
+        for name, dims, dtype in arrays:
+            if name not in shapes:
+                key = (tuple(dims), dtype)
+                if key not in alike:
+                    alike[key] = Shape(*key)
+                shapes[name] = alike[key]
+        return tuple(name for name, _, _ in arrays)
+
     for event in events:
         kind = event["type"]
         if kind in ("inputs", "outputs"):
-            shapes |= {name: Shape(tuple(dims), dtype) for name, dims, dtype in event[kind]}
-            ends[kind] = tuple(name for name, _, _ in event[kind])
+            ends[kind] = add(event[kind])
         elif kind == "constants":
             shapes |= {name: Shape(tuple(a.shape), a.dtype) for name, a in event[kind]}
         elif kind == "primitive":
-            for name, dims, dtype in (*event["inputs"], *event["outputs"]):
-                shapes[name] = Shape(tuple(dims), dtype)
-            operation = Operation(
-                event["name"],
-                tuple(name for name, _, _ in event["inputs"]),
-                tuple(name for name, _, _ in event["outputs"]),
-                tuple(event["arguments"]),
-            )
-            operations |= dict.fromkeys(operation.outputs, operation)
+            read, made = add(event["inputs"]), add(event["outputs"])
+            operation = Operation(event["name"], read, made, tuple(event["arguments"]))
+            operations |= dict.fromkeys(made, operation)
     return Graph(operations, ends["inputs"], ends["outputs"], shapes)
 
 
@@ -255,7 +324,8 @@ def _spliced(whole: Graph, calls: list[_Call], argument_count: int, result_count
     for operation in operations.values():
         if id(operation) not in renamed:
             inputs = tuple(map(name_of, operation.inputs))
-            renamed[id(operation)] = replace(operation, inputs=inputs)
+            other = inputs != operation.inputs
+            renamed[id(operation)] = replace(operation, inputs=inputs) if other else operation
     return Graph(
         {name: renamed[id(operation)] for name, operation in operations.items()},
         whole.inputs[:argument_count],

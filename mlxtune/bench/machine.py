@@ -94,7 +94,7 @@ def _efficiency(rates: Rates) -> float:
     batch = pack(samples_of(_REFERENCE_LENGTHS))
     promised = cost_of(model.graph(batch), rates).seconds
     model.materialize()
-    return promised / model.measure(batch, steps=8).seconds
+    return promised / model.measure(batch, steps=4).seconds
 
 
 def _read(file: Path) -> dict[str, Rates]:

@@ -10,14 +10,12 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from mlxtune.bench.graph import CUSTOM, Graph, Operation, Shape
 from mlxtune.device import on_cpu
 
-# MLX lays its operations out breadth first, as long as no more than so many wait
-# (MLX_BFS_MAX_WIDTH).
-_WIDTH = 20
 # MLX hands work on ahead of time, ten tasks at most (MAX_ACTIVE_TASKS); what an operation reads
 # is let go of when it has been computed. To the thread of a CPU a task is ten dispatches. To a
 # GPU it is a command buffer, of so many operations or bytes (MLX_MAX_OPS_PER_BUFFER and
@@ -29,6 +27,7 @@ _BUFFER_OPERATIONS, _BUFFER_BYTES = 40, 40 << 20
 _RESHAPES = {"Reshape", "Flatten", "Unflatten", "ExpandDims", "Squeeze"}
 _VIEWS = _RESHAPES | {"Broadcast", "Copy", "Slice", "StopGradient", "Transpose", "View"}
 _ALIASES = {CUSTOM, "Depends"}
+_COMPUTE_NOTHING = _VIEWS | _ALIASES
 _ELEMENTWISE = {
     "Abs", "Add", "AddMM", "AsType", "BitwiseBinary", "Cos", "Divide", "Equal", "Erf", "Exp",
     "Floor", "Greater", "GreaterEqual", "Less", "LessEqual", "Log", "LogSumExp", "LogicalAnd",
@@ -52,45 +51,6 @@ def peak_memory(graph: Graph, limit: float = math.inf) -> int:
             (`mx.set_memory_limit`). With 0 it is the least that the graph can be computed in.
     """
     return _Account(graph, limit)()
-
-
-def execution_order(graph: Graph) -> list[Operation]:
-    """The operations in the order in which MLX computes them.
-
-    From the results backwards, breadth first within limits, and that reversed
-    (`eval_impl` in MLX's transforms.cpp).
-    """
-    uses: Counter[int] = Counter()
-    seen: set[int] = set()
-    root = Operation("Synchronizer", graph.outputs, ())
-    stack = [root]
-    while stack:
-        for name in stack.pop().inputs:
-            if (before := graph.operations.get(name)) is None:
-                continue
-            uses[id(before)] += 1
-            if id(before) not in seen:
-                seen.add(id(before))
-                stack.append(before)
-    tape = [root]
-    put_off: list[tuple[Operation, int]] = []
-    at = 0
-    while at < len(tape) or put_off:
-        if at < len(tape):
-            operation, first = tape[at], 0
-            at += 1
-        else:
-            operation, first = put_off.pop()
-        for index in range(first, len(operation.inputs)):
-            if (before := graph.operations.get(operation.inputs[index])) is None:
-                continue
-            if len(tape) - at >= _WIDTH:
-                put_off.append((operation, index))
-                break
-            uses[id(before)] -= 1
-            if not uses[id(before)]:
-                tape.append(before)
-    return tape[:0:-1]
 
 
 @dataclass(slots=True)
@@ -189,7 +149,7 @@ class _Account:
         self._graph = graph
         self._limit = limit
         self._clock = _CPUClock() if on_cpu() else _GPUClock()
-        self._order = execution_order(graph)
+        self._order = graph.order
         self._heap = _Heap()
         self._arrays: dict[str, _Array] = {}
         # How often each array is still needed, and buffers that are let go of at a time.
@@ -203,7 +163,7 @@ class _Account:
     def __call__(self) -> int:
         for operation in self._order:
             sizes = (self._graph.shapes[name].nbytes for name in operation.outputs)
-            time = self._clock(operation.name not in _VIEWS | _ALIASES, sum(sizes))
+            time = self._clock(operation.name not in _COMPUTE_NOTHING, sum(sizes))
             while self._leaving and (
                 self._leaving[0][0] <= time or self._heap.active > self._limit
             ):
@@ -275,6 +235,7 @@ class _Account:
         return None
 
 
+@lru_cache(maxsize=4096)
 def _row_major(dims: tuple[int, ...]) -> Strides:
     strides, step = [], 1
     for dim in reversed(dims):

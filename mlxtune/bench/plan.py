@@ -178,6 +178,7 @@ class Planner:
         self.machine = machine
         self._facts = facts or model_facts(recipe)
         self._lengths = lengths or lengths_of_recipe(recipe, self._facts.source)
+        self._made: dict[str, RunPlan] = {}
 
     def __call__(self) -> RunPlan:
         """The plan of the recipe, with advice if it does not fit."""
@@ -211,8 +212,11 @@ class Planner:
 
     def estimate(self, recipe: Recipe) -> RunPlan:
         """The plan of a recipe, without advice."""
-        with as_on_gpu() if self.machine.gpu else nullcontext():
-            return self._estimate(recipe)
+        key = recipe.model_dump_json()
+        if key not in self._made:
+            with as_on_gpu() if self.machine.gpu else nullcontext():
+                self._made[key] = self._estimate(recipe)
+        return self._made[key]
 
     def _estimate(self, recipe: Recipe) -> RunPlan:
         facts, train = self._facts, recipe.train

@@ -44,9 +44,12 @@ def plan(
     """
     if memory is not None and chip is None:
         raise click.UsageError("--memory goes with --chip")
+    from mlxtune.files import require_no_file
     from mlxtune.recipe.load import load_recipe
 
     checked = load_recipe(recipe, overrides)
+    if fit is not None:
+        require_no_file(fit, overwrite)
     prepare()
     from mlxtune.bench.machine import mac, this_machine
     from mlxtune.bench.plan import Planner
