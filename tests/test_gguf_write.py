@@ -20,12 +20,11 @@ from mlx.utils import tree_flatten
 from mlxtune.errors import ExportError
 from mlxtune.gguf.architectures import (
     ARCHITECTURES,
-    deinterleave_rows,
     for_config,
     for_gguf,
-    interleave_rows,
-    metadata,
 )
+from mlxtune.gguf.heads import adjacent_pairs
+from mlxtune.gguf.metadata import metadata
 from mlxtune.gguf.model import read_model
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.gguf.rope import rope_metadata
@@ -102,8 +101,9 @@ def test_names_without_a_place_are_told_apart(name):
 @pytest.mark.parametrize("heads", [1, 2, 4, 8])
 def test_reordering_rows_is_undone_by_its_inverse(heads, shape):
     rows = np.random.default_rng(0).normal(size=shape)
-    assert np.array_equal(deinterleave_rows(interleave_rows(rows, heads), heads), rows)
-    assert np.array_equal(interleave_rows(deinterleave_rows(rows, heads), heads), rows)
+    pairs = adjacent_pairs(heads, 64 // heads)
+    assert np.array_equal(pairs.to_hf(pairs.to_gguf(rows)), rows)
+    assert np.array_equal(pairs.to_gguf(pairs.to_hf(rows)), rows)
 
 
 def test_reordered_rows_rotated_in_adjacent_pairs_give_the_attention_of_halves():
@@ -118,7 +118,7 @@ def test_reordered_rows_rotated_in_adjacent_pairs_give_the_attention_of_halves()
         )
         return q @ k.swapaxes(-1, -2)
 
-    reordered = np.stack([interleave_rows(w, 4) for w in weights])
+    reordered = np.stack([adjacent_pairs(4, 16).to_gguf(w) for w in weights])
     assert distance(scores(reordered, adjacent=True), scores(weights, adjacent=False)) < 1e-5
     assert distance(scores(weights, adjacent=True), scores(weights, adjacent=False)) > 1e-2
 

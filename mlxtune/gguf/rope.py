@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mlxtune.errors import ExportError, ModelError
-from mlxtune.gguf.architectures import Architecture, Config, head_dim, shortest
+from mlxtune.gguf.architectures import Architecture, Config
+from mlxtune.gguf.metadata import head_dim, shortest
 from mlxtune.gguf.reader import GGUFFile
 
 Factors = npt.NDArray[np.float32]

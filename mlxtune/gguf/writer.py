@@ -19,10 +19,10 @@ from mlxtune.gguf.architectures import (
     Architecture,
     Config,
     for_config,
-    interleave_rows,
-    metadata,
 )
+from mlxtune.gguf.heads import reordering
 from mlxtune.gguf.kquants import quantize
+from mlxtune.gguf.metadata import metadata
 from mlxtune.gguf.mixing import FILE_TYPES, tensor_types
 from mlxtune.gguf.rope import rope_metadata, rope_tensors
 from mlxtune.gguf.tensors import SourceTensor
@@ -123,8 +123,8 @@ def _encoded(
     importance: npt.NDArray[np.float32] | None,
 ) -> npt.NDArray[Any]:
     values = source.load()
-    if heads := entry.rotary_heads(source.name, config):
-        values = interleave_rows(values, heads)
+    if heads := reordering(entry, source.name, config):
+        values = heads.to_gguf(values)
     if offset := entry.offset(source.name):
         values = values + np.float32(offset)
     try:
