@@ -87,6 +87,13 @@ def test_names_are_those_of_the_gguf_package_and_lead_back(entry):
                 continue  # of a family whose head is always tied
             assert entry.to_gguf_name(module + kind) == want
             assert entry.to_hf_name(want) == module + kind
+    for parameter, name in entry.parameters.items():
+        # Names that llama.cpp's converter gives some before it looks them up.
+        known = f"model.layers.1.{parameter}".replace("sinks", "sinks.weight")
+        want = names.get_name(known, try_suffixes=(".weight", ".bias"))
+        assert want == f"blk.1.{name}"
+        assert entry.to_gguf_name(f"model.layers.1.{parameter}") == want
+        assert entry.to_hf_name(want) == f"model.layers.1.{parameter}"
 
 
 @pytest.mark.parametrize(
@@ -294,6 +301,14 @@ def test_a_rotation_that_llama_cpp_does_not_know_is_refused_under_either_name(ke
         rope_metadata(for_config(config), config | {key: scaling})
 
 
+def test_yarn_that_turns_otherwise_than_llama_cpp_takes_it_to_is_refused():
+    config = {k: v for k, v in asdict(tiny_llama().args).items() if v is not None}
+    scaling = {"rope_type": "yarn", "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0}
+    assert rope_metadata(for_config(config), config | {"rope_scaling": scaling})
+    with pytest.raises(ExportError, match=r"beta_fast = 32 only; this model has 16"):
+        rope_metadata(for_config(config), config | {"rope_scaling": scaling | {"beta_fast": 16.0}})
+
+
 @pytest.mark.parametrize(
     ("model_type", "key", "value"),
     [
@@ -302,6 +317,8 @@ def test_a_rotation_that_llama_cpp_does_not_know_is_refused_under_either_name(ke
         ("gemma3_text", "sliding_window_pattern", 4),
         ("gemma3_text", "query_pre_attn_scalar", 100),
         ("smollm3", "no_rope_layers", [1, 1, 0]),
+        ("gpt_oss", "layer_types", ["full_attention"] * 3),
+        ("gpt_oss", "tie_word_embeddings", True),
     ],
 )
 def test_what_llama_cpp_computes_otherwise_is_refused_by_its_key(model_type, key, value):

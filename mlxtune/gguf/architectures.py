@@ -44,6 +44,7 @@ class Architecture:
             one that a GGUF without further hints is read as.
         hf_class: the entry in `architectures` of config.json when reading.
         blocks: module inside a block to GGUF tensor.
+        parameters: the same for a block's parameters that belong to no module of weights.
         fields: metadata beyond what all have.
         rotary_interleaved: llama.cpp rotates adjacent pairs for this architecture, so
             rows of q and k are reordered from the half-split order of HF.
@@ -51,26 +52,33 @@ class Architecture:
         own_head_dim: mlx-lm's class reads `head_dim`; others divide the width by the heads.
         norm_offset: what llama.cpp's norm weights are more than HF's.
         fixed: keys of config.json whose value llama.cpp takes for granted.
+        layers: a key of config.json with a value for each layer, and what llama.cpp takes
+            these to be, over and over.
     """
 
     name: str
     model_types: tuple[str, ...]
     hf_class: str
     blocks: Mapping[str, str]
+    parameters: Mapping[str, str] = field(default_factory=dict)
     fields: tuple[Field, ...] = ()
     rotary_interleaved: bool = False
     rope_dimension: bool = False
     own_head_dim: bool = True
     norm_offset: float = 0.0
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    layers: tuple[str, tuple[Any, ...]] | None = None
 
     def to_gguf_name(self, hf_name: str) -> str | None:
         """`model.layers.3.mlp.up_proj.weight` to `blk.3.ffn_up.weight`; None if unknown."""
         module, _, kind = hf_name.rpartition(".")
         if module in GLOBAL_NAMES:
             return f"{GLOBAL_NAMES[module]}.{kind}"
-        if module.startswith("model.layers."):
-            number, _, rest = module.removeprefix("model.layers.").partition(".")
+        if hf_name.startswith("model.layers."):
+            number, _, rest = hf_name.removeprefix("model.layers.").partition(".")
+            if rest in self.parameters:
+                return f"blk.{number}.{self.parameters[rest]}"
+            rest = rest.rpartition(".")[0]
             if rest in self.blocks:
                 return f"blk.{number}.{self.blocks[rest]}.{kind}"
         return None
@@ -81,12 +89,22 @@ class Architecture:
         for hf, name in GLOBAL_NAMES.items():
             if name == module:
                 return f"{hf}.{kind}"
-        if module.startswith("blk."):
-            number, _, rest = module.removeprefix("blk.").partition(".")
-            for hf, name in self.blocks.items():
+        if gguf_name.startswith("blk."):
+            number, _, rest = gguf_name.removeprefix("blk.").partition(".")
+            for hf, name in self.parameters.items():
                 if name == rest:
+                    return f"model.layers.{number}.{hf}"
+            for hf, name in self.blocks.items():
+                if f"{name}.{kind}" == rest:
                     return f"model.layers.{number}.{hf}.{kind}"
         return None
+
+    def per_layer(self, layers: int) -> Config:
+        """What config.json says of each of so many layers, by its key."""
+        if self.layers is None:
+            return {}
+        key, values = self.layers
+        return {key: [values[i % len(values)] for i in range(layers)]}
 
     def offset(self, hf_name: str) -> float:
         """What this tensor's values are more in GGUF."""
@@ -118,6 +136,12 @@ _EXPERTS = {
     "mlp.switch_mlp.gate_proj": "ffn_gate_exps",
     "mlp.switch_mlp.up_proj": "ffn_up_exps",
     "mlp.switch_mlp.down_proj": "ffn_down_exps",
+}
+_GPT_OSS_EXPERTS = {
+    "mlp.router": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
 }
 _GEMMA = (
     _ATTENTION
@@ -232,6 +256,7 @@ ARCHITECTURES = (
         rotary_interleaved=True,
         rope_dimension=True,
         fixed={"no_rope_layer_interval": 4},
+        layers=("no_rope_layers", (1, 1, 1, 0)),
     ),
     Architecture(
         name="granite",
@@ -248,6 +273,21 @@ ARCHITECTURES = (
         rotary_interleaved=True,
         rope_dimension=True,
         own_head_dim=False,
+    ),
+    Architecture(
+        name="gpt-oss",
+        model_types=("gpt_oss",),
+        hf_class="GptOssForCausalLM",
+        blocks=_ATTENTION | {"post_attention_layernorm": "post_attention_norm"} | _GPT_OSS_EXPERTS,
+        parameters={"self_attn.sinks": "attn_sinks.weight"},
+        fields=(
+            Field("expert_count", "num_local_experts"),
+            Field("expert_used_count", "num_experts_per_tok"),
+            Field("expert_feed_forward_length", "intermediate_size"),
+            Field("attention.sliding_window", "sliding_window", int, 128),
+        ),
+        fixed={"tie_word_embeddings": False, "swiglu_limit": 7.0},
+        layers=("layer_types", ("sliding_attention", "full_attention")),
     ),
 )
 

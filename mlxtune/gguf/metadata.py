@@ -50,14 +50,13 @@ def _refuse_unlike(entry: Architecture, config: Config) -> None:
                 where=f"config.json: {key}",
             )
     layers = int(config.get("num_hidden_layers", 0))
-    every_fourth = [int((i + 1) % 4 != 0) for i in range(layers)]
-    if entry.name == "smollm3" and list(config.get("no_rope_layers") or every_fourth) != (
-        every_fourth
-    ):
-        raise ExportError(
-            "llama.cpp leaves every fourth layer of smollm3 models without rotation",
-            where="config.json: no_rope_layers",
-        )
+    for key, wanted in entry.per_layer(layers).items():
+        if list(config.get(key) or wanted) != wanted:
+            raise ExportError(
+                f"llama.cpp takes the {key} of {entry.name} models to be {wanted}; this one "
+                f"has {config[key]}",
+                where=f"config.json: {key}",
+            )
     if (scalar := config.get("query_pre_attn_scalar")) is not None and entry.norm_offset:
         # The largest model of either family divides by the square root of another size.
         largest = {"gemma2": 46, "gemma3": 62}[entry.name]
@@ -116,7 +115,7 @@ def config_from_metadata(entry: Architecture, meta: dict[str, Any], *, tied: boo
         own = config["hidden_size"] // heads
         at_largest = config["num_hidden_layers"] == largest
         config["query_pre_attn_scalar"] = own if at_largest else config["head_dim"]
-    return config | dict(entry.fixed)
+    return config | dict(entry.fixed) | entry.per_layer(config["num_hidden_layers"])
 
 
 def shortest(value: float) -> float:
