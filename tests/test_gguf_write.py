@@ -20,12 +20,11 @@ from mlx.utils import tree_flatten
 from mlxtune.errors import ExportError
 from mlxtune.gguf.architectures import (
     ARCHITECTURES,
-    deinterleave_rows,
     for_config,
     for_gguf,
-    interleave_rows,
-    metadata,
 )
+from mlxtune.gguf.heads import adjacent_pairs
+from mlxtune.gguf.metadata import metadata
 from mlxtune.gguf.model import read_model
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.gguf.rope import rope_metadata
@@ -88,6 +87,13 @@ def test_names_are_those_of_the_gguf_package_and_lead_back(entry):
                 continue  # of a family whose head is always tied
             assert entry.to_gguf_name(module + kind) == want
             assert entry.to_hf_name(want) == module + kind
+    for parameter, name in entry.parameters.items():
+        # Names that llama.cpp's converter gives some before it looks them up.
+        known = f"model.layers.1.{parameter}".replace("sinks", "sinks.weight")
+        want = names.get_name(known, try_suffixes=(".weight", ".bias"))
+        assert want == f"blk.1.{name}"
+        assert entry.to_gguf_name(f"model.layers.1.{parameter}") == want
+        assert entry.to_hf_name(want) == f"model.layers.1.{parameter}"
 
 
 @pytest.mark.parametrize(
@@ -102,8 +108,9 @@ def test_names_without_a_place_are_told_apart(name):
 @pytest.mark.parametrize("heads", [1, 2, 4, 8])
 def test_reordering_rows_is_undone_by_its_inverse(heads, shape):
     rows = np.random.default_rng(0).normal(size=shape)
-    assert np.array_equal(deinterleave_rows(interleave_rows(rows, heads), heads), rows)
-    assert np.array_equal(interleave_rows(deinterleave_rows(rows, heads), heads), rows)
+    pairs = adjacent_pairs(heads, 64 // heads)
+    assert np.array_equal(pairs.to_hf(pairs.to_gguf(rows)), rows)
+    assert np.array_equal(pairs.to_gguf(pairs.to_hf(rows)), rows)
 
 
 def test_reordered_rows_rotated_in_adjacent_pairs_give_the_attention_of_halves():
@@ -118,7 +125,7 @@ def test_reordered_rows_rotated_in_adjacent_pairs_give_the_attention_of_halves()
         )
         return q @ k.swapaxes(-1, -2)
 
-    reordered = np.stack([interleave_rows(w, 4) for w in weights])
+    reordered = np.stack([adjacent_pairs(4, 16).to_gguf(w) for w in weights])
     assert distance(scores(reordered, adjacent=True), scores(weights, adjacent=False)) < 1e-5
     assert distance(scores(weights, adjacent=True), scores(weights, adjacent=False)) > 1e-2
 
@@ -294,6 +301,14 @@ def test_a_rotation_that_llama_cpp_does_not_know_is_refused_under_either_name(ke
         rope_metadata(for_config(config), config | {key: scaling})
 
 
+def test_yarn_that_turns_otherwise_than_llama_cpp_takes_it_to_is_refused():
+    config = {k: v for k, v in asdict(tiny_llama().args).items() if v is not None}
+    scaling = {"rope_type": "yarn", "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0}
+    assert rope_metadata(for_config(config), config | {"rope_scaling": scaling})
+    with pytest.raises(ExportError, match=r"beta_fast = 32 only; this model has 16"):
+        rope_metadata(for_config(config), config | {"rope_scaling": scaling | {"beta_fast": 16.0}})
+
+
 @pytest.mark.parametrize(
     ("model_type", "key", "value"),
     [
@@ -302,6 +317,8 @@ def test_a_rotation_that_llama_cpp_does_not_know_is_refused_under_either_name(ke
         ("gemma3_text", "sliding_window_pattern", 4),
         ("gemma3_text", "query_pre_attn_scalar", 100),
         ("smollm3", "no_rope_layers", [1, 1, 0]),
+        ("gpt_oss", "layer_types", ["full_attention"] * 3),
+        ("gpt_oss", "tie_word_embeddings", True),
     ],
 )
 def test_what_llama_cpp_computes_otherwise_is_refused_by_its_key(model_type, key, value):

@@ -15,7 +15,8 @@ import numpy as np
 from mlxtune.adapters.saved import SavedAdapter
 from mlxtune.errors import ExportError
 from mlxtune.files import atomic_files
-from mlxtune.gguf.architectures import Architecture, Config, for_config, interleave_rows
+from mlxtune.gguf.architectures import Architecture, Config, for_config
+from mlxtune.gguf.heads import reordering
 
 _FUSE = "fuse it into the model instead: mlxtune export RUN, without --adapter-only"
 
@@ -42,8 +43,8 @@ def write_gguf_adapter(path: Path, adapter: SavedAdapter, config: Config) -> Non
         name = _tensor(entry, target, adapter, tied=bool(config.get("tie_word_embeddings")))
         a, b = (np.array(adapter.arrays[f"{target}.lora_{x}"].astype(mx.float32)) for x in "ab")
         b = b.T
-        if heads := entry.rotary_heads(f"{target}.weight", config):
-            b = interleave_rows(b, heads)
+        if heads := reordering(entry, f"{target}.weight", config):
+            b = heads.to_gguf(b)
         tensors[f"{name}.lora_a"] = np.ascontiguousarray(a.T)
         tensors[f"{name}.lora_b"] = np.ascontiguousarray(b)
     with atomic_files(path, overwrite=True) as folder:

@@ -12,9 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from mlxtune.errors import ExportError, ModelError
 
 Config = dict[str, Any]
@@ -47,6 +44,7 @@ class Architecture:
             one that a GGUF without further hints is read as.
         hf_class: the entry in `architectures` of config.json when reading.
         blocks: module inside a block to GGUF tensor.
+        parameters: the same for a block's parameters that belong to no module of weights.
         fields: metadata beyond what all have.
         rotary_interleaved: llama.cpp rotates adjacent pairs for this architecture, so
             rows of q and k are reordered from the half-split order of HF.
@@ -54,26 +52,33 @@ class Architecture:
         own_head_dim: mlx-lm's class reads `head_dim`; others divide the width by the heads.
         norm_offset: what llama.cpp's norm weights are more than HF's.
         fixed: keys of config.json whose value llama.cpp takes for granted.
+        layers: a key of config.json with a value for each layer, and what llama.cpp takes
+            these to be, over and over.
     """
 
     name: str
     model_types: tuple[str, ...]
     hf_class: str
     blocks: Mapping[str, str]
+    parameters: Mapping[str, str] = field(default_factory=dict)
     fields: tuple[Field, ...] = ()
     rotary_interleaved: bool = False
     rope_dimension: bool = False
     own_head_dim: bool = True
     norm_offset: float = 0.0
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    layers: tuple[str, tuple[Any, ...]] | None = None
 
     def to_gguf_name(self, hf_name: str) -> str | None:
         """`model.layers.3.mlp.up_proj.weight` to `blk.3.ffn_up.weight`; None if unknown."""
         module, _, kind = hf_name.rpartition(".")
         if module in GLOBAL_NAMES:
             return f"{GLOBAL_NAMES[module]}.{kind}"
-        if module.startswith("model.layers."):
-            number, _, rest = module.removeprefix("model.layers.").partition(".")
+        if hf_name.startswith("model.layers."):
+            number, _, rest = hf_name.removeprefix("model.layers.").partition(".")
+            if rest in self.parameters:
+                return f"blk.{number}.{self.parameters[rest]}"
+            rest = rest.rpartition(".")[0]
             if rest in self.blocks:
                 return f"blk.{number}.{self.blocks[rest]}.{kind}"
         return None
@@ -84,24 +89,22 @@ class Architecture:
         for hf, name in GLOBAL_NAMES.items():
             if name == module:
                 return f"{hf}.{kind}"
-        if module.startswith("blk."):
-            number, _, rest = module.removeprefix("blk.").partition(".")
-            for hf, name in self.blocks.items():
+        if gguf_name.startswith("blk."):
+            number, _, rest = gguf_name.removeprefix("blk.").partition(".")
+            for hf, name in self.parameters.items():
                 if name == rest:
+                    return f"model.layers.{number}.{hf}"
+            for hf, name in self.blocks.items():
+                if f"{name}.{kind}" == rest:
                     return f"model.layers.{number}.{hf}.{kind}"
         return None
 
-    def rotary_heads(self, hf_name: str, config: Config) -> int | None:
-        """How many heads' rows of this tensor are reordered; None when none are."""
-        if not self.rotary_interleaved:
-            return None
-        module = hf_name.rpartition(".")[0]
-        heads = int(config["num_attention_heads"])
-        if module.endswith("self_attn.q_proj"):
-            return heads
-        if module.endswith("self_attn.k_proj"):
-            return int(config.get("num_key_value_heads") or heads)
-        return None
+    def per_layer(self, layers: int) -> Config:
+        """What config.json says of each of so many layers, by its key."""
+        if self.layers is None:
+            return {}
+        key, values = self.layers
+        return {key: [values[i % len(values)] for i in range(layers)]}
 
     def offset(self, hf_name: str) -> float:
         """What this tensor's values are more in GGUF."""
@@ -134,6 +137,12 @@ _EXPERTS = {
     "mlp.switch_mlp.up_proj": "ffn_up_exps",
     "mlp.switch_mlp.down_proj": "ffn_down_exps",
 }
+_GPT_OSS_EXPERTS = {
+    "mlp.router": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+}
 _GEMMA = (
     _ATTENTION
     | _MLP
@@ -153,7 +162,7 @@ _PHI3 = {
 }
 
 _VOCABULARY = Field("vocab_size", "vocab_size")
-_COMMON = (
+COMMON = (
     Field("block_count", "num_hidden_layers"),
     Field("context_length", "max_position_embeddings", default=2048),
     Field("embedding_length", "hidden_size"),
@@ -247,6 +256,7 @@ ARCHITECTURES = (
         rotary_interleaved=True,
         rope_dimension=True,
         fixed={"no_rope_layer_interval": 4},
+        layers=("no_rope_layers", (1, 1, 1, 0)),
     ),
     Architecture(
         name="granite",
@@ -263,6 +273,21 @@ ARCHITECTURES = (
         rotary_interleaved=True,
         rope_dimension=True,
         own_head_dim=False,
+    ),
+    Architecture(
+        name="gpt-oss",
+        model_types=("gpt_oss",),
+        hf_class="GptOssForCausalLM",
+        blocks=_ATTENTION | {"post_attention_layernorm": "post_attention_norm"} | _GPT_OSS_EXPERTS,
+        parameters={"self_attn.sinks": "attn_sinks.weight"},
+        fields=(
+            Field("expert_count", "num_local_experts"),
+            Field("expert_used_count", "num_experts_per_tok"),
+            Field("expert_feed_forward_length", "intermediate_size"),
+            Field("attention.sliding_window", "sliding_window", int, 128),
+        ),
+        fixed={"tie_word_embeddings": False, "swiglu_limit": 7.0},
+        layers=("layer_types", ("sliding_attention", "full_attention")),
     ),
 )
 
@@ -298,140 +323,3 @@ def for_gguf(name: str) -> Architecture:
         remedy=f"supported: {', '.join(entry.name for entry in ARCHITECTURES)}; "
         "use the model's safetensors folder or hub id",
     )
-
-
-def metadata(entry: Architecture, config: Config) -> dict[str, int | float]:
-    """Metadata keys of `entry` from a config.json, rotation aside (`gguf.rope`).
-
-    Raises:
-        ExportError: the config lacks a size, or asks for what llama.cpp does not do.
-    """
-    _refuse_unlike(entry, config)
-    values: dict[str, int | float] = {}
-    for shared in (*_COMMON, *entry.fields):
-        value = config.get(shared.config)
-        if value is None:
-            value = shared.default
-        if value is None:
-            raise ExportError(f"the model's config has no {shared.config!r}", where="config.json")
-        values[shared.key] = shared.kind(value)
-    heads = int(values["attention.head_count"])
-    values["attention.head_count_kv"] = int(config.get("num_key_value_heads") or heads)
-    if entry.own_head_dim and config.get("head_dim"):
-        values["attention.key_length"] = int(config["head_dim"])
-        values["attention.value_length"] = int(config["head_dim"])
-    return {f"{entry.name}.{key}": value for key, value in values.items()}
-
-
-def head_dim(entry: Architecture, config: Config) -> int:
-    """Width of one attention head."""
-    if entry.own_head_dim and config.get("head_dim"):
-        return int(config["head_dim"])
-    return int(config["hidden_size"]) // int(config["num_attention_heads"])
-
-
-def _refuse_unlike(entry: Architecture, config: Config) -> None:
-    """llama.cpp computes some things in one way whatever the config says."""
-    for key, wanted in entry.fixed.items():
-        if config.get(key, wanted) != wanted:
-            raise ExportError(
-                f"llama.cpp computes {entry.name} models with {key} = {wanted!r} only; "
-                f"this one has {config[key]!r}",
-                where=f"config.json: {key}",
-            )
-    layers = int(config.get("num_hidden_layers", 0))
-    every_fourth = [int((i + 1) % 4 != 0) for i in range(layers)]
-    if entry.name == "smollm3" and list(config.get("no_rope_layers") or every_fourth) != (
-        every_fourth
-    ):
-        raise ExportError(
-            "llama.cpp leaves every fourth layer of smollm3 models without rotation",
-            where="config.json: no_rope_layers",
-        )
-    if (scalar := config.get("query_pre_attn_scalar")) is not None and entry.norm_offset:
-        # The largest model of either family divides by the square root of another size.
-        largest = {"gemma2": 46, "gemma3": 62}[entry.name]
-        own = int(config["hidden_size"]) // int(config["num_attention_heads"])
-        wanted = own if layers == largest else head_dim(entry, config)
-        if scalar != wanted:
-            raise ExportError(
-                f"llama.cpp scales the scores of this model by 1/√{wanted}, not 1/√{scalar:g}",
-                where="config.json: query_pre_attn_scalar",
-            )
-
-
-def config_from_metadata(entry: Architecture, meta: dict[str, Any], *, tied: bool) -> Config:
-    """A config.json from GGUF metadata, rotation aside (`gguf.rope`).
-
-    Raises:
-        ModelError: a size is missing.
-    """
-
-    def get(key: str, default: Any = None) -> Any:
-        value = meta.get(f"{entry.name}.{key}", default)
-        if value is None:
-            raise ModelError(f"the GGUF's metadata has no {entry.name}.{key}")
-        return value
-
-    def count(key: str, default: Any = None) -> int:
-        value = get(key, default)
-        if not isinstance(value, int) or value < 1:
-            raise ModelError(f"the GGUF's metadata says that {entry.name}.{key} is {value!r}")
-        return value
-
-    tokens = meta.get("tokenizer.ggml.tokens", ())
-    config: Config = {
-        "model_type": entry.model_types[0],
-        "architectures": [entry.hf_class],
-        "vocab_size": count("vocab_size", len(tokens)),
-        "tie_word_embeddings": tied,
-        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
-    }
-    for shared in (*_COMMON, *entry.fields):
-        if shared.config in config:
-            continue
-        if shared.kind is float:
-            config[shared.config] = shortest(get(shared.key, shared.default))
-        elif shared.default is not None:
-            config[shared.config] = int(get(shared.key, shared.default))
-        else:
-            config[shared.config] = count(shared.key)
-    heads = config["num_attention_heads"]
-    config["num_key_value_heads"] = count("attention.head_count_kv", heads)
-    if entry.own_head_dim:
-        config["head_dim"] = count("attention.key_length", config["hidden_size"] // heads)
-    if entry.norm_offset:
-        largest = {"gemma2": 46, "gemma3": 62}[entry.name]
-        own = config["hidden_size"] // heads
-        at_largest = config["num_hidden_layers"] == largest
-        config["query_pre_attn_scalar"] = own if at_largest else config["head_dim"]
-    return config | dict(entry.fixed)
-
-
-def interleave_rows(rows: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
-    """Rows of q or k from HF's half-split rotary order to GGUF's adjacent pairs.
-
-    Args:
-        rows: (heads * head_dim, ...).
-        heads: attention heads, or key-value heads for k.
-    """
-    return (
-        rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
-        .swapaxes(1, 2)
-        .reshape(rows.shape)
-    )
-
-
-def deinterleave_rows(rows: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
-    """The inverse of `interleave_rows`."""
-    return (
-        rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
-        .swapaxes(1, 2)
-        .reshape(rows.shape)
-    )
-
-
-def shortest(value: float) -> float:
-    """The shortest decimal that is this float32: 1e-05 rather than 9.999999747378752e-06."""
-    return float(str(np.float32(value)))

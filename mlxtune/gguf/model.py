@@ -14,10 +14,10 @@ from gguf.constants import GGMLQuantizationType as Type
 from mlxtune.gguf.architectures import (
     Architecture,
     Config,
-    config_from_metadata,
-    deinterleave_rows,
     for_gguf,
 )
+from mlxtune.gguf.heads import reordering
+from mlxtune.gguf.metadata import config_from_metadata
 from mlxtune.gguf.reader import GGUFFile, damaged
 from mlxtune.gguf.rope import ROPE_TENSORS, rope_config
 from mlxtune.gguf.tensors import PLAIN, expanded, parameter_name, unreadable
@@ -112,10 +112,10 @@ def _arrays(
     """(suffix, array, bits) of one tensor; bits is 0 for arrays that are not packed."""
     info = file.tensors[name]
     data = file.data(name)
-    heads = entry.rotary_heads(hf_name, config)
+    heads = reordering(entry, hf_name, config)
 
     def ordered(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        return deinterleave_rows(rows, heads) if heads else rows
+        return heads.to_hf(rows) if heads else rows
 
     def shaped(rows: np.ndarray[Any, Any]) -> mx.array:
         return mx.array(ordered(rows.reshape(*info.shape[:-1], -1)))

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mlxtune.errors import ExportError, ModelError
-from mlxtune.gguf.architectures import Architecture, Config, head_dim, shortest
+from mlxtune.gguf.architectures import Architecture, Config
+from mlxtune.gguf.metadata import head_dim, shortest
 from mlxtune.gguf.reader import GGUFFile
 
 Factors = npt.NDArray[np.float32]
@@ -40,6 +41,13 @@ def rope_metadata(entry: Architecture, config: Config) -> dict[str, int | float 
         values["rope.scaling.type"] = "linear"
         values["rope.scaling.factor"] = float(scaling["factor"])
     elif kind == "yarn" and not scaling.get("mscale_all_dim"):
+        for key, wanted in _YARN_TURNS.items():
+            if scaling.get(key, wanted) != wanted:
+                raise ExportError(
+                    f"llama.cpp computes YaRN with {key} = {wanted} only; this model has "
+                    f"{scaling[key]:g}",
+                    where="config.json: rope_scaling",
+                )
         values["rope.scaling.type"] = "yarn"
         values["rope.scaling.factor"] = float(scaling["factor"])
         values["rope.scaling.original_context_length"] = int(
@@ -124,6 +132,8 @@ def rotated_dimensions(entry: Architecture, config: Config) -> int:
 
 
 _LONGROPE = ("longrope", "su")
+# llama.cpp reads no others from the metadata of these architectures.
+_YARN_TURNS = {"beta_fast": 32, "beta_slow": 1}
 
 
 def _scaling(config: Config) -> tuple[str, dict[str, Any]]:

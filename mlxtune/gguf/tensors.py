@@ -11,7 +11,8 @@ import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType as Type
 
 from mlxtune.errors import ModelError
-from mlxtune.gguf.architectures import Architecture, Config, deinterleave_rows
+from mlxtune.gguf.architectures import Architecture, Config
+from mlxtune.gguf.heads import reordering
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.gguf.rope import ROPE_TENSORS
 
@@ -65,8 +66,8 @@ def _loader(
     def load() -> npt.NDArray[np.float32]:
         try:
             values = expanded(file.read(name), file.tensors[name].type)
-            if heads := entry.rotary_heads(hf_name, config):
-                values = deinterleave_rows(values, heads)
+            if heads := reordering(entry, hf_name, config):
+                values = heads.to_hf(values)
         except (ValueError, NotImplementedError) as error:
             raise unreadable(file, name, error) from None
         if offset := entry.offset(hf_name):

@@ -19,10 +19,10 @@ from mlxtune.gguf.architectures import (
     Architecture,
     Config,
     for_config,
-    interleave_rows,
-    metadata,
 )
+from mlxtune.gguf.heads import reordering
 from mlxtune.gguf.kquants import quantize
+from mlxtune.gguf.metadata import metadata
 from mlxtune.gguf.mixing import FILE_TYPES, tensor_types
 from mlxtune.gguf.rope import rope_metadata, rope_tensors
 from mlxtune.gguf.tensors import SourceTensor
@@ -75,6 +75,7 @@ def write_gguf(
         ExportError: the architecture or a tensor is not known, or holds no finite numbers.
     """
     entry = for_config(config)
+    facts = metadata(entry, config) | rope_metadata(entry, config) | tokenizer
     sources = [*_rope_sources(entry, config), *tensors]
     names = [_gguf_name(entry, source.name) for source in sources]
     types = tensor_types(
@@ -84,7 +85,7 @@ def write_gguf(
         layers=int(config["num_hidden_layers"]),
         heads=int(config["num_attention_heads"]),
         kv_heads=int(config.get("num_key_value_heads") or config["num_attention_heads"]),
-        experts=int(config.get("num_experts") or 0),
+        experts=int(facts.get(f"{entry.name}.expert_count", 0)),
         tied="output.weight" not in names,
         has_imatrix=bool(importance),
     )
@@ -96,7 +97,6 @@ def write_gguf(
             writer.add_string(f"general.{key}", text)
         writer.add_file_type(FILE_TYPES[file_type].number)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        facts = metadata(entry, config) | rope_metadata(entry, config) | tokenizer
         for key, value in facts.items():
             _add(writer, key, value)
         for source, gguf_name, type_ in zip(sources, names, types, strict=True):
@@ -123,8 +123,8 @@ def _encoded(
     importance: npt.NDArray[np.float32] | None,
 ) -> npt.NDArray[Any]:
     values = source.load()
-    if heads := entry.rotary_heads(source.name, config):
-        values = interleave_rows(values, heads)
+    if heads := reordering(entry, source.name, config):
+        values = heads.to_gguf(values)
     if offset := entry.offset(source.name):
         values = values + np.float32(offset)
     try:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from mlxtune.errors import ModelError
 from mlxtune.gguf.tensors import SourceTensor
+from mlxtune.models.published import as_in_mlx_lm, mxfp4_experts
 from mlxtune.models.safetensors import (
     Array,
     Piece,
@@ -64,6 +65,13 @@ def folder_tensors(path: Path, config: dict[str, Any]) -> Iterator[SourceTensor]
     stored: dict[str, StoredTensor] = {}
     for file in weight_files(path):
         stored |= read_safetensors(file)
+    yield from as_in_mlx_lm(_expanded(path, stored, config), config)
+
+
+def _expanded(
+    path: Path, stored: dict[str, StoredTensor], config: dict[str, Any]
+) -> Iterator[SourceTensor]:
+    """Floats of all that is stored, experts of a block together."""
     experts: dict[str, dict[int, StoredTensor]] = {}
     for name, tensor in stored.items():
         if _left_out(name, stored, config):
@@ -74,6 +82,8 @@ def folder_tensors(path: Path, config: dict[str, Any]) -> Iterator[SourceTensor]
             experts.setdefault(stacked, {})[int(number)] = tensor
         elif tensor.dtype == "U32":
             yield _packed(tensor, stored, config)
+        elif scales := stored.get(_scales_of_blocks(name)):
+            yield mxfp4_experts(tensor, scales)
         else:
             yield SourceTensor(name, tensor.shape, tensor.float32)
     for name, parts in experts.items():
@@ -88,8 +98,14 @@ def _left_out(name: str, stored: dict[str, StoredTensor], config: dict[str, Any]
     module, _, kind = name.rpartition(".")
     if kind in ("scales", "biases"):
         return f"{module}.weight" in stored
+    if name.endswith("_scales"):
+        return f"{name.removesuffix('_scales')}_blocks" in stored
     tied = config.get("tie_word_embeddings", False)
     return kind == "inv_freq" or (tied and module == "lm_head")
+
+
+def _scales_of_blocks(name: str) -> str:
+    return f"{name.removesuffix('_blocks')}_scales" if name.endswith("_blocks") else ""
 
 
 def _stack(parts: list[StoredTensor]) -> Callable[[], Values]:

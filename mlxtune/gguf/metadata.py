@@ -1,0 +1,123 @@
+"""Sizes of a model in GGUF's metadata, from config.json and back; rotation aside (`rope`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mlxtune.errors import ExportError, ModelError
+from mlxtune.gguf.architectures import COMMON, Architecture, Config
+
+
+def metadata(entry: Architecture, config: Config) -> dict[str, int | float]:
+    """Metadata keys of `entry` from a config.json, rotation aside (`gguf.rope`).
+
+    Raises:
+        ExportError: the config lacks a size, or asks for what llama.cpp does not do.
+    """
+    _refuse_unlike(entry, config)
+    values: dict[str, int | float] = {}
+    for shared in (*COMMON, *entry.fields):
+        value = config.get(shared.config)
+        if value is None:
+            value = shared.default
+        if value is None:
+            raise ExportError(f"the model's config has no {shared.config!r}", where="config.json")
+        values[shared.key] = shared.kind(value)
+    heads = int(values["attention.head_count"])
+    values["attention.head_count_kv"] = int(config.get("num_key_value_heads") or heads)
+    if entry.own_head_dim and config.get("head_dim"):
+        values["attention.key_length"] = int(config["head_dim"])
+        values["attention.value_length"] = int(config["head_dim"])
+    return {f"{entry.name}.{key}": value for key, value in values.items()}
+
+
+def head_dim(entry: Architecture, config: Config) -> int:
+    """Width of one attention head."""
+    if entry.own_head_dim and config.get("head_dim"):
+        return int(config["head_dim"])
+    return int(config["hidden_size"]) // int(config["num_attention_heads"])
+
+
+def _refuse_unlike(entry: Architecture, config: Config) -> None:
+    """llama.cpp computes some things in one way whatever the config says."""
+    for key, wanted in entry.fixed.items():
+        if config.get(key, wanted) != wanted:
+            raise ExportError(
+                f"llama.cpp computes {entry.name} models with {key} = {wanted!r} only; "
+                f"this one has {config[key]!r}",
+                where=f"config.json: {key}",
+            )
+    layers = int(config.get("num_hidden_layers", 0))
+    for key, wanted in entry.per_layer(layers).items():
+        if list(config.get(key) or wanted) != wanted:
+            raise ExportError(
+                f"llama.cpp takes the {key} of {entry.name} models to be {wanted}; this one "
+                f"has {config[key]}",
+                where=f"config.json: {key}",
+            )
+    if (scalar := config.get("query_pre_attn_scalar")) is not None and entry.norm_offset:
+        # The largest model of either family divides by the square root of another size.
+        largest = {"gemma2": 46, "gemma3": 62}[entry.name]
+        own = int(config["hidden_size"]) // int(config["num_attention_heads"])
+        wanted = own if layers == largest else head_dim(entry, config)
+        if scalar != wanted:
+            raise ExportError(
+                f"llama.cpp scales the scores of this model by 1/√{wanted}, not 1/√{scalar:g}",
+                where="config.json: query_pre_attn_scalar",
+            )
+
+
+def config_from_metadata(entry: Architecture, meta: dict[str, Any], *, tied: bool) -> Config:
+    """A config.json from GGUF metadata, rotation aside (`gguf.rope`).
+
+    Raises:
+        ModelError: a size is missing.
+    """
+
+    def get(key: str, default: Any = None) -> Any:
+        value = meta.get(f"{entry.name}.{key}", default)
+        if value is None:
+            raise ModelError(f"the GGUF's metadata has no {entry.name}.{key}")
+        return value
+
+    def count(key: str, default: Any = None) -> int:
+        value = get(key, default)
+        if not isinstance(value, int) or value < 1:
+            raise ModelError(f"the GGUF's metadata says that {entry.name}.{key} is {value!r}")
+        return value
+
+    tokens = meta.get("tokenizer.ggml.tokens", ())
+    config: Config = {
+        "model_type": entry.model_types[0],
+        "architectures": [entry.hf_class],
+        "vocab_size": count("vocab_size", len(tokens)),
+        "tie_word_embeddings": tied,
+        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
+    }
+    for shared in (*COMMON, *entry.fields):
+        if shared.config in config:
+            continue
+        if shared.kind is float:
+            config[shared.config] = shortest(get(shared.key, shared.default))
+        elif shared.default is not None:
+            config[shared.config] = int(get(shared.key, shared.default))
+        else:
+            config[shared.config] = count(shared.key)
+    heads = config["num_attention_heads"]
+    config["num_key_value_heads"] = count("attention.head_count_kv", heads)
+    if entry.own_head_dim:
+        config["head_dim"] = count("attention.key_length", config["hidden_size"] // heads)
+    if entry.norm_offset:
+        largest = {"gemma2": 46, "gemma3": 62}[entry.name]
+        own = config["hidden_size"] // heads
+        at_largest = config["num_hidden_layers"] == largest
+        config["query_pre_attn_scalar"] = own if at_largest else config["head_dim"]
+    return config | dict(entry.fixed) | entry.per_layer(config["num_hidden_layers"])
+
+
+def shortest(value: float) -> float:
+    """The shortest decimal that is this float32: 1e-05 rather than 9.999999747378752e-06."""
+    return float(str(np.float32(value)))

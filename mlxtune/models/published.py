@@ -1,0 +1,77 @@
+"""Checkpoints as their makers publish them, where mlx-lm keeps other parameters.
+
+What mlx-lm's `sanitize` does of a whole model when it loads one, for one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from mlxtune.gguf.tensors import SourceTensor
+from mlxtune.models.safetensors import StoredTensor
+
+Values = npt.NDArray[np.float32]
+
+
+def as_in_mlx_lm(tensors: Iterable[SourceTensor], config: dict[str, Any]) -> Iterator[SourceTensor]:
+    """Tensors of a checkpoint under mlx-lm's names, with mlx-lm's values.
+
+    Args:
+        tensors: as published, or as mlx-lm keeps them already.
+        config: its config.json.
+    """
+    change = _FAMILIES.get(str(config.get("model_type")))
+    for tensor in tensors:
+        yield from change(tensor) if change else (tensor,)
+
+
+def mxfp4_experts(blocks: StoredTensor, scales: StoredTensor) -> SourceTensor:
+    """Experts that are packed in microscaling's four-bit floats.
+
+    Args:
+        blocks: uint8 (experts, out, in / 32, 16), two numbers a byte.
+        scales: uint8 (experts, out, in / 32), exponents of two.
+    """
+    *rows, groups, _ = blocks.shape
+
+    def load() -> Values:
+        codes = mx.array(blocks.read()).view(mx.uint32).reshape(*rows, groups * 4)
+        exponents = mx.array(scales.read())
+        full = mx.dequantize(codes, exponents, group_size=32, bits=4, mode="mxfp4")
+        values = np.array(full.astype(mx.float32))
+        del full
+        mx.clear_cache()
+        return values
+
+    name = f"{blocks.name.removesuffix('_blocks')}.weight"
+    return SourceTensor(name, (*rows, groups * 32), load)
+
+
+_GATE_AND_UP = re.compile(r"^(.*\.experts)\.gate_up_proj(?:\.(weight)|_(bias))$")
+_DOWN_BIAS = re.compile(r"^(.*\.experts\.down_proj)_bias$")
+
+
+def _gpt_oss(tensor: SourceTensor) -> Iterator[SourceTensor]:
+    """Rows of experts' gate and up alternate."""
+    if both := _GATE_AND_UP.match(tensor.name):
+        experts, kind = both[1], both[2] or both[3]
+        shape = (tensor.shape[0], tensor.shape[1] // 2, *tensor.shape[2:])
+        for first, name in enumerate(("gate_proj", "up_proj")):
+            yield SourceTensor(f"{experts}.{name}.{kind}", shape, _every_second(tensor, first))
+    elif bias := _DOWN_BIAS.match(tensor.name):
+        yield SourceTensor(f"{bias[1]}.bias", tensor.shape, tensor.load)
+    else:
+        yield tensor
+
+
+def _every_second(tensor: SourceTensor, first: int) -> Callable[[], Values]:
+    return lambda: np.ascontiguousarray(tensor.load()[:, first::2])
+
+
+_FAMILIES: dict[str, Callable[[SourceTensor], Iterable[SourceTensor]]] = {"gpt_oss": _gpt_oss}
