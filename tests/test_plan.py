@@ -9,19 +9,20 @@ import re
 import cli_tools
 import mlx.core as mx
 import pytest
-from conftest import ROOT, SHELL_TRAIN
+from conftest import ROOT, SHELL_TRAIN, write_jsonl
 
 from mlxtune.arrays import custom_gradient
 from mlxtune.bench.chips import CHIPS
 from mlxtune.bench.compare import BEGIN, END, renewed
 from mlxtune.bench.depth import StepEstimator, shallow
 from mlxtune.bench.graph import trace
-from mlxtune.bench.lengths import Lengths, samples_of
+from mlxtune.bench.lengths import Lengths, lengths_of_recipe, samples_of
 from mlxtune.bench.machine import Machine, mac, this_machine
 from mlxtune.bench.measure import read_figures
 from mlxtune.bench.memory import peak_memory
 from mlxtune.bench.plan import ModelFacts, Planner, with_changes
 from mlxtune.bench.step import StepModel
+from mlxtune.cli.plan import summary_lines
 from mlxtune.data.batches import Part
 from mlxtune.data.pack import pack, pad
 from mlxtune.errors import ChipError, ModelError
@@ -62,7 +63,7 @@ def mlxtune(*arguments, ok=True):
 def recipe_of(**sections):
     given = {"name": "p", "model": {"path": "none"}, "data": [{"path": "none"}]}
     for section, keys in sections.items():
-        given[section] = given.get(section, {}) | keys
+        given[section] = given.get(section, {}) | keys if isinstance(keys, dict) else keys
     return parse_recipe(given, where="test")
 
 
@@ -235,6 +236,27 @@ def test_fit_keeps_comments_and_writes_what_loads(recipe_file, tmp_path):
     assert Planner(load_recipe(output), this_machine(remembered=True))().fits
     refused = mlxtune("plan", recipe_file, "--fit", output, ok=False)
     assert "exists already" in refused.stderr
+
+
+def test_records_are_counted_beyond_those_whose_lengths_are_estimated(tmp_path):
+    rows = [{"prompt": "list files", "completion": "ls " + "-a " * (n % 9)} for n in range(5600)]
+    write_jsonl(tmp_path / "d.jsonl", rows)
+    recipe = recipe_of(data=[{"path": str(tmp_path / "d.jsonl")}])
+    lengths = lengths_of_recipe(recipe, None)
+    assert lengths.basis == "estimated" and lengths.note.startswith("5600 records")
+    assert sum(len(part.samples) for part in lengths.parts) == 5600
+    assert len({len(sample.tokens) for sample in lengths.parts[0].samples}) > 4
+
+
+def test_without_records_a_step_is_planned_and_no_number_of_them(tmp_path):
+    facts = ModelFacts(LLAMA, None, None, "a test")
+    for sections, steps in (({}, None), ({"train": {"max_steps": 7}}, 7)):
+        recipe = recipe_of(data=[{"path": str(tmp_path / "none.jsonl")}], **sections)
+        plan = Planner(recipe, mac("M2 Pro", 16), facts=facts)()
+        assert plan.steps == steps and plan.seconds_per_step > 0
+        assert "no such file" in plan.lengths
+        told = summary_lines(plan)[1]
+        assert ("the records say how many" in told) == (steps is None)
 
 
 def test_an_unknown_chip_is_told_with_the_nearest(recipe_file):

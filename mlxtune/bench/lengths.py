@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, cycle, islice
 
 import numpy as np
 
 from mlxtune.data.batches import Part
 from mlxtune.data.records import Conversation
 from mlxtune.data.render import Renderer, Sample
+from mlxtune.data.sources import HUB
 from mlxtune.errors import DataError, MlxtuneError
 from mlxtune.models.load import load_tokenizer
 from mlxtune.models.resolve import ModelSource
@@ -68,18 +69,27 @@ def lengths_of_recipe(recipe: Recipe, source: ModelSource | None) -> Lengths:
 
 def _estimated(recipe: Recipe) -> Lengths:
     parts: list[Part] = []
+    whole = True
     for section in recipe.data:
+        records = iter(source_of(section))
+        first = list(islice(records, _LOOKED_AT))
         samples = [
             _sample(number, min(total, recipe.train.max_seq_length), trained)
-            for number, conversation in enumerate(islice(source_of(section), _LOOKED_AT))
+            for number, conversation in enumerate(first)
             if (trained := _size(conversation, section, trained=True))
             and (total := _size(conversation, section, trained=False))
         ]
         if not samples:
             raise DataError("it has no records", where=section.path)
+        if section.path.startswith(HUB):  # which would be downloaded to be counted
+            whole = whole and len(first) < _LOOKED_AT
+        else:
+            others = round(sum(1 for _ in records) * len(samples) / len(first))
+            samples = list(chain(samples, islice(cycle(samples), others)))
         parts.append(Part(samples, section.epochs or 1.0))
     count = sum(len(part.samples) for part in parts)
-    note = f"{count} records, their lengths estimated from characters"
+    least = "" if whole else "at least "
+    note = f"{least}{count} records, their lengths estimated from characters"
     return Lengths(tuple(parts), "estimated", note)
 
 

@@ -28,7 +28,7 @@ from mlxtune.models.known import known_config
 from mlxtune.models.load import model_config
 from mlxtune.models.resolve import ModelSource, is_hub_id, resolve_model
 from mlxtune.models.skeleton import Config, Forms
-from mlxtune.recipe.schema import Recipe
+from mlxtune.recipe.schema import Recipe, TrainSection
 from mlxtune.train.memory import GB
 from mlxtune.train.model import layout_for
 from mlxtune.train.step import LOGITS_AT_ONCE
@@ -88,7 +88,7 @@ class RunPlan:
         budget_bytes: that training may take.
         fits: whether the peak is within the budget.
         seconds_per_step: of an average step; None where no rate is known.
-        steps: of the whole run.
+        steps: of the whole run; None where neither the records nor `max_steps` say.
         flops_per_step: of products.
         advice: what would make it fit, or nothing if it does.
     """
@@ -112,7 +112,7 @@ class RunPlan:
     budget_bytes: int
     fits: bool
     seconds_per_step: float | None
-    steps: int
+    steps: int | None
     flops_per_step: float
     advice: tuple[Advice, ...] = ()
 
@@ -262,9 +262,14 @@ class Planner:
             budget_bytes=budget,
             fits=peak <= budget,
             seconds_per_step=seconds,
-            steps=batches.total_steps(epochs=train.epochs, max_steps=train.max_steps),
+            steps=self._steps(batches, train),
             flops_per_step=flops,
         )
+
+    def _steps(self, batches: Plan, train: TrainSection) -> int | None:
+        if train.max_steps is None and self._lengths.basis == "worst case":
+            return None
+        return batches.total_steps(epochs=train.epochs, max_steps=train.max_steps)
 
     def _parts(self, limit: int) -> tuple[Part, ...]:
         """The records, none longer than `limit`."""

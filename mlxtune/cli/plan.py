@@ -136,12 +136,11 @@ def summary_lines(result: RunPlan) -> list[str]:
     if result.seconds_per_step is None:
         return [memory, "time     unknown: no arithmetic rate of this chip is published"]
     basis = "rates measured here" if result.measured_rates else "published rates of the chip"
-    total = result.seconds_per_step * result.steps
-    return [
-        memory,
-        f"time     {_span(total)} for {result.steps} steps of {result.seconds_per_step:.2f} s "
-        f"(estimate from {basis})",
-    ]
+    each = f"{result.seconds_per_step:.2f} s"
+    if result.steps is None:
+        return [memory, f"time     {each} a step; the records say how many (estimate from {basis})"]
+    total = _span(result.seconds_per_step * result.steps)
+    return [memory, f"time     {total} for {result.steps} steps of {each} (estimate from {basis})"]
 
 
 def advice_lines(result: RunPlan) -> list[str]:
