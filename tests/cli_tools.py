@@ -28,8 +28,7 @@ TEMPLATE = (
 
 def mlxtune(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run the program: on Linux in a fork, which spares its imports."""
-    environment = _environment()
-    if sys.platform != "linux" or environment != _environment_of_forks():
+    if sys.platform != "linux" or environment() != _environment_of_forks():
         return mlxtune_afresh(*arguments, cwd=cwd)
     forks = _forks()
     with tempfile.TemporaryDirectory() as folder:
@@ -47,9 +46,9 @@ def mlxtune(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def mlxtune_afresh(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run the program in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments],
+        [*PROGRAM, *arguments],
         cwd=cwd,
-        env=_environment(),
+        env=environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -57,12 +56,16 @@ def mlxtune_afresh(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[st
     )
 
 
+# In `environment`.
 PROGRAM = (
-    "import forks, sys; forks.without_torch(); sys.argv[0] = 'mlxtune'; import mlxtune.__main__"
+    sys.executable,
+    "-c",
+    "import forks, sys; forks.without_torch(); sys.argv[0] = 'mlxtune'; import mlxtune.__main__",
 )
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Of the program as a process: it finds what is beside the tests, and is not run again."""
     own = {"MLXTUNE_BLAS": "off", "HF_HUB_OFFLINE": "1"}
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     kept = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
@@ -71,7 +74,7 @@ def _environment() -> dict[str, str]:
 
 @cache
 def _environment_of_forks() -> dict[str, str]:
-    return _environment()
+    return environment()
 
 
 @cache

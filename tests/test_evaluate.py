@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 
 import mlx_lm
 import pytest
+from cli_tools import PROGRAM, environment, mlxtune
 from conftest import SHELL_HELDOUT
 
 from mlxtune.errors import OutputExists
@@ -77,30 +77,30 @@ def test_an_existing_folder_is_not_touched(shell_run, tmp_path):
     assert (tmp_path / "mine/file").read_text() == "precious"
 
 
-def run_cli(*arguments, **kw):
-    command = [sys.executable, "-m", "mlxtune", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, **kw)
-
-
-def test_eval_prints_json(shell_run):
-    result = run_cli("eval", shell_run, "--limit", 2, "--json")
+def test_eval_prints_json(shell_run, tmp_path):
+    result = mlxtune("eval", str(shell_run), "--limit", "2", "--json", cwd=tmp_path)
     value = json.loads(result.stdout)
     assert value["records"] == 2 and len(value["answers"]) == 2
     assert set(value["base"]) == {"held_out_loss", "exact_match"}
 
 
-def test_chat_answers_a_run_and_a_file(shell_run):
+def test_chat_answers_a_run_and_a_file(shell_run, tmp_path):
     question = ["-p", "Show the current date", "--max-tokens", "8"]
-    tuned = run_cli("chat", shell_run, *question)
+    tuned = mlxtune("chat", str(shell_run), *question, cwd=tmp_path)
     assert tuned.returncode == 0 and tuned.stdout.strip()
-    several = run_cli(
-        "chat", shell_run, "--max-tokens", 8, input="Show the date\nand the time\n\nlist files\n"
+    several = subprocess.run(
+        [*PROGRAM, "chat", str(shell_run), "--max-tokens", "8"],
+        env=environment(),
+        input="Show the date\nand the time\n\nlist files\n",
+        capture_output=True,
+        text=True,
     )
     assert len(several.stdout.strip().splitlines()) >= 3
 
 
 def test_export_names_the_commands(shell_run, tmp_path):
-    result = run_cli("export", shell_run, "-o", tmp_path / "out", "--quantize", "q8_0")
+    out = str(tmp_path / "out")
+    result = mlxtune("export", str(shell_run), "-o", out, "--quantize", "q8_0", cwd=tmp_path)
     assert result.returncode == 0
     for word in ("ollama create shell", "llama-cli -m", "mistralrs run -f"):
         assert word in result.stdout

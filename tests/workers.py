@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import no_torch  # noqa: F401
 
 import mlxtune.train.loop as loop
 import mlxtune.train.session as session
