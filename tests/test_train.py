@@ -78,15 +78,15 @@ def test_a_run_learns_and_leaves_what_the_design_says(recipe, shell_run):
     held_out = [e["held_out_loss"] for e in run.metrics() if "held_out_loss" in e]
     assert held_out[-1] < 0.5 * held_out[0]
     reports = [e for e in run.metrics() if "loss" in e]
-    assert [e["step"] for e in reports] == [10, 20, 30]
+    assert [e["step"] for e in reports] == [10, 20, 30, 40]
     assert all(e.keys() == REPORT_KEYS for e in reports)
-    assert reports[-1]["examples"] == 30 * 6
+    assert reports[-1]["examples"] == 40 * 6
     status = run.status()
     assert status["status"] == "finished"
     assert set(status) >= {"versions", "device", "hashes", "seed"}
     names = {p.name for p in shell_run.iterdir()}
     assert names >= {"recipe.toml", "run.json", "metrics.jsonl", "checkpoints", "adapter"}
-    assert run.recipe().train.max_steps == 30
+    assert run.recipe().train.max_steps == 40
 
 
 def test_packed_and_padded_batches_train_alike(recipe, few, tmp_path):
