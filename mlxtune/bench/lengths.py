@@ -22,6 +22,8 @@ from mlxtune.train.corpus import read_corpus, source_of
 _CHARACTERS_TO_TOKEN = 3.3
 # A role, its name and its marks.
 _TOKENS_TO_TURN = 6
+# Tokens that every vocabulary has: MLX does not check what it looks up.
+_TOKENS = 1 << 12
 # So many records of a source say how long the others are.
 _LOOKED_AT = 5000
 
@@ -107,7 +109,7 @@ def _size(conversation: Conversation, section: DataSource, *, trained: bool) -> 
 def _sample(number: int, length: int, trained: int) -> Sample:
     """A sample of nobody's words: no two begin alike."""
     length = max(2, length)
-    tokens = np.random.default_rng(number).integers(0, 1 << 15, length).astype(np.int32)
+    tokens = np.random.default_rng(number).integers(0, _TOKENS, length).astype(np.int32)
     weights = np.zeros(length, np.float32)
     weights[-max(1, min(trained, length - 1)) :] = 1
     return Sample(tokens, weights, number + 1)
