@@ -1,4 +1,4 @@
-"""Heads whose rows GGUF keeps in another order than mlx-lm does."""
+"""Rows and columns of heads that GGUF keeps in another order than mlx-lm does."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Reordering:
-    """Equal parts of a tensor's rows, in another order.
+    """Equal parts of a tensor's rows or columns, in another order.
 
     Attributes:
         order: which part of mlx-lm's comes to each place in GGUF, (parts,).
+        axis: 0 for rows, -1 for columns.
     """
 
     order: npt.NDArray[np.intp]
+    axis: int = 0
 
     def to_gguf(self, values: Array) -> Array:
-        """Values or packed bytes of rows, (rows, ...)."""
+        """Values (rows, ...) or (..., columns), or what they are packed into."""
         return self._taken(values, self.order)
 
     def to_hf(self, values: Array) -> Array:
@@ -33,12 +35,17 @@ class Reordering:
         return self._taken(values, np.argsort(self.order))
 
     def _taken(self, values: Array, order: npt.NDArray[np.intp]) -> Array:
-        parts = values.reshape(len(order), -1, *values.shape[1:])
-        return parts[order].reshape(values.shape)
+        if self.axis == 0:
+            parts = values.reshape(len(order), -1, *values.shape[1:])
+            return parts[order].reshape(values.shape)
+        parts = values.reshape(*values.shape[:-1], len(order), -1)
+        return parts[..., order, :].reshape(values.shape)
 
 
 def reordering(entry: Architecture, hf_name: str, config: Config) -> Reordering | None:
-    """What is done to a tensor's rows; None where they stay as they are."""
+    """What is done to a tensor's rows or columns; None where they stay as they are."""
+    if entry.tiled_values and ".linear_attn." in hf_name:
+        return _of_linear_attention(hf_name.partition(".linear_attn.")[2], config)
     module = hf_name.rpartition(".")[0]
     heads = int(config["num_attention_heads"])
     if entry.rotary_interleaved and module.endswith("self_attn.q_proj"):
@@ -58,3 +65,30 @@ def adjacent_pairs(heads: int, dims: int) -> Reordering:
     """
     rows = np.arange(heads * dims).reshape(heads, 2, dims // 2)
     return Reordering(rows.swapaxes(1, 2).reshape(-1))
+
+
+_LIKE_VALUES = ("in_proj_z", "in_proj_a", "in_proj_b", "A_log", "dt_bias")
+
+
+def _of_linear_attention(parameter: str, config: Config) -> Reordering | None:
+    keys, values = int(config["linear_num_key_heads"]), int(config["linear_num_value_heads"])
+    module = parameter.partition(".")[0]
+    if keys == values:
+        return None
+    if module in ("in_proj_qkv", "conv1d"):
+        return Reordering(tiled(keys, values, before=2 * keys))
+    if module in _LIKE_VALUES:
+        return Reordering(tiled(keys, values))
+    return Reordering(tiled(keys, values), axis=-1) if module == "out_proj" else None
+
+
+def tiled(keys: int, values: int, *, before: int = 0) -> npt.NDArray[np.intp]:
+    """Value heads by their number within a key head first, then by the key head.
+
+    Args:
+        keys: key heads; `values / keys` neighbours share one in HF's order.
+        values: value heads.
+        before: heads of the same width in front of them, which stay.
+    """
+    heads = before + np.arange(values).reshape(keys, values // keys).T
+    return np.concatenate([np.arange(before), heads.reshape(-1)])

@@ -120,8 +120,8 @@ def _arrays(
     def shaped(rows: np.ndarray[Any, Any]) -> mx.array:
         return mx.array(ordered(rows.reshape(*info.shape[:-1], -1)))
 
-    if offset := entry.offset(hf_name):
-        yield "", mx.array(expanded(data, info.type) - np.float32(offset)), 0
+    if change := entry.change(hf_name):
+        yield "", mx.array(ordered(change.to_hf(expanded(data, info.type)))), 0
     elif info.type == Type.BF16:
         yield "", mx.array(ordered(data)).view(mx.bfloat16), 0
     elif info.type in PLAIN:

@@ -43,7 +43,9 @@ def gguf_tensors(file: GGUFFile, entry: Architecture, config: Config) -> Iterato
     for name, info in file.tensors.items():
         if name not in ROPE_TENSORS:
             hf_name = parameter_name(file, entry, name)
-            yield SourceTensor(hf_name, info.shape, _loader(file, name, hf_name, entry, config))
+            change = entry.change(hf_name)
+            shape = (*info.shape, *(1,) * (change.axes if change else 0))
+            yield SourceTensor(hf_name, shape, _loader(file, name, hf_name, entry, config))
 
 
 def parameter_name(file: GGUFFile, entry: Architecture, name: str) -> str:
@@ -66,12 +68,12 @@ def _loader(
     def load() -> npt.NDArray[np.float32]:
         try:
             values = expanded(file.read(name), file.tensors[name].type)
+            if change := entry.change(hf_name):
+                values = change.to_hf(values)
             if heads := reordering(entry, hf_name, config):
                 values = heads.to_hf(values)
         except (ValueError, NotImplementedError) as error:
             raise unreadable(file, name, error) from None
-        if offset := entry.offset(hf_name):
-            values = values - np.float32(offset)
         return values
 
     return load
