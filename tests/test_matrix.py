@@ -130,6 +130,11 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Steps and rate where these must be other than usual: at a higher rate smollm3 learns
+# activations so large that eight bits of them err, and with the others attention comes to
+# count for nothing beside the MLP.
+TRAINING = {"smollm3": (40, 3e-3), "gpt_oss": (30, 1e-3), "qwen3_5": (10, 3e-3)}
+
 
 def config_of(name: str) -> dict[str, Any]:
     own = MODELS[name]
@@ -148,6 +153,11 @@ def trained(config: dict[str, Any], tokens: list[int], steps: int, rate: float) 
     model = module.Model(module.ModelArgs.from_dict(config))
     if config["tie_word_embeddings"] and "lm_head" in model:
         model.sanitize({})  # gemma3_text learns from its weights that its head is tied
+    for block in model.layers:
+        # Begun alike for all heads, they would not tell one head from another.
+        for part, name in (("self_attn", "sinks"), ("linear_attn", "dt_bias")):
+            if name in block.get(part, {}):
+                block[part][name] = mx.random.normal(block[part][name].shape)
     mx.eval(model.parameters())
     model.freeze(keys=["embed_tokens"], strict=False)
     for layer in [model.model.embed_tokens, *([model.lm_head] if "lm_head" in model else [])]:
@@ -173,9 +183,7 @@ def written(name: str, tokenizer, place: Path, *, plain=False) -> tuple[Path, li
     """
     config = config_of(name) | ({"rope_scaling": None} if plain else {})
     tokens = tokenizer.encode(TEXT)
-    # At the higher rate smollm3 learns activations so large that eight bits of them err;
-    # qwen3_5 learns soon, and each of its steps is slow.
-    steps, rate = {"smollm3": (40, 3e-3), "qwen3_5": (10, 1e-2)}.get(name, (20, 1e-2))
+    steps, rate = TRAINING.get(name, (20, 1e-2))
     model = trained(config, tokens, steps, rate)
     folder = place / "model"
     folder.mkdir()
