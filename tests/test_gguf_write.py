@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType as Type
 from helpers import QWEN3_5, distance, tiny
 from mlx.utils import tree_flatten
 
-from mlxtune.errors import ExportError
+from mlxtune.errors import ExportError, ModelError
 from mlxtune.gguf.architectures import (
     ARCHITECTURES,
     for_config,
@@ -281,6 +281,29 @@ def test_the_config_survives_and_its_model_computes_the_same(tmp_path, tied):
     again.load_weights(list(read.weights.items()), strict=True)
     tokens = mx.array([[5, 17, 99, 3, 42, 64, 7, 1]])
     assert distance(again(tokens), model(tokens)) < 5e-3
+
+
+def test_blocks_that_predict_further_tokens_are_not_read(tmp_path):
+    model = tiny("qwen3_5", **QWEN3_5)
+    parameters = dict(tree_flatten(model.parameters()))
+    behind = {k.replace("layers.3", "layers.4"): v for k, v in parameters.items() if "rs.3" in k}
+    counts = {"qwen35.block_count": 5, "qwen35.nextn_predict_layers": 1}
+    write_gguf(
+        tmp_path / "tiny.gguf",
+        config=model.args.text_config,
+        tensors=[source(name, values) for name, values in (parameters | behind).items()],
+        tokenizer={"tokenizer.ggml.tokens": [f"t{i}" for i in range(128)]} | counts,
+        file_type="f32",
+        name="tiny",
+    )
+    file = GGUFFile(tmp_path / "tiny.gguf")
+    assert "blk.4.attn_q.weight" in file.tensors
+    read = read_model(file)
+    assert read.config["num_hidden_layers"] == len(read.config["layer_types"]) == 4
+    assert read.weights.keys() == parameters.keys()
+    file.metadata["qwen35.nextn_predict_layers"] = 5
+    with pytest.raises(ModelError, match="nextn_predict_layers is 5"):
+        read_model(file)
 
 
 # ------------------------------------------------------------------------ refusals

@@ -125,6 +125,7 @@ def config_from_metadata(entry: Architecture, meta: dict[str, Any], *, tied: boo
             config[shared.config] = int(get(shared.key, shared.default))
         else:
             config[shared.config] = count(shared.key)
+    config["num_hidden_layers"] -= predicting_blocks(entry, meta)
     heads = config["num_attention_heads"]
     config["num_key_value_heads"] = count("attention.head_count_kv", heads)
     if entry.own_head_dim:
@@ -133,7 +134,21 @@ def config_from_metadata(entry: Architecture, meta: dict[str, Any], *, tied: boo
         own = config["hidden_size"] // heads
         at_largest = config["num_hidden_layers"] == largest
         config["query_pre_attn_scalar"] = own if at_largest else config["head_dim"]
-    return config | dict(entry.fixed) | entry.per_layer(config["num_hidden_layers"])
+    return config | dict(entry.fixed)
+
+
+def predicting_blocks(entry: Architecture, meta: dict[str, Any]) -> int:
+    """How many blocks behind the last of a GGUF predict further tokens (MTP).
+
+    Raises:
+        ModelError: not even one is left before them.
+    """
+    count = meta.get(f"{entry.name}.nextn_predict_layers", 0)
+    if type(count) is not int or not 0 <= count < meta[f"{entry.name}.block_count"]:
+        raise ModelError(
+            f"the GGUF's metadata says that {entry.name}.nextn_predict_layers is {count!r}"
+        )
+    return count
 
 
 def shortest(value: float) -> float:
