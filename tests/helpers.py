@@ -21,6 +21,18 @@ from mlxtune.data.render import Sample
 from mlxtune.layers.inject import add_lora, lora_layers, projections
 from mlxtune.train.step import LossFunction, batch_arrays
 
+# What `tiny` needs beside to make one of these.
+QWEN3_5 = {
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+}
+
 
 def distance(got: mx.array, want: mx.array) -> float:
     """Largest difference, relative to the largest value."""

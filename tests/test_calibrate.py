@@ -13,7 +13,7 @@ import pytest
 from cli_tools import mlxtune, save_real_vocabulary
 from conftest import SHELL_HELDOUT, SHELL_TRAIN, SMOLLM2, tiny_llama, write_jsonl
 from gguf import GGMLQuantizationType as Type
-from helpers import tiny, with_adapters
+from helpers import QWEN3_5, tiny, with_adapters
 from mlx import nn
 from mlx.utils import tree_flatten
 
@@ -25,7 +25,8 @@ from mlxtune.export.calibrate import CHUNK, Calibration, calibrate, importance_o
 from mlxtune.export.convert import convert
 from mlxtune.gguf.imatrix import read_imatrix
 from mlxtune.gguf.reader import GGUFFile
-from mlxtune.gguf.writer import encode
+from mlxtune.gguf.tensors import SourceTensor
+from mlxtune.gguf.writer import encode, write_gguf
 from mlxtune.layers.inject import dequantize_layers, own_quantized_layers
 from mlxtune.models.load import LoadedModel, load_model, load_tokenizer
 from mlxtune.models.resolve import ModelSource, resolve_model
@@ -122,6 +123,34 @@ def test_sums_are_those_of_a_forward_pass_in_numpy(tmp_path):
         assert np.allclose(found.sums[name], sums, rtol=2e-4), name
         assert found.counts[name].tolist() == [len(ids)]
         assert np.allclose(found.importance()[name], sums / len(ids), rtol=2e-4)
+
+
+def test_columns_that_the_file_has_in_another_order_are_weighed_in_that_order(tmp_path):
+    model = tiny("qwen3_5", **QWEN3_5)
+    layer = model.layers[0].linear_attn.out_proj
+    layer.weight = mx.broadcast_to(mx.arange(64.0), (64, 64))
+    config = model.args.text_config
+    (tmp_path / "text.txt").write_text("find . -name '*.py' | xargs grep -n TODO; ")
+    found = calibrate(loaded(model, Bytes(), **config), tmp_path / "text.txt")
+    weights = flat(model.parameters())
+    given = []
+    model.layers[0].linear_attn.out_proj = lambda x: given.append(x) or layer(x)
+    model(mx.array([[ord(c) for c in (tmp_path / "text.txt").read_text()]]))
+    sums = np.array((given[0] ** 2).sum(axis=(0, 1)))
+    tensors = [SourceTensor(k, v.shape, lambda v=v: np.array(v)) for k, v in weights.items()]
+    names = {"tokenizer.ggml.tokens": [str(i) for i in range(128)]}
+    write_gguf(
+        tmp_path / "m.gguf",
+        config=config,
+        tensors=tensors,
+        tokenizer=names,
+        file_type="f32",
+        name="tiny",
+    )
+    columns = GGUFFile(tmp_path / "m.gguf").data("blk.0.ssm_out.weight")[0].astype(int)
+    assert sorted(columns) == list(range(64))
+    assert columns.tolist() != list(range(64))
+    assert np.allclose(found.sums["blk.0.ssm_out.weight"], sums[columns], rtol=2e-4)
 
 
 @pytest.mark.parametrize("length", [5, 300])

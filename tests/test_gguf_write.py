@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from conftest import tiny_llama
 from gguf import GGMLQuantizationType as Type
-from helpers import distance
+from helpers import QWEN3_5, distance, tiny
 from mlx.utils import tree_flatten
 
-from mlxtune.errors import ExportError
+from mlxtune.errors import ExportError, ModelError
 from mlxtune.gguf.architectures import (
     ARCHITECTURES,
     for_config,
@@ -85,15 +85,15 @@ def test_names_are_those_of_the_gguf_package_and_lead_back(entry):
             want = names.get_name(hf_module + kind, try_suffixes=(".weight", ".bias"))
             if want is None and module == "lm_head":
                 continue  # of a family whose head is always tied
-            assert entry.to_gguf_name(module + kind) == want
-            assert entry.to_hf_name(want) == module + kind
+            assert entry.to_gguf_name(entry.prefix + module + kind) == want
+            assert entry.to_hf_name(want) == entry.prefix + module + kind
     for parameter, name in entry.parameters.items():
-        # Names that llama.cpp's converter gives some before it looks them up.
-        known = f"model.layers.1.{parameter}".replace("sinks", "sinks.weight")
-        want = names.get_name(known, try_suffixes=(".weight", ".bias"))
+        # llama.cpp's converter gives these names before it looks them up.
+        known = parameter.replace("sinks", "sinks.weight").replace("dt_bias", "dt_proj.bias")
+        want = names.get_name(f"model.layers.1.{known}", try_suffixes=(".weight", ".bias"))
         assert want == f"blk.1.{name}"
-        assert entry.to_gguf_name(f"model.layers.1.{parameter}") == want
-        assert entry.to_hf_name(want) == f"model.layers.1.{parameter}"
+        assert entry.to_gguf_name(f"{entry.prefix}model.layers.1.{parameter}") == want
+        assert entry.to_hf_name(want) == f"{entry.prefix}model.layers.1.{parameter}"
 
 
 @pytest.mark.parametrize(
@@ -283,6 +283,29 @@ def test_the_config_survives_and_its_model_computes_the_same(tmp_path, tied):
     assert distance(again(tokens), model(tokens)) < 5e-3
 
 
+def test_blocks_that_predict_further_tokens_are_not_read(tmp_path):
+    model = tiny("qwen3_5", **QWEN3_5)
+    parameters = dict(tree_flatten(model.parameters()))
+    behind = {k.replace("layers.3", "layers.4"): v for k, v in parameters.items() if "rs.3" in k}
+    counts = {"qwen35.block_count": 5, "qwen35.nextn_predict_layers": 1}
+    write_gguf(
+        tmp_path / "tiny.gguf",
+        config=model.args.text_config,
+        tensors=[source(name, values) for name, values in (parameters | behind).items()],
+        tokenizer={"tokenizer.ggml.tokens": [f"t{i}" for i in range(128)]} | counts,
+        file_type="f32",
+        name="tiny",
+    )
+    file = GGUFFile(tmp_path / "tiny.gguf")
+    assert "blk.4.attn_q.weight" in file.tensors
+    read = read_model(file)
+    assert read.config["num_hidden_layers"] == len(read.config["layer_types"]) == 4
+    assert read.weights.keys() == parameters.keys()
+    file.metadata["qwen35.nextn_predict_layers"] = 5
+    with pytest.raises(ModelError, match="nextn_predict_layers is 5"):
+        read_model(file)
+
+
 # ------------------------------------------------------------------------ refusals
 
 
@@ -319,6 +342,8 @@ def test_yarn_that_turns_otherwise_than_llama_cpp_takes_it_to_is_refused():
         ("smollm3", "no_rope_layers", [1, 1, 0]),
         ("gpt_oss", "layer_types", ["full_attention"] * 3),
         ("gpt_oss", "tie_word_embeddings", True),
+        ("qwen3_5", "layer_types", ["full_attention"] * 3),
+        ("qwen3_5", "full_attention_interval", 2),
     ],
 )
 def test_what_llama_cpp_computes_otherwise_is_refused_by_its_key(model_type, key, value):
@@ -333,6 +358,14 @@ def test_what_llama_cpp_computes_otherwise_is_refused_by_its_key(model_type, key
     with pytest.raises(ExportError, match=r"llama\.cpp") as caught:
         metadata(for_config(config), config)
     assert key in caught.value.where
+
+
+def test_linear_attention_whose_keys_and_values_differ_in_width_is_refused():
+    config = tiny("qwen3_5", **QWEN3_5).args.text_config
+    assert metadata(for_config(config), config)["qwen35.ssm.inner_size"] == 4 * 16
+    with pytest.raises(ExportError, match=r"one ssm\.state_size") as caught:
+        metadata(for_config(config), config | {"linear_value_head_dim": 32})
+    assert "linear_value_head_dim" in caught.value.where
 
 
 def test_a_config_without_a_size_and_a_tensor_without_a_place_are_refused_by_name(tmp_path):

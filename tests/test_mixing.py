@@ -44,6 +44,7 @@ class Model:
     experts: int = 0
     tied: bool = False
     fused: bool = False
+    full_attention_interval: int = 1
 
     def tensors(self) -> list[tuple[str, tuple[int, ...]]]:
         """As converters order them, which is not llama.cpp's order."""
@@ -51,12 +52,22 @@ class Model:
         found = [("token_embd.weight", (16, width))]
         for i in range(self.layers):
             block = [("attn_norm.weight", (width,)), ("ffn_norm.weight", (width,))]
-            if self.fused:
+            linear = (i + 1) % self.full_attention_interval != 0
+            if linear:
+                block += [(f"attn_{n}.weight", (ROWS, width)) for n in ("gate", "qkv")]
+                block += [(f"ssm_{n}.weight", (ROWS, width)) for n in ("alpha", "beta", "out")]
+                block += [("ssm_conv1d.weight", (ROWS, 4)), ("ssm_norm.weight", (64,))]
+                block += [("ssm_a", (ROWS,)), ("ssm_dt.bias", (ROWS,))]
+            elif self.fused:
                 block += [("attn_qkv.weight", (ROWS, width)), ("ffn_up.weight", (ROWS, width))]
             else:
                 block += [(f"attn_{n}.weight", (ROWS, width)) for n in "vqk"]
                 block += [("attn_q_norm.weight", (ROWS, 64)), ("attn_v.bias", (ROWS,))]
-            block += [("attn_output.weight", (ROWS, width))]
+            if not linear:
+                block += [("attn_output.weight", (ROWS, width))]
+            if self.architecture == "gpt-oss":
+                block += [("attn_sinks.weight", (ROWS,)), ("ffn_gate_inp.bias", (self.experts,))]
+                block += [("ffn_down_exps.bias", (self.experts, width))]
             if self.experts:
                 stacked = (self.experts, ROWS)
                 block += [("ffn_gate_inp.weight", (self.experts, width))]
@@ -94,6 +105,14 @@ class Model:
             writer.add_expert_count(self.experts)
             writer.add_expert_used_count(2)
             writer.add_expert_feed_forward_length(self.inner)
+        if self.full_attention_interval > 1:
+            writer.add_full_attention_interval(self.full_attention_interval)
+            writer.add_rope_dimension_sections([11, 11, 10, 0])
+            writer.add_ssm_conv_kernel(4)
+            writer.add_ssm_group_count(1)
+            writer.add_ssm_time_step_rank(1)
+            writer.add_ssm_state_size(64)
+            writer.add_ssm_inner_size(64)
         for name, values in self.values().items():
             writer.add_tensor(name, values)
         writer.write_header_to_file()
@@ -136,6 +155,10 @@ MODELS = {
     "phi3, groups": Model("phi3", 40, 40, 10, 320, 512, fused=True),
     "smollm3": Model("smollm3", 36, 16, 4, 256, 512, tied=True),
     "granite": Model("granite", 40, 32, 8, 256, 512, tied=True),
+    "gpt-oss": Model("gpt-oss", 24, 64, 8, 320, 320, experts=32),
+    "gpt-oss, 8 experts": Model("gpt-oss", 12, 64, 8, 256, 256, experts=8),
+    "qwen35": Model("qwen35", 24, 8, 2, 256, 512, tied=True, full_attention_interval=4),
+    "qwen35, narrow": Model("qwen35", 32, 16, 4, 320, 96, full_attention_interval=4),
 }
 # llama.cpp has no type to fall back to where rows do not divide into blocks of 32.
 REFUSED = {"llama, odd widths": {"q8_0", "q5_0", "q5_1", "q4_0", "q4_1"}}

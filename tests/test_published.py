@@ -8,12 +8,12 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from helpers import tiny
+from helpers import QWEN3_5, tiny
 from mlx.utils import tree_flatten
 
+from mlxtune.export.source import open_source
 from mlxtune.layers.dense import dense_tensors
 from mlxtune.layers.inject import own_quantized_layers
-from mlxtune.models.folder import folder_tensors
 from mlxtune.models.load import load_model
 from mlxtune.models.resolve import ModelSource
 
@@ -30,7 +30,9 @@ def compare_with_mlx_lm(
     loaded = load_model(ModelSource("published", folder))
     own_quantized_layers(loaded.model, mx.float32)
     want = {tensor.name: tensor.source().load() for tensor in dense_tensors(loaded.model)}
-    got = {tensor.name: tensor for tensor in folder_tensors(folder, config)}
+    opened = open_source(str(folder))
+    assert {"vocab_size", "num_attention_heads"} <= opened.config.keys()
+    got = {tensor.name: tensor for tensor in opened.tensors()}
     assert got.keys() == want.keys()
     for name, values in want.items():
         assert got[name].shape == values.shape
@@ -60,4 +62,23 @@ def test_gpt_oss_in_four_bit_floats_with_gate_and_up_alternating(tmp_path, monke
             blocks = codes.view(mx.uint8).reshape(*scales.shape, 16)
             weights[f"{experts}.{projection}_blocks"] = blocks
             weights[f"{experts}.{projection}_scales"] = scales
+    compare_with_mlx_lm(tmp_path, config, weights, monkeypatch)
+
+
+def test_qwen3_5_beside_what_looks_at_images_and_what_predicts_further(tmp_path, monkeypatch):
+    text = tiny("qwen3_5", **QWEN3_5)
+    weights = {}
+    for name, values in tree_flatten(text.parameters()):
+        values = mx.random.normal(values.shape)
+        if name.endswith("conv1d.weight"):
+            values = values.moveaxis(2, 1)
+        weights[name.replace("language_model.model", "model.language_model")] = values
+    for name in ("model.visual.patch_embed.proj.weight", "mtp.norm.weight", "mtp.fc.weight"):
+        weights[name] = mx.zeros((4,))
+    config = {
+        "model_type": "qwen3_5",
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "text_config": text.args.text_config | {"model_type": "qwen3_5_text"},
+        "vision_config": {"depth": 1},
+    }
     compare_with_mlx_lm(tmp_path, config, weights, monkeypatch)

@@ -17,6 +17,7 @@ from mlxtune.errors import ExportError
 from mlxtune.files import atomic_files
 from mlxtune.gguf.architectures import Architecture, Config, for_config
 from mlxtune.gguf.heads import reordering
+from mlxtune.gguf.metadata import text_config
 
 _FUSE = "fuse it into the model instead: mlxtune export RUN, without --adapter-only"
 
@@ -33,7 +34,7 @@ def write_gguf_adapter(path: Path, adapter: SavedAdapter, config: Config) -> Non
         ExportError: llama.cpp has no such adapters, or not on these layers.
         StorageError: the disk refuses the write.
     """
-    entry = for_config(config)
+    entry, config = for_config(config), text_config(config)
     if adapter.kind != "lora":
         raise ExportError(
             "llama.cpp knows LoRA only, and this is a DoRA", where=adapter.where, remedy=_FUSE
@@ -43,9 +44,10 @@ def write_gguf_adapter(path: Path, adapter: SavedAdapter, config: Config) -> Non
         name = _tensor(entry, target, adapter, tied=bool(config.get("tie_word_embeddings")))
         a, b = (np.array(adapter.arrays[f"{target}.lora_{x}"].astype(mx.float32)) for x in "ab")
         b = b.T
+        a = a.T
         if heads := reordering(entry, f"{target}.weight", config):
-            b = heads.to_gguf(b)
-        tensors[f"{name}.lora_a"] = np.ascontiguousarray(a.T)
+            a, b = (heads.to_gguf(a), b) if heads.axis else (a, heads.to_gguf(b))
+        tensors[f"{name}.lora_a"] = np.ascontiguousarray(a)
         tensors[f"{name}.lora_b"] = np.ascontiguousarray(b)
     with atomic_files(path, overwrite=True) as folder:
         writer = gguf.GGUFWriter(folder / path.name, entry.name)
@@ -63,7 +65,7 @@ def write_gguf_adapter(path: Path, adapter: SavedAdapter, config: Config) -> Non
 
 def _tensor(entry: Architecture, target: str, adapter: SavedAdapter, *, tied: bool) -> str:
     name = entry.to_gguf_name(f"{target}.weight")
-    if name is None or (tied and target == "lm_head") or target == "model.embed_tokens":
+    if name in (None, "token_embd.weight") or (tied and name == "output.weight"):
         raise ExportError(
             f"llama.cpp has no place for an adapter of {target}",
             where=adapter.where,

@@ -24,7 +24,9 @@ from mlxtune.data.render import Renderer
 from mlxtune.data.sources import Source
 from mlxtune.errors import DataError, ExportError, OutputExists
 from mlxtune.gguf.architectures import for_config
+from mlxtune.gguf.heads import reordering
 from mlxtune.gguf.imatrix import read_imatrix, write_imatrix
+from mlxtune.gguf.metadata import text_config
 from mlxtune.gguf.mixing import FILE_TYPES
 from mlxtune.layers.inject import lora_layers, own_quantized_layers, projections
 from mlxtune.models.load import DTYPES, LoadedModel
@@ -156,7 +158,18 @@ def calibrate(
             progress(f"calibrating, {tokens:,} tokens")
     if not tokens:
         raise DataError("there is no text to calibrate on", where=str(data))
-    return Calibration(_single(sums), _single(counts), tokens)
+    return Calibration(_in_gguf_order(_single(sums), model.config), _single(counts), tokens)
+
+
+def _in_gguf_order(sums: dict[str, Floats], config: dict[str, Any]) -> dict[str, Floats]:
+    """Input features in the order of the columns that they meet in the file."""
+    entry = for_config(config)
+    if entry.tiled_values:
+        for name in sums:
+            order = reordering(entry, entry.to_hf_name(name) or "", text_config(config))
+            if order is not None and order.axis:
+                sums[name] = order.to_gguf(sums[name])
+    return sums
 
 
 def _single(values: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, Floats]:

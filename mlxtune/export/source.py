@@ -10,6 +10,7 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlxtune.gguf.metadata import text_config
 from mlxtune.gguf.model import read_config
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.gguf.sentencepiece import sentencepiece_metadata
@@ -67,12 +68,13 @@ def open_source(name: str) -> Convertible:
 
 def from_loaded(name: str, model: LoadedModel) -> Convertible:
     """A model that is loaded already, adapters and all; they are fused."""
+    config = text_config(model.config)
     return Convertible(
         name=name,
-        config=model.config,
+        config=config,
         dtype=model.stored_dtype,
         tokenizer=lambda: model.tokenizer,
-        vocabulary=_vocabulary(lambda: model.tokenizer, model.config, model.source.path),
+        vocabulary=_vocabulary(lambda: model.tokenizer, config, model.source.path),
         tensors=lambda: (tensor.source() for tensor in dense_tensors(model.model)),
         load=lambda: model,
     )
@@ -101,8 +103,8 @@ def _called(source: ModelSource) -> str:
 
 
 def _from_folder(source: ModelSource) -> Convertible:
-    config = model_config(source)
-    if "lm_head.weight" not in _headers(source.path):
+    config = text_config(model_config(source))
+    if not any(name.endswith("lm_head.weight") for name in _headers(source.path)):
         config.setdefault("tie_word_embeddings", True)
     tokenizer = cache(lambda: load_tokenizer(source))
     return Convertible(

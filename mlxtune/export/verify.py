@@ -14,8 +14,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from mlxtune.errors import ExportError
 from mlxtune.gguf.model import read_config
 from mlxtune.gguf.reader import GGUFFile
-from mlxtune.gguf.rope import ROPE_TENSORS
-from mlxtune.gguf.tensors import SourceTensor, gguf_tensors
+from mlxtune.gguf.tensors import SourceTensor, gguf_tensors, is_parameter
 from mlxtune.gguf.tokenizer import read_tokenizer
 
 # Twice what llama.cpp's own quantizers leave, as a share of the weights' size, on weights
@@ -85,7 +84,7 @@ def read_back(
     """
     file = GGUFFile(path)
     entry, config = read_config(file)
-    types = [info.type for name, info in file.tensors.items() if name not in ROPE_TENSORS]
+    types = [info.type for name, info in file.tensors.items() if is_parameter(name, config)]
     written = {
         tensor.name: (tensor, type_)
         for tensor, type_ in zip(gguf_tensors(file, entry, config), types, strict=True)

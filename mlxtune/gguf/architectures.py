@@ -8,13 +8,17 @@ with experts stacked.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from mlxtune.errors import ExportError, ModelError
 
 Config = dict[str, Any]
+Values = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,20 @@ class Field:
 
 
 @dataclass(frozen=True)
+class Change:
+    """What is done to a parameter's values on the way to GGUF, and on the way back.
+
+    Attributes:
+        to_gguf, to_hf: of values in float32.
+        axes: how many axes of length 1 GGUF leaves out at the end.
+    """
+
+    to_gguf: Callable[[Values], Values]
+    to_hf: Callable[[Values], Values]
+    axes: int = 0
+
+
+@dataclass(frozen=True)
 class Architecture:
     """How one family of models is written in GGUF.
 
@@ -49,8 +67,13 @@ class Architecture:
         rotary_interleaved: llama.cpp rotates adjacent pairs for this architecture, so
             rows of q and k are reordered from the half-split order of HF.
         rope_dimension: whether the metadata carries the number of rotated dimensions.
+        rope_sections: rotated pairs that go by time, height and width, where config.json
+            does not say; where there are any, it keeps the rotation in `rope_parameters`.
+        tiled_values: llama.cpp has the value heads of linear attention that share a key
+            head apart, so that key heads repeat as a whole; in HF they are neighbours.
         own_head_dim: mlx-lm's class reads `head_dim`; others divide the width by the heads.
-        norm_offset: what llama.cpp's norm weights are more than HF's.
+        prefix: what mlx-lm has before the names of all parameters.
+        changes: end of a parameter's name to what is done to its values.
         fixed: keys of config.json whose value llama.cpp takes for granted.
         layers: a key of config.json with a value for each layer, and what llama.cpp takes
             these to be, over and over.
@@ -64,13 +87,17 @@ class Architecture:
     fields: tuple[Field, ...] = ()
     rotary_interleaved: bool = False
     rope_dimension: bool = False
+    rope_sections: tuple[int, ...] = ()
+    tiled_values: bool = False
     own_head_dim: bool = True
-    norm_offset: float = 0.0
+    prefix: str = ""
+    changes: Mapping[str, Change] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     layers: tuple[str, tuple[Any, ...]] | None = None
 
     def to_gguf_name(self, hf_name: str) -> str | None:
         """`model.layers.3.mlp.up_proj.weight` to `blk.3.ffn_up.weight`; None if unknown."""
+        hf_name = hf_name.removeprefix(self.prefix)
         module, _, kind = hf_name.rpartition(".")
         if module in GLOBAL_NAMES:
             return f"{GLOBAL_NAMES[module]}.{kind}"
@@ -88,15 +115,15 @@ class Architecture:
         module, _, kind = gguf_name.rpartition(".")
         for hf, name in GLOBAL_NAMES.items():
             if name == module:
-                return f"{hf}.{kind}"
+                return f"{self.prefix}{hf}.{kind}"
         if gguf_name.startswith("blk."):
             number, _, rest = gguf_name.removeprefix("blk.").partition(".")
             for hf, name in self.parameters.items():
                 if name == rest:
-                    return f"model.layers.{number}.{hf}"
+                    return f"{self.prefix}model.layers.{number}.{hf}"
             for hf, name in self.blocks.items():
                 if f"{name}.{kind}" == rest:
-                    return f"model.layers.{number}.{hf}.{kind}"
+                    return f"{self.prefix}model.layers.{number}.{hf}.{kind}"
         return None
 
     def per_layer(self, layers: int) -> Config:
@@ -106,9 +133,9 @@ class Architecture:
         key, values = self.layers
         return {key: [values[i % len(values)] for i in range(layers)]}
 
-    def offset(self, hf_name: str) -> float:
-        """What this tensor's values are more in GGUF."""
-        return self.norm_offset if hf_name.endswith("norm.weight") else 0.0
+    def change(self, hf_name: str) -> Change | None:
+        """What is done to this parameter's values; None if nothing is."""
+        return next((c for end, c in self.changes.items() if hf_name.endswith(end)), None)
 
 
 # HF module to GGUF tensor.
@@ -160,6 +187,19 @@ _PHI3 = {
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+
+_GATED_DELTA_NET = {
+    "linear_attn.in_proj_qkv": "attn_qkv",
+    "linear_attn.in_proj_z": "attn_gate",
+    "linear_attn.in_proj_a": "ssm_alpha",
+    "linear_attn.in_proj_b": "ssm_beta",
+    "linear_attn.conv1d": "ssm_conv1d",
+    "linear_attn.norm": "ssm_norm",
+    "linear_attn.out_proj": "ssm_out",
+}
+_ONE_MORE = Change(lambda x: x + np.float32(1), lambda x: x - np.float32(1))
+_DECAY = Change(lambda x: -np.exp(x), lambda x: np.log(-x))
+_DEPTHWISE = Change(lambda x: x[..., 0], lambda x: x[..., None], axes=1)
 
 _VOCABULARY = Field("vocab_size", "vocab_size")
 COMMON = (
@@ -216,7 +256,7 @@ ARCHITECTURES = (
             Field("final_logit_softcapping", "final_logit_softcapping", float, 30.0),
             Field("attention.sliding_window", "sliding_window", int, 4096),
         ),
-        norm_offset=1.0,
+        changes={"norm.weight": _ONE_MORE},
     ),
     Architecture(
         name="gemma3",
@@ -227,7 +267,7 @@ ARCHITECTURES = (
             Field("attention.sliding_window", "sliding_window", int, 512),
             Field("rope.freq_base_swa", "rope_local_base_freq", float, 10_000.0),
         ),
-        norm_offset=1.0,
+        changes={"norm.weight": _ONE_MORE},
         fixed={"sliding_window_pattern": 6},
     ),
     Architecture(
@@ -288,6 +328,32 @@ ARCHITECTURES = (
         ),
         fixed={"tie_word_embeddings": False, "swiglu_limit": 7.0},
         layers=("layer_types", ("sliding_attention", "full_attention")),
+    ),
+    Architecture(
+        name="qwen35",
+        model_types=("qwen3_5",),
+        hf_class="Qwen3_5ForCausalLM",
+        blocks=_ATTENTION
+        | {"post_attention_layernorm": "post_attention_norm"}
+        | _NORMED_HEADS
+        | _MLP
+        | _GATED_DELTA_NET,
+        parameters={"linear_attn.A_log": "ssm_a", "linear_attn.dt_bias": "ssm_dt.bias"},
+        fields=(
+            Field("full_attention_interval", "full_attention_interval", int, 4),
+            Field("ssm.conv_kernel", "linear_conv_kernel_dim"),
+            Field("ssm.group_count", "linear_num_key_heads"),
+            Field("ssm.time_step_rank", "linear_num_value_heads"),
+            Field("ssm.state_size", "linear_key_head_dim"),
+            Field("ssm.state_size", "linear_value_head_dim"),
+        ),
+        rope_dimension=True,
+        rope_sections=(11, 11, 10),
+        tiled_values=True,
+        prefix="language_model.",
+        changes={"A_log": _DECAY, "conv1d.weight": _DEPTHWISE},
+        fixed={"full_attention_interval": 4, "attention_bias": False, "attn_output_gate": True},
+        layers=("layer_types", (*["linear_attention"] * 3, "full_attention")),
     ),
 )
 

@@ -9,6 +9,19 @@ import numpy as np
 from mlxtune.errors import ExportError, ModelError
 from mlxtune.gguf.architectures import COMMON, Architecture, Config
 
+# Layers of the largest model of either family, which scales scores by another size.
+_LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}
+
+
+def text_config(config: Config) -> Config:
+    """The language model's part of a config.json that speaks of images too."""
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        return config
+    kept = {key: value for key, value in config.items() if not key.endswith("_config")}
+    packed = {k: config[k] for k in ("quantization_config",) if k in config}
+    return kept | text | packed | {"model_type": config["model_type"]}
+
 
 def metadata(entry: Architecture, config: Config) -> dict[str, int | float]:
     """Metadata keys of `entry` from a config.json, rotation aside (`gguf.rope`).
@@ -24,12 +37,19 @@ def metadata(entry: Architecture, config: Config) -> dict[str, int | float]:
             value = shared.default
         if value is None:
             raise ExportError(f"the model's config has no {shared.config!r}", where="config.json")
-        values[shared.key] = shared.kind(value)
+        if values.setdefault(shared.key, shared.kind(value)) != value:
+            raise ExportError(
+                f"llama.cpp has one {shared.key} for {entry.name} models; this one has "
+                f"{values[shared.key]} and {value}",
+                where=f"config.json: {shared.config}",
+            )
     heads = int(values["attention.head_count"])
     values["attention.head_count_kv"] = int(config.get("num_key_value_heads") or heads)
     if entry.own_head_dim and config.get("head_dim"):
         values["attention.key_length"] = int(config["head_dim"])
         values["attention.value_length"] = int(config["head_dim"])
+    if "ssm.state_size" in values:
+        values["ssm.inner_size"] = values["ssm.time_step_rank"] * values["ssm.state_size"]
     return {f"{entry.name}.{key}": value for key, value in values.items()}
 
 
@@ -57,9 +77,8 @@ def _refuse_unlike(entry: Architecture, config: Config) -> None:
                 f"has {config[key]}",
                 where=f"config.json: {key}",
             )
-    if (scalar := config.get("query_pre_attn_scalar")) is not None and entry.norm_offset:
-        # The largest model of either family divides by the square root of another size.
-        largest = {"gemma2": 46, "gemma3": 62}[entry.name]
+    scalar, largest = config.get("query_pre_attn_scalar"), _LARGEST_GEMMA.get(entry.name)
+    if scalar is not None and largest:
         own = int(config["hidden_size"]) // int(config["num_attention_heads"])
         wanted = own if layers == largest else head_dim(entry, config)
         if scalar != wanted:
@@ -106,16 +125,30 @@ def config_from_metadata(entry: Architecture, meta: dict[str, Any], *, tied: boo
             config[shared.config] = int(get(shared.key, shared.default))
         else:
             config[shared.config] = count(shared.key)
+    config["num_hidden_layers"] -= predicting_blocks(entry, meta)
     heads = config["num_attention_heads"]
     config["num_key_value_heads"] = count("attention.head_count_kv", heads)
     if entry.own_head_dim:
         config["head_dim"] = count("attention.key_length", config["hidden_size"] // heads)
-    if entry.norm_offset:
-        largest = {"gemma2": 46, "gemma3": 62}[entry.name]
+    if largest := _LARGEST_GEMMA.get(entry.name):
         own = config["hidden_size"] // heads
         at_largest = config["num_hidden_layers"] == largest
         config["query_pre_attn_scalar"] = own if at_largest else config["head_dim"]
-    return config | dict(entry.fixed) | entry.per_layer(config["num_hidden_layers"])
+    return config | dict(entry.fixed)
+
+
+def predicting_blocks(entry: Architecture, meta: dict[str, Any]) -> int:
+    """How many blocks behind the last of a GGUF predict further tokens (MTP).
+
+    Raises:
+        ModelError: not even one is left before them.
+    """
+    count = meta.get(f"{entry.name}.nextn_predict_layers", 0)
+    if type(count) is not int or not 0 <= count < meta[f"{entry.name}.block_count"]:
+        raise ModelError(
+            f"the GGUF's metadata says that {entry.name}.nextn_predict_layers is {count!r}"
+        )
+    return count
 
 
 def shortest(value: float) -> float:

@@ -29,7 +29,7 @@ _FALLBACK = {
 }
 
 # Matrices that stay float32: they are small, and much hangs on them.
-_KEPT = re.compile(r"_norm\.weight$|ffn_gate_inp\.weight$")
+_KEPT = re.compile(r"_norm\.weight$|ffn_gate_inp\.weight$|ssm_conv1d")
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from mlxtune.gguf.architectures import (
     for_gguf,
 )
 from mlxtune.gguf.heads import reordering
-from mlxtune.gguf.metadata import config_from_metadata
+from mlxtune.gguf.metadata import config_from_metadata, predicting_blocks
 from mlxtune.gguf.reader import GGUFFile, damaged
-from mlxtune.gguf.rope import ROPE_TENSORS, rope_config
-from mlxtune.gguf.tensors import PLAIN, expanded, parameter_name, unreadable
+from mlxtune.gguf.rope import rope_config
+from mlxtune.gguf.tensors import PLAIN, expanded, is_parameter, parameter_name, unreadable
 from mlxtune.gguf.unpack import GROUP_SIZE, affine, affine_form
 
 
@@ -57,9 +57,11 @@ def read_config(file: GGUFFile) -> tuple[Architecture, Config]:
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise damaged(file.path, f"the metadata of its model makes no sense: {error}") from None
     blocks = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
-    if (count := config["num_hidden_layers"]) != len(blocks):
+    count = config["num_hidden_layers"] + predicting_blocks(entry, file.metadata)
+    if count != len(blocks):
         # Said to be billions, they would be built before anyone misses their tensors.
         raise damaged(file.path, f"it has tensors of {len(blocks)} blocks and speaks of {count}")
+    config |= entry.per_layer(config["num_hidden_layers"])
     config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
     return entry, config
@@ -76,7 +78,7 @@ def read_model(file: GGUFFile) -> GGUFModel:
     packing: dict[str, dict[str, int]] = {}
     wide: list[str] = []
     for name, info in file.tensors.items():
-        if name in ROPE_TENSORS:
+        if not is_parameter(name, config):
             continue
         hf_name = parameter_name(file, entry, name)
         path = hf_name.removesuffix(".weight")
@@ -98,10 +100,10 @@ def read_packing(file: GGUFFile) -> dict[str, tuple[int, Any]]:
 
     From the header alone.
     """
-    entry, _ = read_config(file)
+    entry, config = read_config(file)
     packing = {}
     for name, info in file.tensors.items():
-        if name not in ROPE_TENSORS and (form := affine_form(info.type)):
+        if is_parameter(name, config) and (form := affine_form(info.type)):
             packing[parameter_name(file, entry, name).removesuffix(".weight")] = form
     return packing
 
@@ -120,8 +122,8 @@ def _arrays(
     def shaped(rows: np.ndarray[Any, Any]) -> mx.array:
         return mx.array(ordered(rows.reshape(*info.shape[:-1], -1)))
 
-    if offset := entry.offset(hf_name):
-        yield "", mx.array(expanded(data, info.type) - np.float32(offset)), 0
+    if change := entry.change(hf_name):
+        yield "", mx.array(ordered(change.to_hf(expanded(data, info.type)))), 0
     elif info.type == Type.BF16:
         yield "", mx.array(ordered(data)).view(mx.bfloat16), 0
     elif info.type in PLAIN:

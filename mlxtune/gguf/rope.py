@@ -26,14 +26,20 @@ LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 ROPE_TENSORS = (FREQUENCIES, LONG, SHORT)
 
 
-def rope_metadata(entry: Architecture, config: Config) -> dict[str, int | float | str]:
+def rope_metadata(entry: Architecture, config: Config) -> dict[str, int | float | str | list[int]]:
     """Metadata of the rotation.
 
     Raises:
         ExportError: the config scales it in a way that llama.cpp does not know for this
             architecture.
     """
-    values: dict[str, int | float | str] = {"rope.freq_base": theta(config)}
+    values: dict[str, int | float | str | list[int]] = {"rope.freq_base": theta(config)}
+    if entry.rope_sections:
+        parameters = config.get("rope_parameters")
+        if not parameters:
+            raise ExportError("the model's config has no 'rope_parameters'", where="config.json")
+        sections = [*(parameters.get("mrope_section") or entry.rope_sections), 0, 0]
+        values["rope.dimension_sections"] = sections[:4]
     if entry.rope_dimension:
         values["rope.dimension_count"] = rotated_dimensions(entry, config)
     kind, scaling = _scaling(config)
@@ -117,6 +123,10 @@ def rope_config(entry: Architecture, file: GGUFFile, config: Config) -> Config:
             where=str(file.path),
             remedy="use the model's safetensors folder or hub id",
         )
+    if entry.rope_sections:
+        parameters = {"rope_type": "default"} | said.pop("rope_scaling", {}) | said
+        sections = meta.get("rope.dimension_sections", entry.rope_sections)
+        return {"rope_parameters": parameters | {"mrope_section": list(sections[:3])}}
     return said
 
 
@@ -128,7 +138,10 @@ def theta(config: Config) -> float:
 
 def rotated_dimensions(entry: Architecture, config: Config) -> int:
     """How many dimensions of a head are rotated."""
-    return int(head_dim(entry, config) * config.get("partial_rotary_factor", 1.0))
+    share = config.get("partial_rotary_factor", 1.0)
+    if entry.rope_sections:
+        share = (config.get("rope_parameters") or {}).get("partial_rotary_factor", 0.25)
+    return int(head_dim(entry, config) * share)
 
 
 _LONGROPE = ("longrope", "su")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -35,15 +36,30 @@ class SourceTensor:
 
 
 def gguf_tensors(file: GGUFFile, entry: Architecture, config: Config) -> Iterator[SourceTensor]:
-    """Every parameter of a GGUF file; those that it keeps of its rotation are left out.
+    """Every parameter of a GGUF file.
 
     Raises:
         ModelError: a tensor is not part of the architecture.
     """
     for name, info in file.tensors.items():
-        if name not in ROPE_TENSORS:
+        if is_parameter(name, config):
             hf_name = parameter_name(file, entry, name)
-            yield SourceTensor(hf_name, info.shape, _loader(file, name, hf_name, entry, config))
+            change = entry.change(hf_name)
+            shape = (*info.shape, *(1,) * (change.axes if change else 0))
+            yield SourceTensor(hf_name, shape, _loader(file, name, hf_name, entry, config))
+
+
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+
+
+def is_parameter(name: str, config: Config) -> bool:
+    """Whether a tensor of a GGUF file is one of the model.
+
+    Others belong to its rotation, or to blocks behind the last that predict further tokens.
+    """
+    block = _BLOCK.match(name)
+    behind = block is not None and int(block[1]) >= config["num_hidden_layers"]
+    return name not in ROPE_TENSORS and not behind
 
 
 def parameter_name(file: GGUFFile, entry: Architecture, name: str) -> str:
@@ -66,12 +82,12 @@ def _loader(
     def load() -> npt.NDArray[np.float32]:
         try:
             values = expanded(file.read(name), file.tensors[name].type)
+            if change := entry.change(hf_name):
+                values = change.to_hf(values)
             if heads := reordering(entry, hf_name, config):
                 values = heads.to_hf(values)
         except (ValueError, NotImplementedError) as error:
             raise unreadable(file, name, error) from None
-        if offset := entry.offset(hf_name):
-            values = values - np.float32(offset)
         return values
 
     return load

@@ -78,9 +78,10 @@ def write_gguf(
     facts = metadata(entry, config) | rope_metadata(entry, config) | tokenizer
     sources = [*_rope_sources(entry, config), *tensors]
     names = [_gguf_name(entry, source.name) for source in sources]
+    shapes = [_gguf_shape(entry, source) for source in sources]
     types = tensor_types(
         file_type,
-        [(name, source.shape) for name, source in zip(names, sources, strict=True)],
+        list(zip(names, shapes, strict=True)),
         architecture=entry.name,
         layers=int(config["num_hidden_layers"]),
         heads=int(config["num_attention_heads"]),
@@ -99,8 +100,8 @@ def write_gguf(
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in facts.items():
             _add(writer, key, value)
-        for source, gguf_name, type_ in zip(sources, names, types, strict=True):
-            _announce(writer, gguf_name, source.shape, type_)
+        for gguf_name, shape, type_ in zip(names, shapes, types, strict=True):
+            _announce(writer, gguf_name, shape, type_)
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -125,8 +126,8 @@ def _encoded(
     values = source.load()
     if heads := reordering(entry, source.name, config):
         values = heads.to_gguf(values)
-    if offset := entry.offset(source.name):
-        values = values + np.float32(offset)
+    if change := entry.change(source.name):
+        values = change.to_gguf(values)
     try:
         return encode(values, type_, importance)
     except ExportError as error:
@@ -189,6 +190,11 @@ def _gguf_name(entry: Architecture, hf_name: str) -> str:
             remedy="`mlxtune fuse` writes any model as safetensors",
         )
     return name
+
+
+def _gguf_shape(entry: Architecture, source: SourceTensor) -> tuple[int, ...]:
+    change = entry.change(source.name)
+    return source.shape[: len(source.shape) - change.axes] if change else source.shape
 
 
 def _announce(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], type_: Type) -> None:

@@ -101,7 +101,7 @@ def _left_out(name: str, stored: dict[str, StoredTensor], config: dict[str, Any]
     if name.endswith("_scales"):
         return f"{name.removesuffix('_scales')}_blocks" in stored
     tied = config.get("tie_word_embeddings", False)
-    return kind == "inv_freq" or (tied and module == "lm_head")
+    return kind == "inv_freq" or (tied and module.endswith("lm_head"))
 
 
 def _scales_of_blocks(name: str) -> str:

@@ -26,9 +26,8 @@ def as_in_mlx_lm(tensors: Iterable[SourceTensor], config: dict[str, Any]) -> Ite
         tensors: as published, or as mlx-lm keeps them already.
         config: its config.json.
     """
-    change = _FAMILIES.get(str(config.get("model_type")))
-    for tensor in tensors:
-        yield from change(tensor) if change else (tensor,)
+    family = _FAMILIES.get(str(config.get("model_type")))
+    yield from family(tensors) if family else tensors
 
 
 def mxfp4_experts(blocks: StoredTensor, scales: StoredTensor) -> SourceTensor:
@@ -57,21 +56,61 @@ _GATE_AND_UP = re.compile(r"^(.*\.experts)\.gate_up_proj(?:\.(weight)|_(bias))$"
 _DOWN_BIAS = re.compile(r"^(.*\.experts\.down_proj)_bias$")
 
 
-def _gpt_oss(tensor: SourceTensor) -> Iterator[SourceTensor]:
+def _gpt_oss(tensors: Iterable[SourceTensor]) -> Iterator[SourceTensor]:
     """Rows of experts' gate and up alternate."""
-    if both := _GATE_AND_UP.match(tensor.name):
-        experts, kind = both[1], both[2] or both[3]
-        shape = (tensor.shape[0], tensor.shape[1] // 2, *tensor.shape[2:])
-        for first, name in enumerate(("gate_proj", "up_proj")):
-            yield SourceTensor(f"{experts}.{name}.{kind}", shape, _every_second(tensor, first))
-    elif bias := _DOWN_BIAS.match(tensor.name):
-        yield SourceTensor(f"{bias[1]}.bias", tensor.shape, tensor.load)
-    else:
-        yield tensor
+    for tensor in tensors:
+        if both := _GATE_AND_UP.match(tensor.name):
+            experts, kind = both[1], both[2] or both[3]
+            shape = (tensor.shape[0], tensor.shape[1] // 2, *tensor.shape[2:])
+            for first, name in enumerate(("gate_proj", "up_proj")):
+                load = _every_second(tensor, first)
+                yield SourceTensor(f"{experts}.{name}.{kind}", shape, load)
+        elif bias := _DOWN_BIAS.match(tensor.name):
+            yield SourceTensor(f"{bias[1]}.bias", tensor.shape, tensor.load)
+        else:
+            yield tensor
 
 
 def _every_second(tensor: SourceTensor, first: int) -> Callable[[], Values]:
     return lambda: np.ascontiguousarray(tensor.load()[:, first::2])
 
 
-_FAMILIES: dict[str, Callable[[SourceTensor], Iterable[SourceTensor]]] = {"gpt_oss": _gpt_oss}
+_LANGUAGE = "language_model."
+_LEFT_OUT = re.compile(r"^vision_tower|^model\.visual|(^|\.)mtp\.")
+_LESS_ONE = re.compile(
+    r"\.(input_layernorm|post_attention_layernorm|[qk]_norm|model\.norm)\.weight$"
+)
+
+
+def _qwen3_5(tensors: Iterable[SourceTensor]) -> Iterator[SourceTensor]:
+    """Without what looks at images and what predicts further tokens.
+
+    Norms are published less one, and convolutions with their axes in another order: mlx-lm
+    takes the one for a sign of the other.
+    """
+    tensors = [tensor for tensor in tensors if not _LEFT_OUT.search(tensor.name)]
+    published = any(t.name.endswith("conv1d.weight") and t.shape[-1] != 1 for t in tensors)
+    for tensor in tensors:
+        name = tensor.name.replace("model.language_model.", f"{_LANGUAGE}model.")
+        name = name if name.startswith(_LANGUAGE) else _LANGUAGE + name
+        if published and name.endswith("conv1d.weight"):
+            channels, _, width = tensor.shape
+            yield SourceTensor(name, (channels, width, 1), _moved(tensor))
+        elif published and _LESS_ONE.search(name):
+            yield SourceTensor(name, tensor.shape, _one_more(tensor))
+        else:
+            yield SourceTensor(name, tensor.shape, tensor.load)
+
+
+def _moved(tensor: SourceTensor) -> Callable[[], Values]:
+    return lambda: np.ascontiguousarray(np.moveaxis(tensor.load(), 2, 1))
+
+
+def _one_more(tensor: SourceTensor) -> Callable[[], Values]:
+    return lambda: tensor.load() + np.float32(1)
+
+
+_FAMILIES: dict[str, Callable[[Iterable[SourceTensor]], Iterator[SourceTensor]]] = {
+    "gpt_oss": _gpt_oss,
+    "qwen3_5": _qwen3_5,
+}
