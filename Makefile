@@ -22,10 +22,9 @@ quickstart: $(VENV)/.installed
 	$(BIN)/mlxtune eval runs/quickstart --samples 6
 	$(BIN)/mlxtune export runs/quickstart --overwrite
 
-# Outside of products MLX keeps one core of a CPU busy: two processes with a thread each.
+# Outside of products MLX keeps one core of a CPU busy, so two processes.
 test: $(VENV)/.tested
-	MKL_NUM_THREADS=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
-		$(BIN)/python -m mlxtune.device $(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m mlxtune.device $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: $(VENV)/.tested
 	$(BIN)/ruff check .

@@ -28,7 +28,7 @@ TEMPLATE = (
 
 def mlxtune(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run the program: on Linux in a fork, which spares its imports."""
-    if sys.platform != "linux" or environment() != _environment_of_forks():
+    if sys.platform != "linux" or environment() != _OF_FORKS:
         return mlxtune_afresh(*arguments, cwd=cwd)
     forks = _forks()
     with tempfile.TemporaryDirectory() as folder:
@@ -72,16 +72,15 @@ def environment() -> dict[str, str]:
     return kept | own | {"PYTHONPATH": path}
 
 
-@cache
-def _environment_of_forks() -> dict[str, str]:
-    return environment()
+# Before any test has changed it.
+_OF_FORKS = environment()
 
 
 @cache
 def _forks() -> subprocess.Popen[str]:
     forks = subprocess.Popen(
         [sys.executable, "-c", "import forks; forks.serve()"],
-        env=_environment_of_forks(),
+        env=_OF_FORKS,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
