@@ -183,7 +183,7 @@ def written(name: str, tokenizer, place: Path, *, plain=False) -> tuple[Path, li
     """
     config = config_of(name) | ({"rope_scaling": None} if plain else {})
     tokens = tokenizer.encode(TEXT)
-    steps, rate = TRAINING.get(name, (20, 1e-2))
+    steps, rate = TRAINING.get(name, (30, 1e-2))
     model = trained(config, tokens, steps, rate)
     folder = place / "model"
     folder.mkdir()
