@@ -22,9 +22,8 @@ quickstart: $(VENV)/.installed
 	$(BIN)/mlxtune eval runs/quickstart --samples 6
 	$(BIN)/mlxtune export runs/quickstart --overwrite
 
-# Outside of products MLX keeps one core of a CPU busy, so two processes.
 test: $(VENV)/.tested
-	$(BIN)/python -m mlxtune.device $(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m mlxtune.device $(BIN)/python -m pytest
 
 check: $(VENV)/.tested
 	$(BIN)/ruff check .

