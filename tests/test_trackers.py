@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
+import time
 
 import pytest
 from cli_tools import mlxtune
@@ -217,7 +218,11 @@ def test_wandb_offline(recipe, tmp_path, monkeypatch):
     [folder] = (run.path / "wandb").glob("offline-run-*")
     assert folder.name.endswith(run.status()["trackers"]["wandb"])
     [log] = folder.glob("*.wandb")
-    records = list(wandb_records(log))
+    # wandb writes in a process of its own, which on a busy machine comes after us.
+    until = time.monotonic() + 20
+    while not any(r.HasField("exit") for r in (records := list(wandb_records(log)))):
+        assert time.monotonic() < until, "wandb has not written the end"
+        time.sleep(0.2)
     got: dict[str, dict[int, float]] = {}
     for record in records:
         items = {item.nested_key[0]: float(item.value_json) for item in record.history.item}
