@@ -220,9 +220,10 @@ def test_wandb_offline(recipe, tmp_path, monkeypatch):
     [log] = folder.glob("*.wandb")
     # wandb writes in a process of its own, which on a busy machine comes after us.
     until = time.monotonic() + 20
-    while not any(r.HasField("exit") for r in (records := list(wandb_records(log)))):
+    while not any(record.HasField("exit") for record in wandb_records(log)):
         assert time.monotonic() < until, "wandb has not written the end"
         time.sleep(0.2)
+    records = list(wandb_records(log))
     got: dict[str, dict[int, float]] = {}
     for record in records:
         items = {item.nested_key[0]: float(item.value_json) for item in record.history.item}
