@@ -1,10 +1,11 @@
 """How a step's time and memory grow with the length of a row and with the rank of the adapter.
 
-    python -m mlxtune.device python benchmarks/growth.py PAIRS.jsonl
+    python -m mlxtune.device python benchmarks/growth.py PAIRS.jsonl [--lengths 256 512] [--ranks]
 
 SmolLM2-135M in float32, LoRA on all layers, one row of running text to a step, every token
 of it trained, nothing computed twice. Each point is a process of its own; its time is the
-median of its turns. Prints two tables and keeps them in benchmarks/results/.
+median of its turns. Prints two tables and keeps them in benchmarks/results/, point by point:
+the longest rows take minutes a step on a CPU, and points can be measured a few at a time.
 """
 
 from __future__ import annotations
@@ -80,18 +81,26 @@ def table(points: list[dict[str, Any]], key: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pairs", type=Path)
+    parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS)
+    parser.add_argument("--ranks", type=int, nargs="*", default=RANKS)
     parser.add_argument("--models", type=Path, default=HERE.parent / ".cache" / "benchmarks")
     given = parser.parse_args()
     make_models(given.models)
     model = given.models / "smollm2"
-    by_length = [measure(model, given.pairs, length, AT_RANK) for length in LENGTHS]
-    by_rank = [measure(model, given.pairs, AT_LENGTH, rank) for rank in RANKS]
     device = device_name()
     name = "".join(c if c.isalnum() else "-" for c in device.lower()).strip("-")
-    figures = {"benchmark": "growth", "device": device, "length": by_length, "rank": by_rank}
     path = HERE / "results" / f"growth-{name}.json"
-    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    print(table(by_length, "tokens"), table(by_rank, "rank"), sep="\n\n")
+    figures: dict[str, Any] = {"benchmark": "growth", "device": device, "length": [], "rank": []}
+    if path.exists():
+        figures = json.loads(path.read_text(encoding="utf-8"))
+    wanted = [("length", "tokens", length, AT_RANK) for length in given.lengths]
+    wanted += [("rank", "rank", AT_LENGTH, rank) for rank in given.ranks]
+    for table_of, key, length, rank in wanted:
+        point = measure(model, given.pairs, length, rank)
+        others = [p for p in figures[table_of] if p[key] != point[key]]
+        figures[table_of] = sorted([*others, point], key=lambda p, key=key: p[key])
+        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    print(table(figures["length"], "tokens"), table(figures["rank"], "rank"), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -138,6 +138,7 @@ def test_no_more_than_a_chunk_of_logits_exists_at_once():
 def test_a_models_loss_is_that_of_each_sample_alone(made, trained, monkeypatch):
     """In chunks, and for a head that is trained itself without them, exactly."""
     monkeypatch.setattr(step, "LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(step, "LEAST_ROWS", 32)
     model = made()
     enable_packs(model)
     with_adapters(model, [p for p in projections(model) if p != "lm_head"])
@@ -149,7 +150,7 @@ def test_a_models_loss_is_that_of_each_sample_alone(made, trained, monkeypatch):
     samples = random_samples((40, 12, 31, 19, 50, 22, 14, 61), prefix=9, untrained=10)
     model.train()
     loss, arrays = LossFunction(model), batch_arrays(batch := pack(samples))
-    assert batch.targets.size > 2 * step.TARGET_STEP
+    assert batch.targets.size > 2 * step.LEAST_ROWS
     value, gradients = value_and_gradients(model, lambda: loss(arrays, batch.prefix, batch.packed))
     expected, wanted = value_and_gradients(model, lambda: loss_of_each_alone(model, samples))
     assert value == pytest.approx(expected, rel=1e-5)

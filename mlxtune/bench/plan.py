@@ -18,7 +18,7 @@ from mlxtune.bench.depth import StepEstimator
 from mlxtune.bench.lengths import Lengths, lengths_of_recipe
 from mlxtune.bench.machine import Machine
 from mlxtune.data.batches import Part, Plan
-from mlxtune.data.pack import TARGET_STEP, Batch
+from mlxtune.data.pack import Batch
 from mlxtune.data.render import Sample
 from mlxtune.device import as_on_gpu
 from mlxtune.errors import ModelError
@@ -31,7 +31,7 @@ from mlxtune.models.skeleton import Config, Forms
 from mlxtune.recipe.schema import Recipe, TrainSection
 from mlxtune.train.memory import GB
 from mlxtune.train.model import layout_for
-from mlxtune.train.step import LOGITS_AT_ONCE
+from mlxtune.train.step import rows_to_a_chunk
 
 # Steps that are looked at to know an average one.
 _STEPS = 8
@@ -352,8 +352,7 @@ def _candidates(recipe: Recipe) -> Iterator[tuple[dict[str, Any], str]]:
 def _logits_bytes(config: Config, batch: Batch) -> int:
     """Of a chunk of the loss: the logits, their powers and their gradient in float32."""
     vocabulary = int(config.get("vocab_size") or 0)
-    rows = max(TARGET_STEP, LOGITS_AT_ONCE // max(1, vocabulary))
-    return 3 * 4 * min(rows, len(batch.targets)) * vocabulary
+    return 3 * 4 * min(rows_to_a_chunk(vocabulary), len(batch.targets)) * vocabulary
 
 
 def _cut(sample: Sample, limit: int) -> Sample:
