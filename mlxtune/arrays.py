@@ -80,27 +80,26 @@ def custom_gradient(vjp: Function) -> Callable[[Function], Function]:
 
 
 def checkpoint(function: Function) -> Function:
-    """`mx.checkpoint` that can be looked into: keep the arguments, compute again for gradients.
+    """Keep only the arguments, and compute again what the gradient needs.
+
+    Not before the gradient gets there: `mx.checkpoint` waits for the function's result alone,
+    so that MLX computes again, and keeps, what its turn has not come for yet.
 
     Args:
         function: of trees of arrays, to one array.
     """
-    own = mx.checkpoint(function)
 
     def call(*args: Any) -> Any:
-        interceptor = _interceptor.get()
-        if interceptor is None:
-            return own(*args)
         leaves = tuple(flat(args).values())
 
         def of_leaves(*arrays: mx.array) -> Any:
             each = iter(arrays)
             return function(*tree_map(lambda _: next(each), args))
 
-        def vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
-            return mx.vjp(of_leaves, mx.depends(list(primals), [output]), [cotangent])[1]
+        def vjp(primals: Any, cotangent: mx.array, _output: mx.array) -> Any:
+            return mx.vjp(of_leaves, list(primals), [cotangent])[1]
 
-        return interceptor(of_leaves, vjp, leaves)
+        return custom_gradient(vjp)(of_leaves)(*leaves)
 
     return call
 

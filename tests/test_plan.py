@@ -129,6 +129,17 @@ def test_gradients_of_adapters_are_computed_layer_by_layer():
     assert twice < 0.5 * kept
 
 
+def test_a_checkpointed_block_keeps_its_input_and_nothing_else():
+    recipe, batch, peaks = recipe_of(lora={"rank": 1}), pack(samples_of((1000,))), []
+    for blocks in (6, 14):
+        model = StepModel(recipe, LLAMA | {"num_hidden_layers": blocks}, None, "float32")
+        model.materialize()
+        gc.collect()
+        own = mx.get_active_memory()
+        peaks.append(model.measure(batch, range(blocks), steps=2).peak - own)
+    assert (peaks[1] - peaks[0]) / 8 == pytest.approx(1000 * 256 * 4, rel=0.2)
+
+
 def test_a_function_with_a_gradient_of_its_own_is_traced_with_it():
     @custom_gradient(lambda x, cotangent, _y: cotangent @ mx.ones((8, 3)))
     def project(x):

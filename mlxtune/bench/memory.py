@@ -63,8 +63,9 @@ class _Array:
 
     @property
     def in_order(self) -> bool:
-        """Whether it lies as its axes go."""
-        return self.strides == _row_major(self.shape.dims)
+        """Whether it lies as its axes go; how far apart a single row is does not matter."""
+        axes = zip(self.strides, _row_major(self.shape.dims), self.shape.dims, strict=True)
+        return all(stride == plain for stride, plain, dim in axes if dim > 1)
 
     @property
     def dense(self) -> bool:

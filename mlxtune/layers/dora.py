@@ -73,8 +73,8 @@ class DoRALinear(LoRALinear):
         # The difference from one is small, and 16 bits hold it better than the ratio.
         y = y + (ratio - 1).astype(y.dtype) * directed
         narrow = dropped @ a.astype(x.dtype)
-        wide = (b * ratio).astype(y.dtype)
-        return mx.addmm(y, narrow.astype(y.dtype), wide, alpha=self.scale)
+        wide = (self.scale * ratio * b).astype(y.dtype)
+        return mx.addmm(y, narrow.astype(y.dtype), wide)
 
     def fused_weight(self) -> mx.array:
         """m / ||V|| * V, (out, in) in float32."""

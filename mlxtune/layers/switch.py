@@ -135,13 +135,13 @@ class LoRASwitchLinear(Adapter):
         return f"{in_dims} -> {out_dims}, experts={experts}, rank={rank}, scale={self.scale:g}"
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        x, *factors = self.in_turn(x)
+        x, a, b = self.in_turn(x)
         y: mx.array = self.linear(x, indices, sorted_indices=sorted_indices)
         z = self.dropout(x)
-        for factor in factors:
+        for factor in (a, self.scale * b):  # the smaller things to scale
             each = factor.astype(x.dtype).swapaxes(-1, -2)
             z = _gathered(z, each, indices, ordered=sorted_indices)
-        return y + (self.scale * z).astype(y.dtype)
+        return y + z.astype(y.dtype)
 
     def fused_weight(self) -> mx.array:
         """W + scale * B A of each expert: (experts, out, in) in float32."""
