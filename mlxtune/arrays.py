@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
@@ -86,22 +86,33 @@ def checkpoint(function: Function) -> Function:
     so that MLX computes again, and keeps, what its turn has not come for yet.
 
     Args:
-        function: of trees of arrays, to one array.
+        function: of trees to a tree. Leaves that are no arrays are handed on as they are.
     """
 
     def call(*args: Any) -> Any:
-        leaves = tuple(flat(args).values())
+        result: Any = None
 
-        def of_leaves(*arrays: mx.array) -> Any:
-            each = iter(arrays)
-            return function(*tree_map(lambda _: next(each), args))
+        def of_arrays(*arrays: mx.array) -> mx.array | tuple[mx.array, ...]:
+            nonlocal result
+            result = function(*_with_arrays(args, arrays))
+            found = tuple(flat([result]).values())
+            return found[0] if len(found) == 1 else found
 
-        def vjp(primals: Any, cotangent: mx.array, _output: mx.array) -> Any:
-            return mx.vjp(of_leaves, list(primals), [cotangent])[1]
+        def vjp(primals: Any, cotangents: Any, _outputs: Any) -> Any:
+            of = [cotangents] if isinstance(cotangents, mx.array) else list(cotangents)
+            given = [primals] if isinstance(primals, mx.array) else list(primals)
+            return mx.vjp(of_arrays, given, of)[1]
 
-        return custom_gradient(vjp)(of_leaves)(*leaves)
+        found = custom_gradient(vjp)(of_arrays)(*flat(args).values())
+        return _with_arrays(result, [found] if isinstance(found, mx.array) else found)
 
     return call
+
+
+def _with_arrays(tree: Any, arrays: Iterable[mx.array]) -> Any:
+    """A tree with other arrays, in the order of `flat`."""
+    each = iter(arrays)
+    return tree_map(lambda leaf: next(each) if isinstance(leaf, mx.array) else leaf, tree)
 
 
 def intercepted() -> bool:

@@ -33,6 +33,16 @@ QWEN3_5 = {
     "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.25},
 }
 
+GEMMA4 = {
+    "num_hidden_layers": 5,
+    "global_head_dim": 32,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 128,
+    "sliding_window": 8,
+    "layer_types": [*["full_attention", "sliding_attention"] * 2, "full_attention"],
+}
+
 
 def distance(got: mx.array, want: mx.array) -> float:
     """Largest difference, relative to the largest value."""

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import tiny_llama
 from gguf import GGMLQuantizationType as Type
-from helpers import QWEN3_5, distance, tiny
+from helpers import GEMMA4, QWEN3_5, distance, tiny
 from mlx.utils import tree_flatten
 
 from mlxtune.errors import ExportError, ModelError
@@ -77,6 +77,9 @@ def test_names_are_those_of_the_gguf_package_and_lead_back(entry):
     kind = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == entry.name)
     names = gguf.get_tensor_name_map(kind, 2)
     modules = ["model.embed_tokens", "model.norm", "lm_head"]
+    if entry.name == "gemma4":
+        modules += ["model.embed_tokens_per_layer", "model.per_layer_model_projection"]
+        modules += ["model.per_layer_projection_norm"]
     modules += [f"model.layers.1.{module}" for module in entry.blocks]
     for module in modules:
         # The package knows transformers' name for the experts.
@@ -90,6 +93,7 @@ def test_names_are_those_of_the_gguf_package_and_lead_back(entry):
     for parameter, name in entry.parameters.items():
         # llama.cpp's converter gives these names before it looks them up.
         known = parameter.replace("sinks", "sinks.weight").replace("dt_bias", "dt_proj.bias")
+        known = known.replace("layer_scalar", "layer_scalar.weight")
         want = names.get_name(f"model.layers.1.{known}", try_suffixes=(".weight", ".bias"))
         assert want == f"blk.1.{name}"
         assert entry.to_gguf_name(f"{entry.prefix}model.layers.1.{parameter}") == want
@@ -358,6 +362,27 @@ def test_what_llama_cpp_computes_otherwise_is_refused_by_its_key(model_type, key
     with pytest.raises(ExportError, match=r"llama\.cpp") as caught:
         metadata(for_config(config), config)
     assert key in caught.value.where
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_kv_shared_layers", 1),  # the block before would look through a window
+        ("layer_types", ["full_attention"] * 4),
+        ("enable_moe_block", True),
+        ("vocab_size_per_layer_input", 64),
+        ("rope_parameters", {"full_attention": {"rope_type": "default"}, "sliding_attention": {}}),
+        ("rope_parameters", None),
+    ],
+)
+def test_a_gemma4_that_llama_cpp_computes_otherwise_is_refused(key, value):
+    config = dict(vars(tiny("gemma4_text", **GEMMA4).args))
+    facts = metadata(for_config(config), config)
+    assert facts["gemma4.feed_forward_length"] == [128, 128, 128, 256, 256]
+    assert facts["gemma4.attention.sliding_window_pattern"] == [False, True, False, True, False]
+    with pytest.raises(ExportError) as caught:
+        metadata(for_config(config), config | {key: value})
+    assert key in f"{caught.value.where} {caught.value}"
 
 
 def test_linear_attention_whose_keys_and_values_differ_in_width_is_refused():

@@ -58,6 +58,24 @@ GEMMA = {
     "query_pre_attn_scalar": 64,
     "rope_theta": 10_000.0,
 }
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "num_hidden_layers": 6,
+    "head_dim": 64,
+    "global_head_dim": 128,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    "vocab_size_per_layer_input": REAL_TOKENS,
+    "final_logit_softcapping": 30.0,
+    "rope_parameters": {
+        "full_attention": {
+            "rope_type": "proportional",
+            "rope_theta": 1e6,
+            "partial_rotary_factor": 0.25,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
     "llama-3-rope": {"model_type": "llama", "rope_theta": 500_000.0, "rope_scaling": LLAMA3},
@@ -86,6 +104,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma3_text": GEMMA
     | {"num_hidden_layers": 7, "rope_theta": 1e6, "rope_local_base_freq": 10_000.0}
     | {"sliding_window_pattern": 6, "sliding_window": 16},
+    "gemma4": GEMMA4
+    | {"num_kv_shared_layers": 3, "hidden_size_per_layer_input": 64, "use_double_wide_mlp": True},
+    "gemma4, values from keys": GEMMA4
+    | {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "use_double_wide_mlp": False}
+    | {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
     "phi3": {"tie_word_embeddings": False, "num_key_value_heads": 4},
     "smollm3": {"num_hidden_layers": 5},
     "granite": {
@@ -266,7 +289,7 @@ def test_quantized_files_say_the_same(source, tmp_path, file_type):
     assert np.mean(same_in_mlx) >= least
 
 
-@pytest.mark.parametrize("name", ["llama-3-rope", "qwen3", "gemma3_text", "qwen3_5"])
+@pytest.mark.parametrize("name", ["llama-3-rope", "qwen3", "gemma3_text", "gemma4", "qwen3_5"])
 def test_an_adapter_as_gguf_does_in_llama_cpp_what_it_does_in_mlx(name, tokenizer, tmp_path):
     folder, tokens = written(name, tokenizer, tmp_path)
     base = convert(str(folder), tmp_path / "m.gguf", file_type="f32", verify=False).path

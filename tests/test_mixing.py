@@ -45,11 +45,18 @@ class Model:
     tied: bool = False
     fused: bool = False
     full_attention_interval: int = 1
+    per_layer: int = 0  # width of what Gemma 4 adds to every block
+    shared: int = 0  # blocks at the end without keys and values of their own
 
     def tensors(self) -> list[tuple[str, tuple[int, ...]]]:
         """As converters order them, which is not llama.cpp's order."""
         width, inner = self.width, self.inner
         found = [("token_embd.weight", (16, width))]
+        if self.per_layer:
+            wide = self.layers * self.per_layer
+            found += [("per_layer_token_embd.weight", (16, wide))]
+            found += [("per_layer_model_proj.weight", (wide, width))]
+            found += [("per_layer_proj_norm.weight", (self.per_layer,))]
         for i in range(self.layers):
             block = [("attn_norm.weight", (width,)), ("ffn_norm.weight", (width,))]
             linear = (i + 1) % self.full_attention_interval != 0
@@ -61,10 +68,15 @@ class Model:
             elif self.fused:
                 block += [("attn_qkv.weight", (ROWS, width)), ("ffn_up.weight", (ROWS, width))]
             else:
-                block += [(f"attn_{n}.weight", (ROWS, width)) for n in "vqk"]
+                own = "vqk" if i < self.layers - self.shared else "q"
+                block += [(f"attn_{n}.weight", (ROWS, width)) for n in own]
                 block += [("attn_q_norm.weight", (ROWS, 64)), ("attn_v.bias", (ROWS,))]
             if not linear:
                 block += [("attn_output.weight", (ROWS, width))]
+            if self.per_layer:
+                block += [("inp_gate.weight", (ROWS, width)), ("post_norm.weight", (width,))]
+                block += [("proj.weight", (ROWS, self.per_layer))]
+                block += [("layer_output_scale.weight", (1,))]
             if self.architecture == "gpt-oss":
                 block += [("attn_sinks.weight", (ROWS,)), ("ffn_gate_inp.bias", (self.experts,))]
                 block += [("ffn_down_exps.bias", (self.experts, width))]
@@ -105,6 +117,14 @@ class Model:
             writer.add_expert_count(self.experts)
             writer.add_expert_used_count(2)
             writer.add_expert_feed_forward_length(self.inner)
+        if self.architecture == "gemma4":
+            writer.add_sliding_window_pattern([(i + 1) % 5 > 0 for i in range(self.layers)])
+            writer.add_embedding_length_per_layer_input(self.per_layer)
+            writer.add_shared_kv_layers(self.shared)
+            writer.add_key_length(128)
+            writer.add_value_length(128)
+            writer.add_key_length_swa(64)
+            writer.add_value_length_swa(64)
         if self.full_attention_interval > 1:
             writer.add_full_attention_interval(self.full_attention_interval)
             writer.add_rope_dimension_sections([11, 11, 10, 0])
@@ -151,6 +171,8 @@ MODELS = {
     "qwen3moe, narrow experts": Model("qwen3moe", 10, 32, 4, 512, 96, experts=4),
     "gemma2": Model("gemma2", 26, 8, 4, 256, 512, tied=True),
     "gemma3": Model("gemma3", 18, 4, 1, 640, 2048, tied=True),
+    "gemma4": Model("gemma4", 35, 8, 1, 512, 768, tied=True, per_layer=256, shared=20),
+    "gemma4, plain": Model("gemma4", 30, 16, 8, 256, 512, tied=True),
     "phi3": Model("phi3", 32, 32, 32, 256, 512, fused=True),
     "phi3, groups": Model("phi3", 40, 40, 10, 320, 512, fused=True),
     "smollm3": Model("smollm3", 36, 16, 4, 256, 512, tied=True),

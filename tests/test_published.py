@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from helpers import QWEN3_5, tiny
+from helpers import GEMMA4, QWEN3_5, tiny
 from mlx.utils import tree_flatten
 
 from mlxtune.export.source import open_source
@@ -79,6 +79,27 @@ def test_qwen3_5_beside_what_looks_at_images_and_what_predicts_further(tmp_path,
         "model_type": "qwen3_5",
         "architectures": ["Qwen3_5ForConditionalGeneration"],
         "text_config": text.args.text_config | {"model_type": "qwen3_5_text"},
+        "vision_config": {"depth": 1},
+    }
+    compare_with_mlx_lm(tmp_path, config, weights, monkeypatch)
+
+
+def test_gemma4_beside_what_looks_at_images_with_keys_that_no_block_uses(tmp_path, monkeypatch):
+    text = tiny("gemma4_text", **GEMMA4)
+    weights = {
+        name.replace("model.", "model.language_model.", 1): mx.random.normal(values.shape)
+        for name, values in tree_flatten(text.parameters())
+    }
+    for block in (3, 4):
+        for name in ("k_proj", "v_proj", "k_norm"):
+            weights[f"model.language_model.layers.{block}.self_attn.{name}.weight"] = mx.zeros((4,))
+    for name in ("vision_tower.patch.weight", "embed_vision.weight", "audio_tower.conv.weight"):
+        weights[f"model.{name}"] = mx.zeros((4,))
+    config = {
+        "model_type": "gemma4",
+        "architectures": ["Gemma4ForConditionalGeneration"],
+        "vocab_size": 128,
+        "text_config": {k: v for k, v in vars(text.args).items() if v is not None},
         "vision_config": {"depth": 1},
     }
     compare_with_mlx_lm(tmp_path, config, weights, monkeypatch)

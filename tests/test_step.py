@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import tiny_llama
 from helpers import (
+    GEMMA4,
     distance,
     loss_of_batch,
     loss_of_each_alone,
@@ -198,6 +199,20 @@ def test_recomputed_blocks_give_the_same_loss_and_gradients(lay_out):
     batch, results = lay_out(RAGGED), []
     for recompute in (False, True):
         model = packable_llama()
+        if recompute:
+            checkpoint_blocks(model, range(len(model.layers)))
+        results.append(value_and_gradients(model, lambda m=model: loss_of_batch(m, batch)))
+    (want, want_gradients), (got, gradients) = results
+    assert got == pytest.approx(want, rel=1e-6)
+    for name in want_gradients:
+        assert distance(gradients[name], want_gradients[name]) < 1e-5
+
+
+def test_recomputed_blocks_pass_gradients_through_all_that_they_hand_on():
+    """Gemma 4's last blocks attend to keys and values that earlier ones have computed."""
+    batch, results = pad(RAGGED), []
+    for recompute in (False, True):
+        model = with_adapters(tiny("gemma4_text", **GEMMA4))
         if recompute:
             checkpoint_blocks(model, range(len(model.layers)))
         results.append(value_and_gradients(model, lambda m=model: loss_of_batch(m, batch)))

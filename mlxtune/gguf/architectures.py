@@ -9,13 +9,15 @@ with experts stacked.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mlxtune.errors import ExportError, ModelError
+from mlxtune.gguf import gemma4
+from mlxtune.gguf.reader import GGUFFile
 
 Config = dict[str, Any]
 Values = npt.NDArray[np.float32]
@@ -53,6 +55,21 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Own:
+    """What an architecture says in a way of its own, rotation included.
+
+    Attributes:
+        metadata: config.json to metadata keys behind the architecture's name.
+        rope_factors: config.json to what the angles of full attention are divided by.
+        config: a file to what config.json says.
+    """
+
+    metadata: Callable[[Config], dict[str, Any]]
+    rope_factors: Callable[[Config], Values]
+    config: Callable[[GGUFFile], Config]
+
+
+@dataclass(frozen=True)
 class Architecture:
     """How one family of models is written in GGUF.
 
@@ -77,6 +94,7 @@ class Architecture:
         fixed: keys of config.json whose value llama.cpp takes for granted.
         layers: a key of config.json with a value for each layer, and what llama.cpp takes
             these to be, over and over.
+        own: what does not fit into all this.
     """
 
     name: str
@@ -94,6 +112,7 @@ class Architecture:
     changes: Mapping[str, Change] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     layers: tuple[str, tuple[Any, ...]] | None = None
+    own: Own | None = None
 
     def to_gguf_name(self, hf_name: str) -> str | None:
         """`model.layers.3.mlp.up_proj.weight` to `blk.3.ffn_up.weight`; None if unknown."""
@@ -143,6 +162,9 @@ GLOBAL_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
+    "model.embed_tokens_per_layer": "per_layer_token_embd",
+    "model.per_layer_model_projection": "per_layer_model_proj",
+    "model.per_layer_projection_norm": "per_layer_proj_norm",
 }
 _ATTENTION = {
     "input_layernorm": "attn_norm",
@@ -197,6 +219,22 @@ _GATED_DELTA_NET = {
     "linear_attn.norm": "ssm_norm",
     "linear_attn.out_proj": "ssm_out",
 }
+_GEMMA4 = Architecture(
+    name="gemma4",
+    model_types=("gemma4_text",),
+    hf_class="Gemma4ForCausalLM",
+    blocks=_GEMMA
+    | _NORMED_HEADS
+    | {
+        "per_layer_input_gate": "inp_gate",
+        "per_layer_projection": "proj",
+        "post_per_layer_input_norm": "post_norm",
+    },
+    parameters={"layer_scalar": "layer_output_scale.weight"},
+    fields=(Field("attention.sliding_window", "sliding_window", int, 512),),
+    fixed={"enable_moe_block": False},
+    own=Own(gemma4.metadata, gemma4.rope_factors, gemma4.config),
+)
 _ONE_MORE = Change(lambda x: x + np.float32(1), lambda x: x - np.float32(1))
 _DECAY = Change(lambda x: -np.exp(x), lambda x: np.log(-x))
 _DEPTHWISE = Change(lambda x: x[..., 0], lambda x: x[..., None], axes=1)
@@ -269,6 +307,14 @@ ARCHITECTURES = (
         ),
         changes={"norm.weight": _ONE_MORE},
         fixed={"sliding_window_pattern": 6},
+    ),
+    _GEMMA4,
+    # Beside what looks at images and listens.
+    replace(
+        _GEMMA4,
+        model_types=("gemma4",),
+        hf_class="Gemma4ForConditionalGeneration",
+        prefix="language_model.",
     ),
     Architecture(
         name="phi3",

@@ -23,14 +23,14 @@ def text_config(config: Config) -> Config:
     return kept | text | packed | {"model_type": config["model_type"]}
 
 
-def metadata(entry: Architecture, config: Config) -> dict[str, int | float]:
-    """Metadata keys of `entry` from a config.json, rotation aside (`gguf.rope`).
+def metadata(entry: Architecture, config: Config) -> dict[str, Any]:
+    """Metadata keys of `entry` from a config.json; most say of rotation what `gguf.rope` says.
 
     Raises:
         ExportError: the config lacks a size, or asks for what llama.cpp does not do.
     """
     _refuse_unlike(entry, config)
-    values: dict[str, int | float] = {}
+    values: dict[str, Any] = {}
     for shared in (*COMMON, *entry.fields):
         value = config.get(shared.config)
         if value is None:
@@ -50,6 +50,8 @@ def metadata(entry: Architecture, config: Config) -> dict[str, int | float]:
         values["attention.value_length"] = int(config["head_dim"])
     if "ssm.state_size" in values:
         values["ssm.inner_size"] = values["ssm.time_step_rank"] * values["ssm.state_size"]
+    if entry.own:
+        values |= entry.own.metadata(config)
     return {f"{entry.name}.{key}": value for key, value in values.items()}
 
 
@@ -103,6 +105,8 @@ def config_from_metadata(entry: Architecture, meta: dict[str, Any], *, tied: boo
 
     def count(key: str, default: Any = None) -> int:
         value = get(key, default)
+        if entry.own and isinstance(value, list):
+            value = value[0]  # of the first block; `own` says it of the others
         if not isinstance(value, int) or value < 1:
             raise ModelError(f"the GGUF's metadata says that {entry.name}.{key} is {value!r}")
         return value

@@ -29,7 +29,8 @@ _FALLBACK = {
 }
 
 # Matrices that stay float32: they are small, and much hangs on them.
-_KEPT = re.compile(r"_norm\.weight$|ffn_gate_inp\.weight$|ssm_conv1d")
+_KEPT = re.compile(r"_norm\.weight$|ffn_gate_inp\.weight$|ssm_conv1d|per_layer_model_proj")
+_EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _type(model: _Model, name: str, shape: tuple[int, ...], place: int, values: 
 
 
 def _mixed(model: _Model, base: Type, name: str, width: int, place: int, values: int) -> Type:
-    if name == "output.weight" or (model.tied and name == "token_embd.weight"):
+    if name == "output.weight" or (model.tied and name in _EMBEDDINGS):
         whole = width % GGML_QUANT_SIZES[base][0] == 0
         return Type.Q6_K if whole and base != Type.Q8_0 else Type.Q8_0
     if re.search(r"attn_(v|qkv)\.weight$", name):

@@ -33,6 +33,8 @@ def rope_metadata(entry: Architecture, config: Config) -> dict[str, int | float 
         ExportError: the config scales it in a way that llama.cpp does not know for this
             architecture.
     """
+    if entry.own:
+        return {}  # among its sizes
     values: dict[str, int | float | str | list[int]] = {"rope.freq_base": theta(config)}
     if entry.rope_sections:
         parameters = config.get("rope_parameters")
@@ -71,6 +73,8 @@ def rope_metadata(entry: Architecture, config: Config) -> dict[str, int | float 
 
 def rope_tensors(entry: Architecture, config: Config) -> dict[str, Factors]:
     """Tensors of the rotation: GGUF name to float32 (rotated dimensions / 2,)."""
+    if entry.own:
+        return {FREQUENCIES: entry.own.rope_factors(config)}
     kind, scaling = _scaling(config)
     dims = rotated_dimensions(entry, config)
     if kind == "llama3":
@@ -94,6 +98,8 @@ def rope_config(entry: Architecture, file: GGUFFile, config: Config) -> Config:
     Raises:
         ModelError: it is scaled in a way that is not known here.
     """
+    if entry.own:
+        return entry.own.config(file)
     meta = {k.removeprefix(f"{entry.name}."): v for k, v in file.metadata.items()}
     said: Config = {"rope_theta": shortest(meta.get("rope.freq_base", 10000.0))}
     if entry.rope_dimension:

@@ -27,7 +27,7 @@ def as_in_mlx_lm(tensors: Iterable[SourceTensor], config: dict[str, Any]) -> Ite
         config: its config.json.
     """
     family = _FAMILIES.get(str(config.get("model_type")))
-    yield from family(tensors) if family else tensors
+    yield from family(tensors, config) if family else tensors
 
 
 def mxfp4_experts(blocks: StoredTensor, scales: StoredTensor) -> SourceTensor:
@@ -56,7 +56,7 @@ _GATE_AND_UP = re.compile(r"^(.*\.experts)\.gate_up_proj(?:\.(weight)|_(bias))$"
 _DOWN_BIAS = re.compile(r"^(.*\.experts\.down_proj)_bias$")
 
 
-def _gpt_oss(tensors: Iterable[SourceTensor]) -> Iterator[SourceTensor]:
+def _gpt_oss(tensors: Iterable[SourceTensor], _config: dict[str, Any]) -> Iterator[SourceTensor]:
     """Rows of experts' gate and up alternate."""
     for tensor in tensors:
         if both := _GATE_AND_UP.match(tensor.name):
@@ -82,7 +82,7 @@ _LESS_ONE = re.compile(
 )
 
 
-def _qwen3_5(tensors: Iterable[SourceTensor]) -> Iterator[SourceTensor]:
+def _qwen3_5(tensors: Iterable[SourceTensor], _config: dict[str, Any]) -> Iterator[SourceTensor]:
     """Without what looks at images and what predicts further tokens.
 
     Norms are published less one, and convolutions with their axes in another order: mlx-lm
@@ -110,7 +110,26 @@ def _one_more(tensor: SourceTensor) -> Callable[[], Values]:
     return lambda: tensor.load() + np.float32(1)
 
 
-_FAMILIES: dict[str, Callable[[Iterable[SourceTensor]], Iterator[SourceTensor]]] = {
+_NOT_TEXT = re.compile(
+    r"^(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio|multi_modal_projector)\."
+)
+_KEYS_AND_VALUES = re.compile(r"\.layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm)\.")
+
+
+def _gemma4(tensors: Iterable[SourceTensor], config: dict[str, Any]) -> Iterator[SourceTensor]:
+    """Without images and sound, and without keys and values that blocks take from others."""
+    first = config["num_hidden_layers"] - (config.get("num_kv_shared_layers") or 0)
+    for tensor in tensors:
+        own = _KEYS_AND_VALUES.search(tensor.name)
+        if not _NOT_TEXT.match(tensor.name) and not (own and int(own[1]) >= first):
+            name = tensor.name.replace(f"model.{_LANGUAGE}", f"{_LANGUAGE}model.")
+            yield SourceTensor(name, tensor.shape, tensor.load)
+
+
+Family = Callable[[Iterable[SourceTensor], dict[str, Any]], Iterator[SourceTensor]]
+_FAMILIES: dict[str, Family] = {
+    "gemma4": _gemma4,
+    "gemma4_text": _gemma4,
     "gpt_oss": _gpt_oss,
     "qwen3_5": _qwen3_5,
 }

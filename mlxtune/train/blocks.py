@@ -34,18 +34,19 @@ def _recomputing(call: Callable[..., Any]) -> Callable[..., Any]:
         # Drawn here once, so that the second pass drops what the first has dropped.
         keys = [mx.random.randint(0, 2**31 - 1, (2,), dtype=mx.uint32) for _ in dropouts]
 
-        # Masks and caches carry no gradient, so they may be captured; parameters and
-        # the input have to be arguments for their gradients to be found.
-        def block(parameters: Any, hidden: mx.array, keys: list[mx.array]) -> Any:
+        # Whatever carries a gradient has to be an argument: parameters, the input, and in
+        # some architectures keys and values of other blocks.
+        def block(parameters: Any, given: Any, keys: list[mx.array]) -> Any:
             self.update(parameters)
+            hidden, others, named = given
             for dropout, key in zip(dropouts, keys, strict=True):
                 dropout.draw_with(mx.stop_gradient(key))
             try:
-                return call(self, hidden, *args, **kwargs)
+                return call(self, hidden, *others, **named)
             finally:
                 for dropout in dropouts:
                     dropout.draw_with(None)
 
-        return checkpoint(block)(self.trainable_parameters(), x, keys)
+        return checkpoint(block)(self.trainable_parameters(), (x, args, kwargs), keys)
 
     return run
