@@ -31,8 +31,9 @@ from mlxtune.gguf.tokenizer import read_tokenizer, tokenizer_metadata
 GGML = "tokenizer.ggml."
 TLDR = Path(__file__).parents[2] / "shared/data/tldr.jsonl"
 # Rows of the embedding, where they are not the tokens counted.
-ROWS = {"gemma3": 262144, "phi3": 32064, "qwen3": 151936}
-HUB = ("qwen3", "llama3_1", "gemma3", "nemo", "phi3")
+ROWS = {"gemma3": 262144, "gemma4": 262144, "phi3": 32064, "qwen3": 151936}
+# "gemma4" is Gemma 3's written as files of Gemma 4 have theirs: by merges.
+HUB = ("qwen3", "llama3_1", "gemma3", "gemma4", "nemo", "phi3")
 FILES = (*GOLDEN, *UNTOLD, "gemma-3")
 # Without those of the same tokens as another, which take seconds each.
 DISTINCT = tuple(name for name in FILES if name not in ("qwen35", "mpt"))
@@ -75,7 +76,7 @@ def tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 def from_hub(name: str) -> PreTrainedTokenizerFast:
     try:
-        return real_tokenizers.load(name)
+        return real_tokenizers.load("gemma3" if name == "gemma4" else name)
     except FileNotFoundError as error:
         pytest.skip(str(error))
 
@@ -84,7 +85,8 @@ def from_hub(name: str) -> PreTrainedTokenizerFast:
 def written(name: str) -> dict[str, Any]:
     """Metadata made of one of the hub's tokenizers. Do not change it."""
     hub = from_hub(name)
-    values = tokenizer_metadata(hub, ROWS.get(name, len(hub)))
+    values = tokenizer_metadata(hub, ROWS.get(name, len(hub)), merged=name == "gemma4")
+    assert (values[f"{GGML}model"] == "gemma4") == (name == "gemma4")
     # llama.cpp needs the name to know that Phi-3's marks swallow white space.
     return values | {"general.name": "phi-3" if name == "phi3" else name}
 

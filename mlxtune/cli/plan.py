@@ -25,6 +25,7 @@ _GB = 1e9
 @SET
 @click.option("--chip", help='Plan for a Mac with this chip, such as "M2 Pro", not this machine.')
 @click.option("--memory", type=click.FloatRange(min=1), help="GB of memory of that Mac.")
+@click.option("--measure", is_flag=True, help="Measure this machine's rates again.")
 @click.option("--fit", type=PATH, metavar="FILE", help="Write a recipe that fits to FILE.")
 @click.option("--overwrite", is_flag=True, help="Replace FILE if it is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
@@ -33,6 +34,7 @@ def plan(
     overrides: tuple[str, ...],
     chip: str | None,
     memory: float | None,
+    measure: bool,
     fit: Path | None,
     overwrite: bool,
     as_json: bool,
@@ -44,6 +46,8 @@ def plan(
     """
     if memory is not None and chip is None:
         raise click.UsageError("--memory goes with --chip")
+    if measure and chip is not None:
+        raise click.UsageError("--measure is for this machine, --chip for another")
     from mlxtune.files import require_no_file
     from mlxtune.recipe.load import load_recipe
 
@@ -55,7 +59,7 @@ def plan(
     from mlxtune.bench.plan import Planner
     from mlxtune.recipe.edit import write_edited
 
-    machine = mac(chip, memory) if chip is not None else this_machine()
+    machine = mac(chip, memory) if chip is not None else this_machine(remembered=not measure)
     planner = Planner(checked, machine)
     changed: dict[str, Any] = {}
     if fit is None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlxtune.gguf.architectures import for_config
 from mlxtune.gguf.metadata import text_config
 from mlxtune.gguf.model import read_config
 from mlxtune.gguf.reader import GGUFFile
@@ -127,7 +128,8 @@ def _vocabulary(
     def vocabulary(pre: str | None) -> dict[str, Any]:
         if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
             return sentencepiece_metadata(path, rows)
-        return tokenizer_metadata(tokenizer()._tokenizer, rows, pre=pre)
+        merged = for_config(config).name == "gemma4"
+        return tokenizer_metadata(tokenizer()._tokenizer, rows, pre=pre, merged=merged)
 
     return vocabulary
 

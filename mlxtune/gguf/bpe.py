@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from mlxtune.errors import ExportError, ModelError
 from mlxtune.gguf import fingerprints, pretokenizers
 from mlxtune.gguf.pretokenizers import PRE_TOKENIZERS
+from mlxtune.gguf.spm import merge_pair
 
 MODEL = "gpt2"
 _HARMLESS = (None, "NFC")
@@ -39,7 +40,7 @@ def read_bpe(metadata: dict[str, Any], vocab: dict[str, int]) -> Tokenizer:
             remedy=f"readable: {', '.join(sorted(PRE_TOKENIZERS))}; "
             "use the model's safetensors folder or hub id",
         )
-    merges = [_pair(merge) for merge in metadata["tokenizer.ggml.merges"]]
+    merges = [merge_pair(merge) for merge in metadata["tokenizer.ggml.merges"]]
     core = Tokenizer(
         models.BPE(vocab=vocab, merges=merges, ignore_merges=PRE_TOKENIZERS[pre].ignore_merges)
     )
@@ -70,12 +71,6 @@ def bpe_values(tokenizer: PreTrainedTokenizerFast, pre: str | None) -> dict[str,
             pair if isinstance(pair, str) else " ".join(pair) for pair in state["model"]["merges"]
         ],
     }
-
-
-def _pair(merge: str) -> tuple[str, str]:
-    # As llama.cpp: the space that parts the two is never the first character.
-    cut = merge.index(" ", 1)
-    return merge[:cut], merge[cut + 1 :]
 
 
 def _require_plain(normalizer: Any) -> None:

@@ -1,11 +1,14 @@
-"""SentencePiece's BPE in GGUF (`tokenizer.ggml.model = llama`), both ways.
+"""SentencePiece's BPE in GGUF (`tokenizer.ggml.model = llama` or `gemma4`), both ways.
 
 llama.cpp merges any two neighbours whose concatenation is a token, the best score first;
 tokenizer.json lists the pairs that may merge, the first first. A token's score is
 therefore minus the rank at which it is first made, and the pairs of a GGUF are all the
 ways to cut each token in two.
 
-Known limits: llama.cpp may join a pair that tokenizer.json does not list, where nothing
+`gemma4` lists the pairs themselves, as tokenizer.json does; llama.cpp then never puts a ▁ in
+front, and parts line breaks from all else first.
+
+Known limits of scores: llama.cpp may join a pair that tokenizer.json does not list, where nothing
 better is left to do; of two equal scores it takes the pair further left, tokenizer.json the
 same pair everywhere first. mistral.rs reads such a vocabulary as Unigram with a leading ▁,
 so its ids can differ.
@@ -17,11 +20,11 @@ import json
 from typing import Any
 
 from gguf.constants import TokenType
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from mlxtune.errors import ExportError
 
-MODEL = "llama"
+MODEL, MERGED = "llama", "gemma4"
 SPACE = "▁"
 # What llama.cpp takes where the GGUF does not say.
 DEFAULTS: dict[str, Any] = {
@@ -31,6 +34,17 @@ DEFAULTS: dict[str, Any] = {
     "tokenizer.ggml.add_bos_token": True,
     "tokenizer.ggml.add_space_prefix": True,
 }
+MERGED_DEFAULTS: dict[str, Any] = {
+    "tokenizer.ggml.add_bos_token": True,
+    "tokenizer.ggml.add_space_prefix": False,
+}
+# Text that is cut before it is merged.
+_LINES = r"[^\n]+|[\n]+"
+# Marks of Gemma 4 that llama.cpp's chat parser has to see in a model's answer.
+_VISIBLE = (
+    *("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>"),
+    *("<|tool_response>", "<tool_response|>", '<|"|>'),
+)
 _PIECES = (TokenType.NORMAL, TokenType.USER_DEFINED)
 
 
@@ -44,16 +58,20 @@ def read_spm(metadata: dict[str, Any], vocab: dict[str, int]) -> Tokenizer:
     Raises:
         KeyError: scores or types are missing.
     """
-    values = DEFAULTS | metadata
+    merged = metadata["tokenizer.ggml.model"] == MERGED
+    values = (MERGED_DEFAULTS if merged else DEFAULTS) | metadata
     tokens: list[str] = values["tokenizer.ggml.tokens"]
-    unknown = tokens[values["tokenizer.ggml.unknown_token_id"]]
+    number = values.get("tokenizer.ggml.unknown_token_id")
+    if merged:
+        merges = [merge_pair(merge) for merge in values["tokenizer.ggml.merges"]]
+    else:
+        scores, types = values["tokenizer.ggml.scores"], values["tokenizer.ggml.token_type"]
+        merges = _merges(tokens, scores, types)
     core = Tokenizer(
         models.BPE(
             vocab=vocab,
-            merges=_merges(
-                tokens, values["tokenizer.ggml.scores"], values["tokenizer.ggml.token_type"]
-            ),
-            unk_token=unknown if unknown in vocab else None,
+            merges=merges,
+            unk_token=tokens[number] if number is not None and tokens[number] in vocab else None,
             fuse_unk=True,
             byte_fallback=True,
         )
@@ -63,6 +81,8 @@ def read_spm(metadata: dict[str, Any], vocab: dict[str, int]) -> Tokenizer:
     if values["tokenizer.ggml.add_space_prefix"]:
         spaces.insert(0, normalizers.Prepend(SPACE))
         text.append(decoders.Strip(" ", 1, 0))
+    if merged:
+        core.pre_tokenizer = pre_tokenizers.Split(Regex(_LINES), "isolated")
     core.normalizer = normalizers.Sequence(spaces)
     core.decoder = decoders.Sequence(text)
     return core
@@ -83,8 +103,14 @@ def _merges(tokens: list[str], scores: list[float], types: list[int]) -> list[tu
     ]
 
 
+def merge_pair(merge: str) -> tuple[str, str]:
+    """The two that a line of `tokenizer.ggml.merges` joins, cut as llama.cpp does."""
+    cut = merge.index(" ", 1)  # the space that parts them is never the first character
+    return merge[:cut], merge[cut + 1 :]
+
+
 def spm_values(
-    core: Tokenizer, tokens: list[str], types: list[int], *, after: str
+    core: Tokenizer, tokens: list[str], types: list[int], *, after: str, merged: bool = False
 ) -> dict[str, Any]:
     """`tokenizer.ggml.*` of a BPE that falls back to bytes: all but tokens and special ids.
 
@@ -94,23 +120,38 @@ def spm_values(
         types: of the tokens, as of any tokenizer.
         after: a special token that texts follow, or nothing. Some tokenizers put a ▁ before
             the first text only; llama.cpp does so after special tokens too, or never.
+        merged: write the pairs that merge, as files of Gemma 4 have them. Not where a ▁ is put
+            in front of texts: llama.cpp would not.
 
     Raises:
         ExportError: the tokenizer treats text in a way that llama.cpp does not.
     """
     state = json.loads(core.to_str())
     _require_spaces_only(state)
+    merges, prefixed = state["model"]["merges"], _prefixes_space(core, after)
+    types = [
+        int(TokenType.BYTE) if _is_byte(token) and type_ == TokenType.NORMAL else type_
+        for token, type_ in zip(tokens, types, strict=True)
+    ]
     values: dict[str, Any] = {
         "tokenizer.ggml.model": MODEL,
         "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.scores": _scores(tokens, state["model"]["merges"]),
-        "tokenizer.ggml.token_type": [
-            int(TokenType.BYTE) if _is_byte(token) and type_ == TokenType.NORMAL else type_
-            for token, type_ in zip(tokens, types, strict=True)
-        ],
+        "tokenizer.ggml.scores": _scores(tokens, merges),
+        "tokenizer.ggml.token_type": types,
     }
-    if not _prefixes_space(core, after):
+    if not prefixed:
         values["tokenizer.ggml.add_space_prefix"] = False
+    if merged and not prefixed:
+        shown = int(TokenType.USER_DEFINED)
+        del values["tokenizer.ggml.pre"]
+        values |= {
+            "tokenizer.ggml.model": MERGED,
+            "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in merges],
+            "tokenizer.ggml.token_type": [
+                shown if token in _VISIBLE else type_
+                for token, type_ in zip(tokens, types, strict=True)
+            ],
+        }
     return values
 
 

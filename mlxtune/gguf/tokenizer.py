@@ -1,7 +1,7 @@
 """Tokenizers in GGUF, both ways: metadata to a Hugging Face tokenizer, and back.
 
 `tokenizer.ggml.model` names the kind: `gpt2` is byte-level BPE (`bpe.py`), `llama`
-SentencePiece's BPE (`spm.py`). What both have is here: tokens and their types, special
+and `gemma4` SentencePiece's BPE (`spm.py`). What both have is here: tokens and their types, special
 ids, what is put around a text, the chat template.
 
 Known limits: GGUF has no place for tokens that swallow the white space beside them.
@@ -48,12 +48,12 @@ def read_tokenizer(metadata: dict[str, Any], *, where: str) -> PreTrainedTokeniz
         ModelError: the vocabulary is of a kind not read yet, or damaged.
     """
     kind = metadata.get("tokenizer.ggml.model")
-    if kind not in (bpe.MODEL, spm.MODEL):
+    kinds = (bpe.MODEL, spm.MODEL, spm.MERGED)
+    if kind not in kinds:
         raise ModelError(
             f"its tokenizer ({kind}) cannot be read yet",
             where=where,
-            remedy=f"readable: {bpe.MODEL}, {spm.MODEL}; "
-            "use the model's safetensors folder or hub id",
+            remedy=f"readable: {', '.join(kinds)}; use the model's safetensors folder or hub id",
         )
     try:
         return _read(_with_defaults(metadata))
@@ -69,6 +69,8 @@ def _with_defaults(metadata: dict[str, Any]) -> dict[str, Any]:
     """What llama.cpp takes where the file is silent."""
     if metadata["tokenizer.ggml.model"] == spm.MODEL:
         return spm.DEFAULTS | metadata
+    if metadata["tokenizer.ggml.model"] == spm.MERGED:
+        return spm.MERGED_DEFAULTS | metadata
     pre = PRE_TOKENIZERS.get(metadata.get("tokenizer.ggml.pre", "default"))
     return {"tokenizer.ggml.add_bos_token": bool(pre and pre.adds_bos)} | metadata
 
@@ -154,7 +156,11 @@ def _read_templates(metadata: dict[str, Any]) -> Any:
 
 
 def tokenizer_metadata(
-    tokenizer: PreTrainedTokenizerFast, vocab_size: int, pre: str | None = None
+    tokenizer: PreTrainedTokenizerFast,
+    vocab_size: int,
+    pre: str | None = None,
+    *,
+    merged: bool = False,
 ) -> dict[str, Any]:
     """Metadata that makes llama.cpp tokenize as `tokenizer` does.
 
@@ -163,6 +169,7 @@ def tokenizer_metadata(
         vocab_size: rows of the embedding; ids without a token are padded. Tokens that were
             added without a row, and that the chat template does not write, are left out.
         pre: llama.cpp's name for the way byte-level BPE cuts text; `None` finds it out.
+        merged: write SentencePiece's BPE as the files of Gemma 4 do, by the pairs that merge.
 
     Returns:
         Keys and values, `tokenizer.ggml.*` and `tokenizer.chat_template`.
@@ -186,7 +193,8 @@ def tokenizer_metadata(
             )
         # In a chat, text follows a mark.
         after = tokenizer.bos_token if tokenizer.chat_template else None
-        kind = spm.spm_values(core, tokens, types, after=after or "")
+        merged = merged and _begins_with_bos(tokenizer)
+        kind = spm.spm_values(core, tokens, types, after=after or "", merged=merged)
     else:
         kind = bpe.bpe_values(tokenizer, pre)
     values = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types} | kind
@@ -235,6 +243,13 @@ def _marks(tokenizer: PreTrainedTokenizerFast, always_says_end: bool) -> dict[st
     if ends or always_says_end:
         values["tokenizer.ggml.add_eos_token"] = ends
     return values
+
+
+def _begins_with_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether a text begins with the mark that llama.cpp always puts before Gemma 4's."""
+    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == (
+        tokenizer.bos_token_id
+    )
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int | None:
