@@ -18,11 +18,12 @@ from mlxtune.fuse import fuse_run
 
 @pytest.fixture(scope="module")
 def comparison(shell_run):
-    return compare_run(shell_run, max_tokens=20)  # where an untrained model rambles on
+    # An untrained model rambles on.
+    return compare_run(shell_run, limit=14, max_tokens=16)
 
 
 def test_the_tuned_model_is_better_than_its_base(comparison):
-    assert comparison.records == 28
+    assert comparison.records == 14
     assert comparison.tuned.held_out_loss < 0.5 * comparison.base.held_out_loss
     assert comparison.tuned.exact_match >= comparison.base.exact_match
     assert comparison.base.held_out_loss > 2
@@ -49,15 +50,11 @@ def test_batched_answers_are_those_of_mlx_lm_one_by_one(smollm2):
     assert together == alone
 
 
-def test_fusing_in_float32_loses_nothing(shell_run, tmp_path):
+def test_fusing_in_float32_loses_nothing_and_loads_in_mlx_lm_and_transformers(shell_run, tmp_path):
     report = fuse_run(shell_run, tmp_path / "fused", dtype="float32")
     assert report.max_logit_difference < 1e-3
     assert report.top1_agreement == 1
     assert json.loads((tmp_path / "fused/fuse.json").read_text())["tokens_compared"] > 100
-
-
-def test_a_fused_folder_loads_in_mlx_lm_and_transformers(shell_run, tmp_path):
-    fuse_run(shell_run, tmp_path / "fused")
     from transformers import AutoTokenizer
 
     model, tokenizer = mlx_lm.load(str(tmp_path / "fused"))

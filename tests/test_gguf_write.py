@@ -310,6 +310,27 @@ def test_blocks_that_predict_further_tokens_are_not_read(tmp_path):
         read_model(file)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("block_count", 10**9, "another number"),
+        ("feed_forward_length", [128] * 4, "another number"),
+        ("attention.sliding_window_pattern", [True] * 5, "makes no sense"),
+        ("attention.shared_kv_layers", 5, "another number"),
+        ("attention.key_length", 0, "attention.key_length is 0"),
+        ("attention.key_length_swa", "wide", "makes no sense"),
+        ("expert_count", 8, "with experts"),
+    ],
+)
+def test_a_gemma4_whose_metadata_makes_no_sense_is_refused(tmp_path, key, value, said):
+    export(tmp_path / "tiny.gguf", tiny("gemma4_text", **GEMMA4), "f32")
+    file = GGUFFile(tmp_path / "tiny.gguf")
+    assert read_model(file).config["num_kv_shared_layers"] == 2
+    file.metadata[f"gemma4.{key}"] = value
+    with pytest.raises(ModelError, match=said):
+        read_model(file)
+
+
 # ------------------------------------------------------------------------ refusals
 
 

@@ -388,20 +388,6 @@ def test_quantize_packs_while_loading(recipe, few, tmp_path, tiny_folder, plain_
     assert not same_arrays(adapter(run), plain_adapter)
 
 
-def test_real_pairs_lower_the_held_out_loss(recipe, nl2bash, tmp_path):
-    lines = sorted(nl2bash.read_text().splitlines()[:200], key=len)[:100]
-    data = write_jsonl(tmp_path / "pairs.jsonl", map(json.loads, lines))
-    settings = recipe(
-        data,
-        model={"path": SMOLLM2},
-        train={"max_steps": 6, "learning_rate": 2e-3},
-        eval={"val_size": 12},
-    )
-    run = fine_tune(settings, tmp_path / "run", Silent())
-    held_out = [e["held_out_loss"] for e in run.metrics() if "held_out_loss" in e]
-    assert held_out[-1] < held_out[0]
-
-
 def test_the_cli_stops_on_ctrl_c_with_130_and_says_how_to_go_on(recipe, few, tmp_path):
     file = tmp_path / "t.toml"
     from mlxtune.recipe.load import dump_recipe

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlxtune.errors import ExportError, ModelError
-from mlxtune.gguf.reader import GGUFFile
+from mlxtune.gguf.reader import GGUFFile, shortest
 
 Config = dict[str, Any]
 Factors = npt.NDArray[np.float32]
@@ -116,8 +116,8 @@ def config(file: GGUFFile) -> Config:
         )
     layers, shared = meta["block_count"], meta.get("attention.shared_kv_layers", 0)
     sliding = [bool(local) for local in meta["attention.sliding_window_pattern"]]
-    widths = _each(meta["feed_forward_length"], layers)
-    heads = _each(meta["attention.head_count_kv"], layers)
+    widths = _each(meta["feed_forward_length"], len(sliding))
+    heads = _each(meta["attention.head_count_kv"], len(sliding))
     if not len(sliding) == len(widths) == len(heads) == layers > shared:
         raise ValueError(f"it has {layers} blocks and says something of another number")
     full = sliding.index(False)
@@ -139,12 +139,12 @@ def config(file: GGUFFile) -> Config:
         "rope_parameters": {
             _FULL: {
                 "rope_type": "proportional",
-                "rope_theta": _shortest(meta.get("rope.freq_base", 1e6)),
+                "rope_theta": shortest(meta.get("rope.freq_base", 1e6)),
                 "partial_rotary_factor": 2 * rotated / full_dims,
             },
             _SLIDING: {
                 "rope_type": "default",
-                "rope_theta": _shortest(meta.get("rope.freq_base_swa", 1e4)),
+                "rope_theta": shortest(meta.get("rope.freq_base_swa", 1e4)),
                 "partial_rotary_factor": meta.get("rope.dimension_count_swa", dims) / dims,
             },
         },
@@ -153,10 +153,6 @@ def config(file: GGUFFile) -> Config:
 
 def _each(value: Any, layers: int) -> list[int]:
     return value if isinstance(value, list) else [value] * layers
-
-
-def _shortest(value: float) -> float:
-    return float(str(np.float32(value)))
 
 
 def _get(config: Config, key: str) -> Any:

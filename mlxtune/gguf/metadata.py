@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from mlxtune.errors import ExportError, ModelError
 from mlxtune.gguf.architectures import COMMON, Architecture, Config
+from mlxtune.gguf.reader import shortest
 
 # Layers of the largest model of either family, which scales scores by another size.
 _LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}
@@ -24,7 +23,10 @@ def text_config(config: Config) -> Config:
 
 
 def metadata(entry: Architecture, config: Config) -> dict[str, Any]:
-    """Metadata keys of `entry` from a config.json; most say of rotation what `gguf.rope` says.
+    """Metadata keys of `entry` from a config.json.
+
+    Rotation is among them only where the architecture says it in a way of its own; of all
+    others `gguf.rope` says it.
 
     Raises:
         ExportError: the config lacks a size, or asks for what llama.cpp does not do.
@@ -153,8 +155,3 @@ def predicting_blocks(entry: Architecture, meta: dict[str, Any]) -> int:
             f"the GGUF's metadata says that {entry.name}.nextn_predict_layers is {count!r}"
         )
     return count
-
-
-def shortest(value: float) -> float:
-    """The shortest decimal that is this float32: 1e-05 rather than 9.999999747378752e-06."""
-    return float(str(np.float32(value)))

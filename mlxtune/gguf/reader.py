@@ -151,6 +151,11 @@ def _all_parts(opened: _Part, count: int) -> list[_Part]:
     return parts
 
 
+def shortest(value: float) -> float:
+    """The shortest decimal that is this float32: 1e-05 rather than 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
 def damaged(path: Path, what: str) -> ModelError:
     """What to raise for a file that makes no sense."""
     return ModelError(what, where=str(path), remedy="download or export the file again")

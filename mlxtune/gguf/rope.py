@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from mlxtune.errors import ExportError, ModelError
 from mlxtune.gguf.architectures import Architecture, Config
-from mlxtune.gguf.metadata import head_dim, shortest
-from mlxtune.gguf.reader import GGUFFile
+from mlxtune.gguf.metadata import head_dim
+from mlxtune.gguf.reader import GGUFFile, shortest
 
 Factors = npt.NDArray[np.float32]
 
