@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxtune.arrays import custom_gradient, exp, scalar
+from mlxtune.arrays import custom_gradient, scalar
 from mlxtune.device import on_cpu
 from mlxtune.layers.lora import LoRALinear
 from mlxtune.layers.quantized import QuantizedLinear
@@ -109,9 +109,20 @@ def _derived(original: type, activation: Gated) -> type:
 
 
 def _sigmoid(x: mx.array) -> mx.array:
-    if on_cpu() and x.dtype == mx.float32:
-        return mx.reciprocal(1 + exp(-x))
-    return mx.sigmoid(x)
+    return mx.reciprocal(1 + _power(x)) if _in_powers(x) else mx.sigmoid(x)
+
+
+def _silu(x: mx.array) -> mx.array:
+    return x / (1 + _power(x)) if _in_powers(x) else x * mx.sigmoid(x)
+
+
+def _in_powers(x: mx.array) -> bool:
+    return on_cpu() and x.dtype == mx.float32
+
+
+def _power(x: mx.array) -> mx.array:
+    """e to the -x without a pass for the sign."""
+    return mx.power(1 / math.e, x)
 
 
 def _gelu_terms(gate: mx.array) -> Pair:
@@ -149,5 +160,5 @@ def _geglu_backward(gate: mx.array, up: mx.array, cotangent: mx.array) -> Pair:
     return cotangent * up * (share + gelu * (1 - share) * slope), cotangent * gelu
 
 
-_swiglu = _make(lambda gate, up: gate * _sigmoid(gate) * up, _swiglu_backward)
+_swiglu = _make(lambda gate, up: _silu(gate) * up, _swiglu_backward)
 _geglu = _make(lambda gate, up: gate * _gelu_terms(gate)[0] * up, _geglu_backward)
