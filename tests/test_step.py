@@ -194,11 +194,10 @@ def test_steps_lower_the_loss():
 # ------------------------------------------------------------------------ checkpointed blocks
 
 
-@LAYOUTS
-def test_recomputed_blocks_give_the_same_loss_and_gradients(lay_out):
-    batch, results = lay_out(RAGGED), []
+def same_when_recomputed(build, batch) -> None:
+    results = []
     for recompute in (False, True):
-        model = packable_llama()
+        model = build()
         if recompute:
             checkpoint_blocks(model, range(len(model.layers)))
         results.append(value_and_gradients(model, lambda m=model: loss_of_batch(m, batch)))
@@ -206,20 +205,16 @@ def test_recomputed_blocks_give_the_same_loss_and_gradients(lay_out):
     assert got == pytest.approx(want, rel=1e-6)
     for name in want_gradients:
         assert distance(gradients[name], want_gradients[name]) < 1e-5
+
+
+@LAYOUTS
+def test_recomputed_blocks_give_the_same_loss_and_gradients(lay_out):
+    same_when_recomputed(packable_llama, lay_out(RAGGED))
 
 
 def test_recomputed_blocks_pass_gradients_through_all_that_they_hand_on():
     """Gemma 4's last blocks attend to keys and values that earlier ones have computed."""
-    batch, results = pad(RAGGED), []
-    for recompute in (False, True):
-        model = with_adapters(tiny("gemma4_text", **GEMMA4))
-        if recompute:
-            checkpoint_blocks(model, range(len(model.layers)))
-        results.append(value_and_gradients(model, lambda m=model: loss_of_batch(m, batch)))
-    (want, want_gradients), (got, gradients) = results
-    assert got == pytest.approx(want, rel=1e-6)
-    for name in want_gradients:
-        assert distance(gradients[name], want_gradients[name]) < 1e-5
+    same_when_recomputed(lambda: with_adapters(tiny("gemma4_text", **GEMMA4)), pad(RAGGED))
 
 
 @LAYOUTS
