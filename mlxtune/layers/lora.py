@@ -105,10 +105,10 @@ class LoRALinear(Adapter):
     def __call__(self, x: mx.array) -> mx.array:
         x, a, b = self.in_turn(x)
         y: mx.array = self.linear(x)
-        narrow = self.dropout(x) @ a.astype(x.dtype)
+        narrow = self.scale * (self.dropout(x) @ a.astype(x.dtype))
         # One product that adds into y: no pass over an update of y's size. As its `alpha` the
         # scale would take two in the backward pass.
-        return mx.addmm(y, narrow.astype(y.dtype), (self.scale * b).astype(y.dtype))
+        return mx.addmm(y, narrow.astype(y.dtype), b.astype(y.dtype))
 
     def fused_weight(self) -> mx.array:
         """W + scale * (A B)^T, (out, in) in float32."""

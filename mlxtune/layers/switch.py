@@ -137,11 +137,9 @@ class LoRASwitchLinear(Adapter):
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         x, a, b = self.in_turn(x)
         y: mx.array = self.linear(x, indices, sorted_indices=sorted_indices)
-        z = self.dropout(x)
-        for factor in (a, self.scale * b):  # the smaller things to scale
-            each = factor.astype(x.dtype).swapaxes(-1, -2)
-            z = _gathered(z, each, indices, ordered=sorted_indices)
-        return y + z.astype(y.dtype)
+        a, b = (factor.astype(x.dtype).swapaxes(-1, -2) for factor in (a, b))
+        narrow = self.scale * _gathered(self.dropout(x), a, indices, ordered=sorted_indices)
+        return y + _gathered(narrow, b, indices, ordered=sorted_indices).astype(y.dtype)
 
     def fused_weight(self) -> mx.array:
         """W + scale * B A of each expert: (experts, out, in) in float32."""
