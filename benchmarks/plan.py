@@ -9,6 +9,7 @@ The peak is MLX's own count. Prints a table and keeps it in benchmarks/results/.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -149,20 +150,24 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", help="Set-ups with this in their name.")
+    parser.add_argument("--only", help="Set-ups with this in their name; others stay as they were.")
     arguments = parser.parse_args()
+    path = HERE / "results" / f"plan-{slug(device_name())}.json"
+    rows: dict[str, dict[str, Any]] = {}
+    if arguments.only and path.exists():
+        rows = {row["set_up"]: row for row in json.loads(path.read_text("utf-8"))["rows"]}
     this_machine()  # measures its rates
-    rows = []
     for set_up in SET_UPS:
         if arguments.only and arguments.only not in set_up.name:
             continue
-        rows.append(compare(set_up))
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        rows[set_up.name] = compare(set_up)
+        print(json.dumps(rows[set_up.name]), file=sys.stderr, flush=True)
+        # A model refers to itself: until it is collected its weights count for the next.
+        gc.collect()
         mx.clear_cache()
-    print(table(rows))
-    if not arguments.only:
-        path = HERE / "results" / f"plan-{slug(device_name())}.json"
-        path.write_text(json.dumps({"device": device_name(), "rows": rows}, indent=1) + "\n")
+    print(table(list(rows.values())))
+    kept = {"device": device_name(), "rows": list(rows.values())}
+    path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
