@@ -12,6 +12,7 @@ import pytest
 from conftest import tiny_llama
 from helpers import (
     GEMMA4,
+    QWEN3_5,
     distance,
     loss_of_batch,
     loss_of_each_alone,
@@ -212,9 +213,17 @@ def test_recomputed_blocks_give_the_same_loss_and_gradients(lay_out):
     same_when_recomputed(packable_llama, lay_out(RAGGED))
 
 
-def test_recomputed_blocks_pass_gradients_through_all_that_they_hand_on():
-    """Gemma 4's last blocks attend to keys and values that earlier ones have computed."""
-    same_when_recomputed(lambda: with_adapters(tiny("gemma4_text", **GEMMA4)), pad(RAGGED))
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("gemma4_text", GEMMA4),  # later blocks attend to keys and values of earlier ones
+        ("gemma3_text", {"sliding_window": 4, "sliding_window_pattern": 2}),
+        ("gpt_oss", {"sliding_window": 4, "num_local_experts": 4, "num_experts_per_tok": 2}),
+        ("qwen3_5", QWEN3_5),
+    ],
+)
+def test_recomputed_blocks_pass_gradients_through_all_that_they_hand_on(kind, sizes):
+    same_when_recomputed(lambda: with_adapters(tiny(kind, **sizes)), pad(RAGGED))
 
 
 @LAYOUTS
