@@ -33,9 +33,9 @@ LLAMA_CPP = "llama_cpp_python-0.3.36/vendor/llama.cpp/models/"
 HUB_FILES = ("tokenizer.json", "tokenizer_config.json")
 # llama.cpp's vocabularies: these with texts and the ids it makes of them, those without.
 GOLDEN = ("command-r", "deepseek-coder", "deepseek-llm", "falcon", "gpt-2", "llama-bpe")
-GOLDEN += ("llama-spm", "mpt", "phi-3", "qwen2", "qwen35", "refact", "starcoder")
+GOLDEN += ("gemma-4", "llama-spm", "mpt", "phi-3", "qwen2", "qwen35", "refact", "starcoder")
 UNTOLD = ("aquila", "baichuan", "gpt-neox")
-REFUSED = ("bert-bge", "gemma-4", "nomic-bert-moe")
+REFUSED = ("bert-bge", "nomic-bert-moe")
 SEPARATOR = "\n__ggml_vocab_test__\n"
 
 

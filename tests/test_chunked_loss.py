@@ -122,7 +122,9 @@ def test_no_more_than_a_chunk_of_logits_exists_at_once():
     logits = 4 * words * 1024
     assert peak(1024, chunked=False) > 1.9 * logits
     assert peak(1024, chunked=True) < 0.2 * logits
-    assert peak(1024, chunked=True) < 1.1 * peak(512, chunked=True)
+    # MLX lays out a few operations ahead, more or fewer as the machine is busy.
+    chunk = 4 * words * rows
+    assert peak(1024, chunked=True) < peak(512, chunked=True) + 2 * chunk
 
 
 @pytest.mark.parametrize(

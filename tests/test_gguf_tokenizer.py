@@ -94,7 +94,8 @@ def written(name: str) -> dict[str, Any]:
 @cache
 def rewritten(name: str) -> dict[str, Any]:
     """Metadata of a GGUF, read and written. Do not change it."""
-    return tokenizer_metadata(tokenizer(name), len(metadata(name)[f"{GGML}tokens"]))
+    merged = metadata(name)[f"{GGML}model"] == "gemma4"
+    return tokenizer_metadata(tokenizer(name), len(metadata(name)[f"{GGML}tokens"]), merged=merged)
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +300,7 @@ SAME_RULE = {"command-r", "refact", "starcoder"}  # names of one rule: the first
 OLD = {  # of old converters, that did not mark padding as unused or wrote needless scores
     "phi-3": {"token_type", "scores"},
     "aquila": {"scores", "token_type"},
+    "gemma-4": {"scores"},
     "qwen2": {"token_type"},
     "refact": {"token_type"},
     # SentencePiece says "unknown" of <unk>, tokenizer.json only "special".

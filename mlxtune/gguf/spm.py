@@ -127,7 +127,7 @@ def spm_values(
         ExportError: the tokenizer treats text in a way that llama.cpp does not.
     """
     state = json.loads(core.to_str())
-    _require_spaces_only(state)
+    _require_spaces_only(state, lines=merged)
     merges, prefixed = state["model"]["merges"], _prefixes_space(core, after)
     types = [
         int(TokenType.BYTE) if _is_byte(token) and type_ == TokenType.NORMAL else type_
@@ -179,8 +179,8 @@ def _is_byte(token: str) -> bool:
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
-def _require_spaces_only(state: dict[str, Any]) -> None:
-    """Refuse what is more than ▁ for a space and at the front."""
+def _require_spaces_only(state: dict[str, Any], *, lines: bool) -> None:
+    """Refuse what is more than ▁ for a space and at the front, or `lines` apart."""
     for place, split, plain in (
         ("normalizer", "normalizers", _is_plain_normalizer),
         ("pre_tokenizer", "pretokenizers", _is_plain_pre_tokenizer),
@@ -188,11 +188,15 @@ def _require_spaces_only(state: dict[str, Any]) -> None:
         whole = state[place]
         parts = whole.get(split, [whole]) if whole else []
         for part in parts:
-            if not plain(part):
+            if not plain(part) and not (lines and _parts_lines(part)):
                 raise ExportError(
                     f"llama.cpp does not treat text as this tokenizer's {part['type']} does",
                     where=f"tokenizer.json: {place}",
                 )
+
+
+def _parts_lines(part: dict[str, Any]) -> bool:
+    return part.get("type") == "Split" and part["pattern"] == {"Regex": _LINES}
 
 
 def _is_plain_normalizer(part: dict[str, Any]) -> bool:

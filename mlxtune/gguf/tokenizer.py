@@ -23,7 +23,7 @@ from mlxtune.errors import ExportError, ModelError
 from mlxtune.gguf import bpe, spm
 from mlxtune.gguf.pretokenizers import PRE_TOKENIZERS
 
-_ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+_ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "mask": "mask"}
 _SPECIAL = (TokenType.CONTROL, TokenType.UNKNOWN)
 _TEMPLATE = "tokenizer.chat_template"
 # Of Phi-3's marks, those that leave the white space after them alone.
