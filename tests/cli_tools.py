@@ -64,11 +64,15 @@ PROGRAM = (
 )
 
 
+# What pytest says of each test, and torch of itself once bitsandbytes is imported.
+_NOT_THE_PROGRAMS = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")
+
+
 def environment() -> dict[str, str]:
     """Of the program as a process: it finds what is beside the tests, and is not run again."""
     own = {"MLXTUNE_BLAS": "off", "HF_HUB_OFFLINE": "1"}
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    kept = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    kept = {k: v for k, v in os.environ.items() if k not in _NOT_THE_PROGRAMS}
     return kept | own | {"PYTHONPATH": path}
 
 

@@ -14,6 +14,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["MLXTUNE_CACHE"] = tempfile.mkdtemp(prefix="mlxtune-test-")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# mistral.rs keeps keys and values as MLX keeps them here.
+os.environ["MISTRALRS_CPU_KV_F32"] = "1"
 
 import mlx.core as mx
 from mlx_lm.models import llama

@@ -243,11 +243,12 @@ def in_llamacpp(path: Path, tokens: list[int], places: list[int], count: int = 2
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
     server = xllamacpp.Server(params)
     found = []
-    for place in places:
-        body = {"prompt": tokens[:place], "n_predict": 1, "n_probs": count, "temperature": 0}
-        answer = httpx.post(f"{server.listening_address}/completion", json=body, timeout=60).json()
-        top = answer["completion_probabilities"][0]["top_logprobs"]
-        found.append(([t["id"] for t in top], [t["logprob"] for t in top]))
+    with httpx.Client(base_url=server.listening_address, timeout=60) as client:
+        for place in places:
+            body = {"prompt": tokens[:place], "n_predict": 1, "n_probs": count, "temperature": 0}
+            answer = client.post("/completion", json=body).json()
+            top = answer["completion_probabilities"][0]["top_logprobs"]
+            found.append(([t["id"] for t in top], [t["logprob"] for t in top]))
     return found
 
 

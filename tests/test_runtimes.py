@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import httpx
@@ -108,13 +107,13 @@ def test_llamacpp_says_what_mlx_says(llamacpp, asked):
 
 def test_llamacpp_renders_and_tokenizes_the_chat_as_trained(llamacpp, asked):
     _, server = llamacpp
-    url = server.listening_address
-    for row in asked:
-        messages = [{"role": "user", "content": row.question}]
-        rendered = httpx.post(f"{url}/apply-template", json={"messages": messages}).json()
-        assert rendered["prompt"] == row.text
-        body = {"content": row.text, "add_special": True, "parse_special": True}
-        assert httpx.post(f"{url}/tokenize", json=body).json()["tokens"] == row.prompt
+    with httpx.Client(base_url=server.listening_address) as client:
+        for row in asked:
+            messages = [{"role": "user", "content": row.question}]
+            rendered = client.post("/apply-template", json={"messages": messages}).json()
+            assert rendered["prompt"] == row.text
+            body = {"content": row.text, "add_special": True, "parse_special": True}
+            assert client.post("/tokenize", json=body).json()["tokens"] == row.prompt
 
 
 def test_tokens_of_a_whole_conversation_agree(llamacpp, fused):
@@ -135,7 +134,6 @@ def test_tokens_of_a_whole_conversation_agree(llamacpp, fused):
 @pytest.fixture(scope="module", params=["f16", "q8_0"])
 def mistralrs(request, bundles):
     module = pytest.importorskip("mistralrs")
-    os.environ["MISTRALRS_CPU_KV_F32"] = "1"  # as MLX keeps them here
     which = module.Which.GGUF(
         quantized_model_id=str(bundles[request.param]), quantized_filename="model.gguf"
     )
