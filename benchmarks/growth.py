@@ -1,6 +1,7 @@
 """How a step's time and memory grow with the length of a row and with the rank of the adapter.
 
     python -m mlxtune.device python benchmarks/growth.py PAIRS.jsonl [--lengths 256 512] [--ranks]
+        [--turns 3]
 
 SmolLM2-135M in float32, LoRA on all layers, one row of running text to a step, every token
 of it trained, nothing computed twice. Each point is a process of its own; its time is the
@@ -31,10 +32,10 @@ RANKS, AT_LENGTH = (4, 8, 16, 32, 64, 128), 1024
 TURNS = 3
 
 
-def measure(model: Path, pairs: Path, length: int, rank: int) -> dict[str, Any]:
-    """Seconds and peak memory of a step."""
+def measure(model: Path, pairs: Path, length: int, rank: int, count: int) -> dict[str, Any]:
+    """Seconds and peak memory of a step, after one that is not counted."""
     with tempfile.TemporaryDirectory() as folder:
-        rows = texts(read_pairs(pairs), load_tokenizer(model), length, TURNS + 1)
+        rows = texts(read_pairs(pairs), load_tokenizer(model), length, count + 1)
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         for name in ("train", "valid", "test"):
             Path(folder, f"{name}.jsonl").write_text(lines, encoding="utf-8")
@@ -56,11 +57,12 @@ def measure(model: Path, pairs: Path, length: int, rank: int) -> dict[str, Any]:
             )
         )
         worker = Worker("mlxtune", job)
-        turns = [worker.turn() for _ in range(TURNS)]
+        turns = [worker.turn() for _ in range(count)]
         worker.stop()
     point = {
         "tokens": length,
         "rank": rank,
+        "turns": count,
         "seconds": statistics.median(turn["seconds"] for turn in turns),
         "peak_memory_bytes": max(turn["peak_memory_bytes"] for turn in turns),
     }
@@ -83,6 +85,7 @@ def main() -> None:
     parser.add_argument("pairs", type=Path)
     parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS)
     parser.add_argument("--ranks", type=int, nargs="*", default=RANKS)
+    parser.add_argument("--turns", type=int, default=TURNS)
     parser.add_argument("--models", type=Path, default=HERE.parent / ".cache" / "benchmarks")
     given = parser.parse_args()
     make_models(given.models)
@@ -96,7 +99,7 @@ def main() -> None:
     wanted = [("length", "tokens", length, AT_RANK) for length in given.lengths]
     wanted += [("rank", "rank", AT_LENGTH, rank) for rank in given.ranks]
     for table_of, key, length, rank in wanted:
-        point = measure(model, given.pairs, length, rank)
+        point = measure(model, given.pairs, length, rank, given.turns)
         others = [p for p in figures[table_of] if p[key] != point[key]]
         figures[table_of] = sorted([*others, point], key=lambda p, key=key: p[key])
         path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
