@@ -10,6 +10,8 @@ import gguf
 import numpy as np
 import xllamacpp
 
+from mlxtune.gguf.writer import Writer
+
 WIDTH = 32  # of the model that a vocabulary needs around it: as small as llama.cpp loads
 LLAMA = {
     "block_count": 1,
@@ -134,7 +136,7 @@ def _library() -> ctypes.CDLL:
 
 def _write(path: Path, metadata: dict[str, Any]) -> None:
     """A model of zeros around the vocabulary."""
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = Writer(path, "llama")
     for key, number in LLAMA.items():
         writer.add_uint32(f"llama.{key}", number)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)

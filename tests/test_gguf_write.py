@@ -30,7 +30,7 @@ from mlxtune.gguf.reader import GGUFFile
 from mlxtune.gguf.rope import rope_metadata
 from mlxtune.gguf.tensors import SourceTensor
 from mlxtune.gguf.tokenizer import read_tokenizer, tokenizer_metadata
-from mlxtune.gguf.writer import write_gguf
+from mlxtune.gguf.writer import Writer, write_gguf
 
 LLAMA = for_gguf("llama")
 
@@ -164,6 +164,26 @@ def test_text_survives_the_real_tokenizer(real_tokenizer, text):
     ids = real_tokenizer(text).input_ids
     assert real_tokenizer.decode(ids) == text
     assert all(0 <= i < 49152 for i in ids)
+
+
+def test_arrays_are_packed_to_the_bytes_of_the_gguf_package(tmp_path, real_metadata):
+    given = {key: value for key, value in real_metadata.items() if isinstance(value, list)}
+    given |= {"texts": ["", "ü🦙"], "scores": [0.5, -1e4, 1e-40], "flags": [True, False]}
+    given |= {"numbers": [-(2**31), 2**31 - 1], "lists": [[1, 2], [3]]}
+    packed = []
+    for number, kind in enumerate((gguf.GGUFWriter, Writer)):
+        writer = kind(path := tmp_path / f"{number}.gguf", "llama")
+        for key, value in given.items():
+            writer.add_array(key, value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        packed.append(path.read_bytes())
+    assert len(given) > 6 and packed[0] == packed[1]
+    with pytest.raises(ValueError, match="same type"):
+        Writer(tmp_path / "mixed.gguf", "llama")._pack_val([1, "a"], gguf.GGUFValueType.ARRAY, True)
+    with pytest.raises(OverflowError):
+        Writer(tmp_path / "large.gguf", "llama")._pack_val([2**31], gguf.GGUFValueType.ARRAY, True)
 
 
 def test_special_tokens_of_the_real_tokenizer_are_one_id_each(real_metadata, real_tokenizer):

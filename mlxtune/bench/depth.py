@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 from mlxtune.bench.cost import Rates, cost_of, flops_of
 from mlxtune.bench.memory import peak_memory
@@ -30,19 +31,27 @@ class StepTotals:
 
     Attributes:
         peak: most bytes that exist at one time where memory is plenty.
-        least: the same where it is not, and MLX waits before it lays out more.
         seconds: None where no rates are known.
         flops: operations of its products.
+        find_least: what `least` is found by.
     """
 
     peak: float
-    least: float
     seconds: float | None
     flops: float
+    find_least: Callable[[], float]
+
+    @cached_property
+    def least(self) -> float:
+        """The peak where memory is scarce, and MLX waits before it lays out more.
+
+        Found when it is asked for: where memory is plenty nobody does.
+        """
+        return self.find_least()
 
     def peak_within(self, limit: float) -> int:
         """Bytes at most if MLX is to stay within `limit`."""
-        return round(min(self.peak, max(self.least, limit)))
+        return round(self.peak if self.peak <= limit else min(self.peak, max(self.least, limit)))
 
 
 class StepEstimator:
@@ -123,7 +132,8 @@ class StepEstimator:
     def _traced(self, model: StepModel, batch: Batch, checkpointed: int) -> StepTotals:
         graph = model.graph(batch, range(checkpointed))
         seconds = None if self._rates is None else cost_of(graph, self._rates).seconds
-        return StepTotals(peak_memory(graph), peak_memory(graph, 0), seconds, flops_of(graph))
+        least = partial(peak_memory, graph, 0)
+        return StepTotals(peak_memory(graph), seconds, flops_of(graph), least)
 
     def _at_full_depth(self, values: Sequence[float]) -> float:
         """The straight line through what holds at two depths, at the model's own."""
@@ -144,9 +154,9 @@ def _combined(each: Sequence[StepTotals], line: Callable[[Sequence[float]], floa
     seconds = [total.seconds for total in each if total.seconds is not None]
     return StepTotals(
         line([total.peak for total in each]),
-        line([total.least for total in each]),
         line(seconds) if seconds else None,
         line([total.flops for total in each]),
+        lambda: line([total.least for total in each]),
     )
 
 

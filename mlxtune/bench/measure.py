@@ -82,7 +82,7 @@ def _workloads(
             "planned_seconds": planned.seconds,
             "planned_peak_bytes": round(planned.peak),
         }
-        if planned.least > machine.budget:
+        if planned.peak_within(machine.budget) > machine.budget:
             yield figures | {"left_out": "more memory than there is"}
             continue
         if planned.seconds > _AT_MOST and not everything:

@@ -64,19 +64,12 @@ class _Array:
     @property
     def in_order(self) -> bool:
         """Whether it lies as its axes go; how far apart a single row is does not matter."""
-        axes = zip(self.strides, _row_major(self.shape.dims), self.shape.dims, strict=True)
-        return all(stride == plain for stride, plain, dim in axes if dim > 1)
+        return _in_order(self.strides, self.shape.dims)
 
     @property
     def dense(self) -> bool:
         """Whether it fills a stretch of memory, in whatever order of axes."""
-        axes = zip(self.strides, self.shape.dims, strict=True)
-        expected = 1
-        for stride, dim in sorted(axis for axis in axes if axis[1] > 1):
-            if stride != expected:
-                return False
-            expected *= dim
-        return True
+        return _dense(self.strides, self.shape.dims)
 
     @property
     def multiplies(self) -> bool:
@@ -234,6 +227,25 @@ class _Account:
             if alone and fits and (source.in_order if mixed else source.dense):
                 return source
         return None
+
+
+# A step has some ten thousand arrays, and a few dozen kinds of them.
+
+
+@lru_cache(maxsize=4096)
+def _in_order(strides: Strides, dims: tuple[int, ...]) -> bool:
+    axes = zip(strides, _row_major(dims), dims, strict=True)
+    return all(stride == plain for stride, plain, dim in axes if dim > 1)
+
+
+@lru_cache(maxsize=4096)
+def _dense(strides: Strides, dims: tuple[int, ...]) -> bool:
+    axes, expected = zip(strides, dims, strict=True), 1
+    for stride, dim in sorted(axis for axis in axes if axis[1] > 1):
+        if stride != expected:
+            return False
+        expected *= dim
+    return True
 
 
 @lru_cache(maxsize=4096)

@@ -302,7 +302,7 @@ class Planner:
             count = len(range(0, every, wish))
             return count, model.step(batch, count).peak_within(budget)
         without = model.step(batch)
-        if wish is False or without.least <= budget:
+        if wish is False or without.peak_within(budget) <= budget:
             return 0, without.peak_within(budget)
         all_ = model.step(batch, every)
         if all_.least >= budget:

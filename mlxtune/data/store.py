@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import overload
@@ -28,6 +28,11 @@ _ENTRY = np.dtype([("offset", "<i8"), ("length", "<i4"), ("record", "<i4")])
 Progress = Callable[[str, int], None]
 
 
+def _close(*files: int) -> None:
+    for file in files:
+        os.close(file)
+
+
 class TokenStore(Sequence[Sample]):
     """Samples in a folder, read one at a time.
 
@@ -44,11 +49,8 @@ class TokenStore(Sequence[Sample]):
         self._tokens = os.open(folder / TOKENS, os.O_RDONLY)
         self._index = os.open(folder / INDEX, os.O_RDONLY)
         self._length = os.fstat(self._index).st_size // _ENTRY.itemsize
-
-    def __del__(self) -> None:
-        for name in ("_tokens", "_index"):
-            with suppress(OSError, AttributeError):
-                os.close(getattr(self, name))
+        # Unlike a `__del__` it also works while Python shuts down.
+        weakref.finalize(self, _close, self._tokens, self._index)
 
     def __len__(self) -> int:
         return self._length

@@ -245,13 +245,28 @@ class _Part:
             if inner == _STRING:
                 # Each string takes 8 bytes at least; a count beyond that is damage.
                 self._room_for(count * 8)
-                return [self._string() for _ in range(count)]
+                return self._strings(count)
             raise self._damaged(f"an array of the unknown type {inner}")
         raise self._damaged(f"a value of the unknown type {type_}")
 
     def _string(self) -> str:
         raw = self._take(self._number("<Q"))
         return bytes(raw).decode("utf-8", errors="replace")
+
+    def _strings(self, count: int) -> list[str]:
+        """As so many calls of `_string`, several times as fast: a vocabulary has 500,000."""
+        mapped, at = self.mapped, self._at
+        last = len(mapped) - 8
+        length_at, strings = struct.Struct("<Q").unpack_from, []
+        for _ in range(count):
+            if at > last:
+                self._room_for(len(mapped))
+            start = at + 8
+            at = start + length_at(mapped, at)[0]
+            strings.append(mapped[start:at].decode("utf-8", errors="replace"))
+        self._room_for(at - self._at)
+        self._at = at
+        return strings
 
     def _number(self, form: str) -> int:
         return int(struct.unpack(form, self._take(struct.calcsize(form)))[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,41 @@ from mlxtune.gguf.rope import rope_metadata, rope_tensors
 from mlxtune.gguf.tensors import SourceTensor
 
 Importance = Mapping[str, npt.NDArray[np.float32]]
+
+
+class Writer(gguf.GGUFWriter):  # type: ignore[misc]  # the package has no types
+    """The package's writer, that packs an array at once.
+
+    The package packs one value after another, two seconds for a vocabulary of 262,144. The
+    bytes are the same.
+    """
+
+    def _pack_val(
+        self,
+        val: Any,
+        vtype: GGUFValueType,
+        add_vtype: bool,
+        sub_type: GGUFValueType | None = None,
+    ) -> bytes:
+        body = _array_bytes(val) if sub_type is None and isinstance(val, list) else None
+        if body is None:
+            packed: bytes = super()._pack_val(val, vtype, add_vtype, sub_type)
+            return packed
+        head = struct.pack("<I", vtype) if add_vtype else b""
+        return head + struct.pack("<IQ", GGUFValueType.get_type(val[0]), len(val)) + body
+
+
+def _array_bytes(values: list[Any]) -> bytes | None:
+    """Values of one kind as they are stored; None where the package has to see to them."""
+    kinds = set(map(type, values))
+    if kinds == {int}:
+        return np.array(values, "<i4").tobytes()
+    if kinds == {float}:
+        return np.array(values, "<f4").tobytes()
+    if kinds != {str}:
+        return None
+    length, texts = struct.Struct("<Q").pack, [value.encode("utf-8") for value in values]
+    return b"".join(part for text in texts for part in (length(len(text)), text))
 
 
 @dataclass(frozen=True)
@@ -90,7 +126,7 @@ def write_gguf(
         tied="output.weight" not in names,
         has_imatrix=bool(importance),
     )
-    writer = gguf.GGUFWriter(path, entry.name, split_max_size=split_max_bytes)
+    writer = Writer(path, entry.name, split_max_size=split_max_bytes)
     try:
         writer.add_type("model")
         writer.add_name(name)
