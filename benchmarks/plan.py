@@ -104,7 +104,8 @@ def compare(set_up: SetUp) -> dict[str, Any]:
         given[section] = given.get(section, {}) | keys  # type: ignore[operator]
     recipe = parse_recipe(given, where=set_up.name)
     dtype = "float32" if on_cpu() else "bfloat16"
-    rates = this_machine(remembered=True).rates
+    # Measured anew: what a shared machine does may have changed since the last set-up.
+    rates = this_machine().rates
     estimator = StepEstimator(recipe, config, None, dtype, rates)
     batch = (pack if estimator.packing else pad)(samples_of(set_up.lengths))
     wish = recipe.train.gradient_checkpointing
@@ -156,7 +157,6 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {}
     if arguments.only and path.exists():
         rows = {row["set_up"]: row for row in json.loads(path.read_text("utf-8"))["rows"]}
-    this_machine()  # measures its rates
     for set_up in SET_UPS:
         if arguments.only and arguments.only not in set_up.name:
             continue
