@@ -10,9 +10,11 @@ itself once more.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,6 +91,27 @@ def device_name() -> str:
     if on_cpu():
         return f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
     return str(mx.device_info().get("device_name", "GPU"))
+
+
+def gpu_cores() -> int | None:
+    """How many cores this Mac's GPU has, by which chips of one name differ; None elsewhere."""
+    if platform.system() != "Darwin":
+        return None
+    command = ("system_profiler", "SPDisplaysDataType", "-json")
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return cores_of(json.loads(told.stdout))
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+
+
+def cores_of(displays: object) -> int | None:
+    """The number of cores in what macOS's `system_profiler SPDisplaysDataType -json` says."""
+    found = displays.get("SPDisplaysDataType") if isinstance(displays, dict) else None
+    for adapter in found if isinstance(found, list) else ():
+        if isinstance(adapter, dict) and str(adapter.get("sppci_cores", "")).isdigit():
+            return int(adapter["sppci_cores"])
+    return None
 
 
 def find_blas() -> Path | None:

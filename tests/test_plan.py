@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import platform
 import re
 
 import cli_tools
@@ -19,16 +20,18 @@ from mlxtune.bench.compare import BEGIN, END, renewed
 from mlxtune.bench.depth import StepEstimator, shallow
 from mlxtune.bench.graph import trace
 from mlxtune.bench.lengths import Lengths, lengths_of_recipe, samples_of
-from mlxtune.bench.machine import Machine, mac, this_machine
-from mlxtune.bench.measure import read_figures
+from mlxtune.bench.machine import Machine, mac, published_rates, this_machine
+from mlxtune.bench.measure import measure_machine, read_figures, write_figures
 from mlxtune.bench.memory import peak_memory
 from mlxtune.bench.plan import ModelFacts, Planner, with_changes
 from mlxtune.bench.step import StepModel
+from mlxtune.bench.workloads import Workload
 from mlxtune.cli.plan import plan as plan_command
 from mlxtune.cli.plan import summary_lines
 from mlxtune.data.batches import Part
 from mlxtune.data.pack import pack, pad
-from mlxtune.errors import ChipError, ModelError
+from mlxtune.device import cores_of, gpu_cores
+from mlxtune.errors import ChipError, ModelError, RunError
 from mlxtune.models.known import known_config
 from mlxtune.recipe.load import load_recipe, parse_recipe
 
@@ -157,8 +160,44 @@ def test_a_config_without_sizes_is_refused():
 
 
 def test_a_mac_that_is_not_sold():
-    with pytest.raises(ChipError, match="not sold with 12 GB"):
+    with pytest.raises(ChipError, match="M2 is not sold with 12 GB"):
         mac("M2", 12)
+    with pytest.raises(ChipError, match=r"32-core GPU\) is not sold with 64 GB"):
+        mac("M4 Max 32", 64)
+
+
+def test_without_cores_it_is_the_smallest_variant_that_has_the_memory():
+    assert mac("M4 Max", 36).name.startswith("M4 Max (32-core")
+    assert mac("M4 Max", 64).name.startswith("M4 Max (40-core")
+
+
+def test_products_of_chips_with_matrix_units_are_not_those_of_their_alus():
+    """The M5's ALUs say nothing of them; what was measured does, and of the others nothing."""
+    rates = {str(chip): published_rates(chip) for chip in CHIPS if chip.name.startswith("M5")}
+    assert rates["M5 (10-core GPU)"].products == ((1.0, 6.5e12),)
+    assert rates["M5 (8-core GPU)"] is None and rates["M5 Pro (16-core GPU)"] is None
+
+
+def test_a_limit_of_the_recipe_is_no_more_than_another_machine_has():
+    recipe = recipe_of(train={"memory_limit": 20.0, "max_seq_length": 512})
+    facts = ModelFacts(LLAMA, None, None, "a test")
+    lengths = Lengths((Part(samples_of([400] * 16)),), "tokenized", "16 records")
+    small = mac("M1", 8)
+    plan = Planner(recipe, small, facts=facts, lengths=lengths)()
+    assert plan.budget_bytes == small.budget
+    less = with_changes(recipe, {"train.memory_limit": 1.0})
+    assert Planner(less, small, facts=facts, lengths=lengths)().budget_bytes == 1e9
+
+
+def test_workers_share_the_steps():
+    facts = ModelFacts(LLAMA, None, None, "a test")
+    lengths = Lengths((Part(samples_of([40] * 64)),), "tokenized", "64 records")
+    recipe = recipe_of(train={"batch_size": 4, "epochs": 2})
+    machine = mac("M2", 8)
+    steps = [
+        Planner(recipe, machine, facts=facts, lengths=lengths, workers=n)().steps for n in (1, 2)
+    ]
+    assert steps == [32, 16]
 
 
 FILES = sorted((ROOT / "recipes").glob("*.toml"))
@@ -169,7 +208,11 @@ def test_a_recipe_fits_the_mac_that_it_is_for(path):
     head = path.read_text(encoding="utf-8").split("\n\n")[0]
     [(chip, memory)] = re.findall(r"^# for: (M\d+(?: \w+)?), (\d+) GB$", head, re.MULTILINE)
     recipe = load_recipe(path)
-    plan = Planner(recipe, mac(chip, int(memory))).estimate(recipe)
+    train = recipe.train
+    # Whatever its records are: all as long as it allows.
+    worst = samples_of([train.max_seq_length] * train.batch_size * 4)
+    lengths = Lengths((Part(worst),), "worst case", "the longest that there may be")
+    plan = Planner(recipe, mac(chip, int(memory)), lengths=lengths).estimate(recipe)
     assert plan.fits, f"{plan.peak_memory_bytes / 1e9:.1f} of {plan.budget_bytes / 1e9:.1f} GB"
     parts = plan.weights_bytes + plan.adapters_bytes + plan.gradients_bytes
     parts += plan.optimizer_bytes + plan.logits_bytes + plan.activations_bytes
@@ -177,12 +220,25 @@ def test_a_recipe_fits_the_mac_that_it_is_for(path):
     assert plan.seconds_per_step is None or plan.seconds_per_step > 0
 
 
+def test_seventy_billion_weights_are_planned_from_their_config_alone(tmp_path):
+    config = LLAMA | {"hidden_size": 8192, "num_hidden_layers": 80, "intermediate_size": 28672}
+    config |= {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256}
+    config |= {"tie_word_embeddings": False, "torch_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    recipe = recipe_of(model={"path": str(tmp_path), "quantize": 4})
+    plan = Planner(recipe, mac("M2 Ultra", 128)).estimate(recipe)
+    ends = 2 * 128256 * 8192  # embedding and head, which stay in bfloat16
+    assert plan.weights_bytes == pytest.approx((70.55e9 - ends) * 4.5 / 8 + 2 * ends, rel=0.005)
+    assert plan.blocks == 80 and plan.fits and plan.seconds_per_step > 1
+    assert not Planner(recipe, mac("M2 Max", 32)).estimate(recipe).fits
+
+
 def test_what_does_not_fit_gets_advice_and_a_recipe_that_does():
-    recipe = recipe_of(train={"max_seq_length": 512})
+    recipe = recipe_of(train={"max_seq_length": 512}, lora={"rslora": True})
     facts = ModelFacts(LLAMA, None, None, "a test")
     lengths = Lengths((Part(samples_of([400] * 16)),), "tokenized", "16 records")
 
-    def planner(budget):
+    def planner(budget, recipe=recipe):
         small = Machine("a small one", budget, gpu=True, rates=None, measured=False)
         return Planner(recipe, small, facts=facts, lengths=lengths)
 
@@ -192,17 +248,27 @@ def test_what_does_not_fit_gets_advice_and_a_recipe_that_does():
     assert not plan.fits and plan.seconds_per_step is None
     keys = {key for advice in plan.advice for key in advice.changes}
     assert {"train.batch_size", "model.quantize", "train.max_seq_length"} <= keys
+    [less] = [a for a in plan.advice if "lora.rank" in a.changes]
+    assert with_changes(recipe, less.changes).lora.scale == pytest.approx(recipe.lora.scale)
+    odd = with_changes(recipe, {"train.batch_size": 5})
+    [smaller] = [a for a in planner(int(5e7), odd)().advice if "train.batch_size" in a.changes]
+    assert smaller.changes["train.gradient_accumulation_steps"] == 5
     for advice in plan.advice[:2]:
         other = small.estimate(with_changes(recipe, advice.changes))
         assert plan.peak_memory_bytes - other.peak_memory_bytes == advice.saves_bytes > 0
     fitted, better, changed = small.fitted()
     assert better.fits and fitted == with_changes(recipe, changed)
     assert fitted.train.batch_size < recipe.train.batch_size
-    hopeless = with_changes(fitted, {"lora.rank": 4, "train.max_seq_length": 256})
-    hopeless = with_changes(hopeless, {"train.batch_size": 1, "model.quantize": 4})
-    tiny = Machine("a tiny one", int(1e7), gpu=True, rates=None, measured=False)
+    # Records longer than half the limit would stop the run; where they are cut it is halved.
+    least = {"lora.rank": 4, "train.batch_size": 1, "model.quantize": 4}
+    least |= {"train.gradient_checkpointing": True, "train.optimizer": "adamw_8bit"}
+    hopeless = with_changes(recipe, least)
+    too_little = planner(1).estimate(hopeless).peak_memory_bytes - 1
     with pytest.raises(ModelError, match="nothing makes it fit"):
-        Planner(hopeless, tiny, facts=facts, lengths=lengths).fitted()
+        planner(too_little, hopeless).fitted()
+    cuts = [source.model_copy(update={"truncate": "right"}) for source in recipe.data]
+    cutting = hopeless.model_copy(update={"data": tuple(cuts)})
+    assert planner(too_little, cutting).fitted()[2] == {"train.max_seq_length": 256}
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +367,36 @@ def test_the_page_of_benchmarks_is_what_its_results_say():
     measured, _, estimated = own.partition("Estimated")
     assert not any(str(chip) in measured for chip in CHIPS)  # nobody has measured one yet
     assert "M2 Pro" in estimated
+
+
+def test_what_is_measured_takes_the_place_of_an_estimate(tmp_path, monkeypatch):
+    """Of this machine, under the name of a Mac."""
+    smollm2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    small = Workload("tiny", smollm2, (8,), {"lora": {"layers": 1, "rank": 1}})
+    monkeypatch.setattr("mlxtune.bench.measure.WORKLOADS", (small,))
+    figures = measure_machine(this_machine(remembered=True))
+    [row] = figures["workloads"]
+    assert row["seconds"] > 0 and row["peak_bytes"] > 0
+    assert row["planned_peak_bytes"] == pytest.approx(row["peak_bytes"], rel=0.1)
+    assert 0 < row["model_flops_utilisation"] < 2
+    as_mac = figures | {"device": "Apple M2 Pro", "gpu_cores": 19}
+    assert write_figures(as_mac, tmp_path).name == "bench-m2-pro-19-core-gpu.json"
+    page = renewed("a " + BEGIN + END + " c", read_figures(tmp_path), where="page.md")
+    measured, _, estimated = page.partition("Estimated")
+    assert "| M2 Pro (19-core GPU) | tiny |" in measured
+    assert "M2 Pro (19-core GPU)" not in estimated and "M2 Pro (16-core GPU)" in estimated
+    assert "| M2 (8-core GPU)" in estimated
+    (tmp_path / "bench-broken.json").write_text('{"device": "x"')
+    with pytest.raises(RunError, match="not what `mlxtune bench` writes"):
+        read_figures(tmp_path)
+
+
+def test_cores_of_a_gpu_are_read_from_what_macos_says():
+    told = {"SPDisplaysDataType": [{"_name": "Apple M2 Pro", "sppci_cores": "19"}]}
+    assert cores_of(told) == 19
+    assert cores_of({"SPDisplaysDataType": [{"_name": "a display"}]}) is None
+    assert cores_of([]) is None
+    assert (gpu_cores() is None) == (platform.system() != "Darwin")
 
 
 def test_a_shallow_config_has_the_first_blocks():

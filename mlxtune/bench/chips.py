@@ -68,6 +68,11 @@ class Chip:
     def __str__(self) -> str:
         return f"{self.name} ({self.gpu_cores}-core GPU)"
 
+    @property
+    def matrix_units(self) -> bool:
+        """Whether matrices are multiplied by accelerators, not by the GPU's ALUs."""
+        return int(self.name.split()[0].removeprefix("M")) >= 5
+
     def source(self, attribute: str) -> Source | None:
         """Where an attribute is from; None where the attribute is None."""
         return dict(self.sources).get(attribute)
@@ -336,7 +341,7 @@ _NAME = re.compile(
 )
 
 
-def find_chip(text: str) -> Chip:
+def find_chip(text: str, memory_gb: float | None = None) -> Chip:
     """The chip that somebody means: `M2 Pro`, `Apple M2 Pro`, `m2 pro 19`, `M2 Pro (19-core)`.
 
     Without a number of cores it is the smallest variant: macOS names chips without it, and a
@@ -344,9 +349,10 @@ def find_chip(text: str) -> Chip:
 
     Args:
         text: a name, in any case, and the cores of the GPU.
+        memory_gb: as sold: only variants that are sold with it.
 
     Raises:
-        ChipError: there is no such chip, or no such variant of it.
+        ChipError: there is no such chip, no such variant of it, or none with that memory.
     """
     match = _NAME.fullmatch(text.strip().lower())
     if match is None:
@@ -356,13 +362,34 @@ def find_chip(text: str) -> Chip:
     variants = [chip for chip in CHIPS if chip.name == name]
     if not variants:
         raise _unknown(text)
-    if cores is None:
-        return min(variants, key=lambda chip: chip.gpu_cores)
-    for chip in variants:
-        if chip.gpu_cores == int(cores):
-            return chip
-    known = " or ".join(str(chip.gpu_cores) for chip in variants)
-    raise ChipError(f"the GPU of the {name} has {known} cores, not {cores}", where=text)
+    meant = [chip for chip in variants if cores is None or chip.gpu_cores == int(cores)]
+    if not meant:
+        known = " or ".join(str(chip.gpu_cores) for chip in variants)
+        raise ChipError(f"the GPU of the {name} has {known} cores, not {cores}", where=text)
+    sold = [chip for chip in meant if memory_gb is None or memory_gb in chip.memory_gb]
+    if not sold:
+        called = name if cores is None else str(meant[0])
+        sizes = sorted({size for chip in meant for size in chip.memory_gb})
+        raise ChipError(
+            f"the {called} is not sold with {memory_gb:g} GB",
+            remedy=f"its sizes are {', '.join(map(str, sizes))} GB",
+        )
+    return min(sold, key=lambda chip: chip.gpu_cores)
+
+
+def measured_products(chip: Chip) -> float | None:
+    """FLOP/s of the fastest product that somebody measured on a chip; None where nobody did.
+
+    Where the source does not say how many cores it was, it may have been the largest variant.
+    """
+    largest = max(other.gpu_cores for other in CHIPS if other.name == chip.name)
+    rates = [
+        entry.value
+        for entry in MEASURED
+        if (entry.chip, entry.quantity) == (chip.name, "matmul")
+        and (entry.gpu_cores or largest) == chip.gpu_cores
+    ]
+    return max(rates, default=None)
 
 
 def chip_names() -> Iterator[str]:

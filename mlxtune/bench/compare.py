@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mlxtune.bench.chips import CHIPS
 from mlxtune.bench.machine import published_rates
-from mlxtune.bench.measure import Figures, read_figures
+from mlxtune.bench.measure import Figures, machine_name, read_figures
 from mlxtune.bench.workloads import WORKLOADS, Bench
 from mlxtune.device import as_on_gpu
 from mlxtune.errors import RunError
@@ -20,7 +20,7 @@ _EXPECTED = ("Qwen3-0.6B, 8 pairs", "Llama-3.2-1B, 8 pairs", "Mistral-7B, 4 bits
 
 def tables(figures: Sequence[Figures]) -> str:
     """Markdown: the measured table, and the estimated one apart from it."""
-    return f"{_measured(figures)}\n\n{_expected({f['device'] for f in figures})}"
+    return f"{_measured(figures)}\n\n{_expected({machine_name(f) for f in figures})}"
 
 
 def renewed(page: str, figures: Sequence[Figures], *, where: str) -> str:
@@ -69,7 +69,7 @@ def _measured(figures: Sequence[Figures]) -> str:
             if "left_out" in row:
                 continue
             lines.append(
-                f"| {machine['device']} | {row['workload']} | {row['tokens_per_second']:.0f} "
+                f"| {machine_name(machine)} | {row['workload']} | {row['tokens_per_second']:.0f} "
                 f"| {row['examples_per_second']:.2f} | {row['seconds']:.2f} s "
                 f"| {row['planned_seconds']:.2f} s | {row['peak_bytes'] / 1e9:.2f} GB "
                 f"| {row['planned_peak_bytes'] / 1e9:.2f} GB "
@@ -81,7 +81,7 @@ def _measured(figures: Sequence[Figures]) -> str:
 def _expected(measured: set[str]) -> str:
     lines = [
         "Estimated, and measured by nobody: tokens/s from each chip's published rates "
-        "(`mlxtune plan --chip`); chips of which no arithmetic rate is published are left out:",
+        "(`mlxtune plan --chip`); chips of which no rate of products is published are left out:",
         "",
         f"| chip | {' | '.join(_EXPECTED)} |",
         "|---|" + "---|" * len(_EXPECTED),
@@ -95,6 +95,6 @@ def _expected(measured: set[str]) -> str:
             seconds = bench.seconds_at(list(chips.values()))
             columns.append([f"{workload.tokens / s:,.0f}" for s in seconds])
     for number, chip in enumerate(chips):
-        if not any(chip.startswith(device) for device in measured):
+        if chip not in measured:
             lines.append(f"| {chip} | {' | '.join(c[number] for c in columns)} |")
     return "\n".join(lines)

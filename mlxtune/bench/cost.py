@@ -1,8 +1,9 @@
 """How long a graph takes: its operations counted, at the rates of a device.
 
 A roofline (Williams et al. 2009): a product takes as long as its operations at the rate of
-products of its size or as its bytes at the memory's rate, whichever is more; all else moves
-bytes, or takes powers. Operations run one after another, each with its overhead.
+products of its size, as it was measured; where only the rate of large ones is known, at least
+as long as its bytes at the memory's rate. All else moves bytes, or takes powers. Operations
+run one after another, each with its overhead.
 """
 
 from __future__ import annotations
@@ -95,8 +96,8 @@ def _cost(graph: Graph, operation: Operation, rates: Rates) -> Cost:
         width = graph.shapes[operation.inputs[0]].dims[-1]
         packed = operation.name in _PACKED_PRODUCTS
         rate = rates.packed if packed else rates.product_rate(rows * columns * width)
-        # What a product moves it moves in larger pieces than an operation on elements does.
-        seconds = flops / rate
+        # Rates of several sizes have in them what a product moves; that of large ones has not.
+        seconds = max(flops / rate, 0 if len(rates.products) > 1 else seconds)
     elif operation.name in _POWERS:
         size = sum(graph.shapes[name].size for name in operation.outputs)
         seconds = max(seconds, size / rates.powers)

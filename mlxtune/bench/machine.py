@@ -7,15 +7,15 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from mlxtune.bench.chips import Chip, find_chip, working_set_bytes
+from mlxtune.bench.chips import Chip, find_chip, measured_products, working_set_bytes
 from mlxtune.bench.cost import Rates, cost_of, measure_rates
 from mlxtune.bench.lengths import samples_of
 from mlxtune.bench.step import StepModel
 from mlxtune.data.pack import pack
 from mlxtune.device import device_name, on_cpu
-from mlxtune.errors import ChipError, StorageError
+from mlxtune.errors import StorageError
 from mlxtune.files import cache_folder, write_json
-from mlxtune.layers.routes import device_key
+from mlxtune.layers.routes import busy, device_key
 from mlxtune.recipe.load import parse_recipe
 from mlxtune.train.memory import memory_budget
 
@@ -63,8 +63,8 @@ def this_machine(*, remembered: bool = False) -> Machine:
     if rates is None:
         rates = measure_rates()
         rates = replace(rates, efficiency=_efficiency(rates))
-        with suppress(StorageError):
-            write_json(file, {name: asdict(r) for name, r in (_read(file) | {key: rates}).items()})
+        if not busy():  # those of now are not to be remembered
+            _remember(file, _read(file) | {key: rates})
     return Machine(device_name(), memory_budget(None), not on_cpu(), rates, measured=True)
 
 
@@ -97,6 +97,11 @@ def _efficiency(rates: Rates) -> float:
     return promised / model.measure(batch, steps=4).seconds
 
 
+def _remember(file: Path, rates: dict[str, Rates]) -> None:
+    with suppress(StorageError):
+        write_json(file, {name: asdict(each) for name, each in rates.items()})
+
+
 def _read(file: Path) -> dict[str, Rates]:
     """The rates that were measured; none, if the file is not what was written."""
     try:
@@ -119,14 +124,9 @@ def mac(chip: str, memory_gb: float | None) -> Machine:
     Raises:
         ChipError: there is no such chip, or it is not sold with that much memory.
     """
-    found = find_chip(chip)
+    found = find_chip(chip, memory_gb)
     if memory_gb is None:
         memory_gb = min(found.memory_gb)
-    if memory_gb not in found.memory_gb:
-        sizes = ", ".join(f"{size:g}" for size in found.memory_gb)
-        raise ChipError(
-            f"the {found} is not sold with {memory_gb:g} GB", remedy=f"its sizes are {sizes} GB"
-        )
     return Machine(
         f"{found}, {memory_gb:g} GB",
         working_set_bytes(memory_gb),
@@ -138,8 +138,8 @@ def mac(chip: str, memory_gb: float | None) -> Machine:
 
 def published_rates(chip: Chip) -> Rates | None:
     """Rates as they may be expected from what is published; None where no arithmetic rate is."""
-    printed = chip.float16_rate or chip.float32_rate
-    rate = chip.prefill_rate or (printed and _OF_ARITHMETIC * printed)
+    printed = None if chip.matrix_units else chip.float16_rate or chip.float32_rate
+    rate = chip.prefill_rate or (printed and _OF_ARITHMETIC * printed) or measured_products(chip)
     if not rate:
         return None
     moved = _OF_BANDWIDTH * chip.bandwidth

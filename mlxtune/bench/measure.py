@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import re
@@ -16,7 +17,8 @@ import mlxtune
 from mlxtune.bench.cost import Rates, seconds_of
 from mlxtune.bench.machine import Machine
 from mlxtune.bench.workloads import WORKLOADS, Bench, Workload
-from mlxtune.device import device_name, on_cpu
+from mlxtune.device import device_name, gpu_cores, on_cpu
+from mlxtune.errors import RunError
 from mlxtune.files import write_json
 
 Figures = dict[str, Any]
@@ -40,6 +42,7 @@ def measure_machine(
     progress("rates")
     return {
         "device": device_name(),
+        "gpu_cores": gpu_cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {name: version(name) for name in ("mlx", "mlx-lm")}
         | {"mlxtune": mlxtune.__version__, "python": platform.python_version()},
@@ -51,9 +54,16 @@ def measure_machine(
 
 def write_figures(figures: Figures, folder: Path) -> Path:
     """Keep the figures of a machine in a file that bears its name."""
-    path = folder / f"bench-{slug(figures['device'])}.json"
+    path = folder / f"bench-{slug(machine_name(figures))}.json"
     write_json(path, figures)
     return path
+
+
+def machine_name(figures: Figures) -> str:
+    """Of the machine that was measured, as `Chip` names a Mac's: `M2 Pro (19-core GPU)`."""
+    name = str(figures["device"]).removeprefix("Apple ")
+    cores = figures.get("gpu_cores")
+    return name if cores is None else f"{name} ({cores}-core GPU)"
 
 
 def slug(name: str) -> str:
@@ -62,11 +72,21 @@ def slug(name: str) -> str:
 
 
 def read_figures(folder: Path) -> list[Figures]:
-    """What `write_figures` kept in a folder, by device."""
+    """What `write_figures` kept in a folder, by device.
+
+    Raises:
+        RunError: a file is not what it wrote.
+    """
     found = []
     for path in sorted(folder.glob("bench-*.json")):
-        value = json.loads(path.read_text(encoding="utf-8"))
-        found.append(value)
+        try:
+            figures = json.loads(path.read_text(encoding="utf-8"))
+            assert figures["device"] and all(row["workload"] for row in figures["workloads"])
+        except (ValueError, KeyError, TypeError, AssertionError):
+            raise RunError(
+                "it is not what `mlxtune bench` writes", where=str(path), remedy="write it again"
+            ) from None
+        found.append(figures)
     return found
 
 
@@ -98,6 +118,8 @@ def _workloads(
             "examples_per_second": len(workload.lengths) / measured.seconds,
             "model_flops_utilisation": bench.needed_flops() / measured.seconds / best,
         }
+        # A model refers to itself: until it is collected its weights count for the next.
+        gc.collect()
         mx.clear_cache()
 
 

@@ -161,6 +161,7 @@ class Planner:
         machine: that it is to run on.
         facts: of the model; by default looked up.
         lengths: of the records; by default as well as they can be known.
+        workers: that train together, each on its share.
 
     Raises:
         ModelError: the model's sizes cannot be had.
@@ -173,11 +174,13 @@ class Planner:
         *,
         facts: ModelFacts | None = None,
         lengths: Lengths | None = None,
+        workers: int = 1,
     ) -> None:
         self.recipe = recipe
         self.machine = machine
         self._facts = facts or model_facts(recipe)
         self._lengths = lengths or lengths_of_recipe(recipe, self._facts.source)
+        self._workers = workers
         self._made: dict[str, RunPlan] = {}
 
     def __call__(self) -> RunPlan:
@@ -190,12 +193,17 @@ class Planner:
         return replace(plan, advice=tuple(useful))
 
     def fitted(self) -> tuple[Recipe, RunPlan, dict[str, Any]]:
-        """A recipe that fits, its plan, and what was changed: what costs least, first."""
+        """A recipe that fits, its plan, and what was changed: what costs least, first.
+
+        It trains on the same records: none is refused for its length that was not before.
+        """
         recipe = self.recipe
         changed: dict[str, Any] = {}
         plan = self.estimate(recipe)
         while not plan.fits:
             for changes, _why in _candidates(recipe):
+                if "train.max_seq_length" in changes and _refuses_long(recipe):
+                    continue
                 candidate = with_changes(recipe, changes)
                 better = self.estimate(candidate)
                 if better.peak_memory_bytes < plan.peak_memory_bytes:
@@ -203,7 +211,7 @@ class Planner:
                     break
             else:
                 raise ModelError(
-                    f"nothing makes it fit {self.machine.budget / GB:.1f} GB: at least "
+                    f"nothing makes it fit {plan.budget_bytes / GB:.1f} GB: at least "
                     f"{plan.peak_memory_bytes / GB:.1f} GB are needed",
                     where=self.machine.name,
                     remedy="take a smaller model, or a machine with more memory",
@@ -229,10 +237,10 @@ class Planner:
             train.gradient_accumulation_steps,
             recipe.seed,
             layout_for(model.packing),
+            ranks=self._workers,
         )
         largest = batches.largest()
-        limit = train.memory_limit
-        budget = self.machine.budget if limit is None else int(limit * GB)
+        budget = self._budget(train.memory_limit)
         # Gradients of several passes are added up.
         several = len(next(iter(batches.steps(0, 1)))) > 1
         extra = model.sizes.adapters if several else 0
@@ -265,6 +273,15 @@ class Planner:
             steps=self._steps(batches, train),
             flops_per_step=flops,
         )
+
+    def _budget(self, limit: float | None) -> int:
+        """Bytes that training may take; `limit` in GB, as the recipe says."""
+        if limit is None:
+            return self.machine.budget
+        # Here a recipe may ask for more than the device recommends. Of another machine there
+        # is no more than it has.
+        own = math.inf if self.machine.measured else self.machine.budget
+        return int(min(limit * GB, own))
 
     def _steps(self, batches: Plan, train: TrainSection) -> int | None:
         if train.max_steps is None and self._lengths.basis == "worst case":
@@ -333,20 +350,29 @@ def _candidates(recipe: Recipe) -> Iterator[tuple[dict[str, Any], str]]:
     if train.gradient_checkpointing is not True:
         yield {"train.gradient_checkpointing": True}, "steps take about a third longer"
     if train.batch_size > 1:
-        half = train.batch_size // 2
+        half = train.batch_size // 2 if train.batch_size % 2 == 0 else 1
         more = train.gradient_accumulation_steps * train.batch_size // half
         changes = {"train.batch_size": half, "train.gradient_accumulation_steps": more}
         yield changes, "the same steps in smaller passes, a little slower"
     if train.optimizer == "adamw":
         yield {"train.optimizer": "adamw_8bit"}, "moments of a byte each"
-    if model.quantize is None:
+    if model.dequantize:
+        yield {"model.dequantize": False}, "weights stay packed as their file has them"
+    elif model.quantize is None:
         yield {"model.quantize": 4}, "QLoRA: a base of four bits, which loses a little"
     if train.max_seq_length > 256:
         half = train.max_seq_length // 2
         yield {"train.max_seq_length": half}, "longer records need truncate, or are refused"
     if recipe.lora.rank > 4:
         half = recipe.lora.rank // 2
-        yield {"lora.rank": half, "lora.alpha": recipe.lora.alpha / 2}, "less to learn with"
+        same = recipe.lora.model_copy(update={"rank": half}).scale / recipe.lora.scale
+        alpha = round(recipe.lora.alpha / same, 6)
+        yield {"lora.rank": half, "lora.alpha": alpha}, "less to learn with, at the same scale"
+
+
+def _refuses_long(recipe: Recipe) -> bool:
+    """Whether a record over `max_seq_length` stops the run."""
+    return any(source.truncate == "error" for source in recipe.data)
 
 
 def _logits_bytes(config: Config, batch: Batch) -> int:

@@ -85,18 +85,23 @@ def forecast(*, force: bool) -> Forecast:
         force: train what does not fit, all the same.
     """
 
-    def of_run(recipe: Recipe, corpus: Corpus) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    def of_run(
+        recipe: Recipe, corpus: Corpus, workers: int
+    ) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
         from mlxtune.bench.lengths import Lengths
         from mlxtune.bench.machine import this_machine
         from mlxtune.bench.plan import Planner
-        from mlxtune.errors import ModelError, TooLarge
+        from mlxtune.errors import MlxtuneError, TooLarge
 
         lengths = Lengths(corpus.parts, "tokenized", f"{corpus.size} records, tokenized")
         try:
-            planner = Planner(recipe, this_machine(remembered=True), lengths=lengths)
+            machine = this_machine(remembered=True)
+            planner = Planner(recipe, machine, lengths=lengths, workers=workers)
             result = planner.estimate(recipe)
-        except ModelError as error:
+        except MlxtuneError as error:
             return None, (f"no plan: {error}",)
+        except Exception as error:  # of an architecture that was never planned: it may train
+            return None, (f"no plan: {type(error).__name__}: {error}",)
         if not result.fits and not force:
             raise TooLarge(
                 f"this run needs about {result.peak_memory_bytes / _GB:.1f} GB, and "

@@ -80,7 +80,7 @@ def choose_routes(model: nn.Module, dtype: mx.Dtype, recorded: Any = None) -> Ro
                 prior = Route.prior()
                 routes[name] = prior.forward, prior.backward
         layer.route = Route(*routes[name])
-    if measured and not _busy():
+    if measured and not busy():
         _remember(file, device, measured)
     return routes
 
@@ -187,7 +187,7 @@ def _valid(entries: Any) -> Routes:
     return {name: (pair[0], pair[1]) for name, pair in found if right(pair)}
 
 
-def _busy() -> bool:
+def busy() -> bool:
     """Whether other programs want the processors, so that figures are not to be kept.
 
     A product on several threads then waits for the one that has none (measured: 1 ms

@@ -50,9 +50,9 @@ from mlxtune.train.neftune import add_embedding_noise
 from mlxtune.train.run import Run, adapter_folder
 from mlxtune.train.trackers import Trackers, require_trackers
 
-# Is told the recipe and its records and says what the run will take, in figures for run.json and
-# in lines for people; may refuse it by raising.
-Forecast = Callable[[Recipe, Corpus], tuple[dict[str, Any] | None, tuple[str, ...]]]
+# Is told the recipe, its records and how many workers train, and says what the run will take, in
+# figures for run.json and in lines for people; may refuse it by raising.
+Forecast = Callable[[Recipe, Corpus, int], tuple[dict[str, Any] | None, tuple[str, ...]]]
 
 
 def fine_tune(
@@ -119,7 +119,7 @@ def _fine_tune(
     said: tuple[str, ...] = ()
     expected = before.get("plan")
     if forecast is not None and workers.first and not resume:
-        expected, said = forecast(recipe, corpus)
+        expected, said = forecast(recipe, corpus, workers.size)
     workers.barrier()
     adapted = adapted_model(recipe, initial, before.get("quantized_matmul"))
     base, notes = adapted.base, [*corpus.notes(), *adapted.notes]
