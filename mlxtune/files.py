@@ -104,7 +104,9 @@ def atomic_folder(
 
 
 @contextmanager
-def atomic_files(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_files(
+    path: Path, *, overwrite: bool = False, parts: str | None = None
+) -> Iterator[Path]:
     """Yield a temporary folder whose files move beside `path` when the block succeeds.
 
     For a file that may come in parts, of which only the writer knows how many.
@@ -112,12 +114,16 @@ def atomic_files(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Args:
         path: the file to be; the folder's other files are left alone.
         overwrite: replace files that are there.
+        parts: pattern of the names that its parts have; those of an earlier time are refused
+            or replaced with it, however many they were.
 
     Raises:
         OutputExists: a file exists and may not be replaced.
         StorageError: the disk is full or refuses the write.
     """
-    require_no_file(path, overwrite)
+    earlier = sorted(path.parent.glob(parts)) if parts else []
+    for old in (path, *earlier):
+        require_no_file(old, overwrite)
     temporary = _beside(path, "partial")
     try:
         with storage_errors(path), _parents_of(path):
@@ -131,6 +137,8 @@ def atomic_files(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
                     require_no_file(path.parent / file.name, overwrite)
                 for file in files:
                     file.replace(path.parent / file.name)
+                for old in {*earlier} - {path.parent / file.name for file in files}:
+                    old.unlink(missing_ok=True)
             finally:
                 _remove(temporary)
             _sync_folder(path.parent)

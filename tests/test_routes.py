@@ -28,7 +28,7 @@ from mlxtune.train.session import fine_tune
 def cache(tmp_path, monkeypatch):
     """A cache folder of the test's own."""
     monkeypatch.setenv("MLXTUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(routes, "_busy", lambda: False)
+    monkeypatch.setattr(routes, "busy", lambda: False)
     return tmp_path / "cache" / CACHE
 
 

@@ -54,13 +54,18 @@ def write_gguf_adapter(path: Path, adapter: SavedAdapter, config: Config) -> Non
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", adapter.scale * adapter.rank)
-        writer.add_string("general.base_model.0.name", adapter.base)
+        writer.add_string("general.base_model.0.name", _told_base(adapter.base))
         for name, values in tensors.items():
             writer.add_tensor(name, values)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def _told_base(base: str) -> str:
+    """The base's name for others: not where it lies on this machine."""
+    return Path(base).name if Path(base).is_absolute() else base
 
 
 def _tensor(entry: Architecture, target: str, adapter: SavedAdapter, *, tied: bool) -> str:

@@ -170,6 +170,8 @@ def _bytes(size: str) -> int:
     found = re.fullmatch(r"(\d+)([KMG])B?", size.strip().upper())
     if found is None:
         raise click.UsageError("--split-max-size is a number with K, M or G, such as 4G")
+    if not int(found[1]):
+        raise click.UsageError("--split-max-size: no file is that small")
     return int(found[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[found[2]]
 
 
@@ -187,10 +189,13 @@ def verified_lines(verified: Verified) -> list[str]:
     """How a file differs from its source, for people."""
     lines = [_readback_line(verified.readback)]
     if (run := verified.llamacpp) is not None:
-        lines.append(
-            f"in llama.cpp: divergence from MLX {run.mean_kl:.2g} nats, same best token at "
+        compared = (
+            "it loads, and told nothing to compare"
+            if run.mean_kl is None or run.top1 is None
+            else f"divergence from MLX {run.mean_kl:.2g} nats, same best token at "
             f"{run.top1:.0%} of {run.places} places"
         )
+        lines.append(f"in llama.cpp: {compared} (of {verified.tried_on})")
     else:
         lines.append("not run: `pip install 'mlxtune[llamacpp]'` lets it be tried in llama.cpp")
     return [f"  {line}" for line in lines]
@@ -263,6 +268,8 @@ def export(
             "--imatrix": imatrix,
             "--calibrate": calibration,
             "--save-imatrix": save_imatrix,
+            "--pre": pre,
+            "--no-verify": None if verify else True,
             "--name": name,
             "--dry-run": dry_run or None,
         }

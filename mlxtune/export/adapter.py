@@ -92,4 +92,6 @@ def _writer(layout: str, run: Run | None) -> Callable[[Path, SavedAdapter], None
 
 def _write_gguf(folder: Path, adapter: SavedAdapter) -> None:
     """Which rows are reordered is known of the base; its config suffices."""
-    write_gguf_adapter(folder / GGUF, adapter, model_config(resolve_model(adapter.base)))
+    write_gguf_adapter(
+        folder / GGUF, adapter, model_config(resolve_model(adapter.base, weights=False))
+    )

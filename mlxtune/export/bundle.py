@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlxtune.data.render import Renderer
+from mlxtune.errors import MlxtuneError
 from mlxtune.export.calibrate import importance_of
 from mlxtune.export.convert import Verified, write_model
 from mlxtune.export.handover import GGUF, LABELS, MODELFILE, HandOver, run_commands
@@ -115,7 +117,7 @@ def export_run(
             importance=importance,
             pre=pre,
             verify=verify,
-            rows=_held_out_rows(recipe, model) if verify else None,
+            rows=partial(_held_out_rows, recipe, model),
             progress=progress,
         )
         if verified is not None:
@@ -125,9 +127,15 @@ def export_run(
     return Bundle(folder, file_type, (folder / GGUF).stat().st_size, verified, commands, ollama)
 
 
-def _held_out_rows(recipe: Recipe, model: LoadedModel) -> list[list[int]]:
-    """What the file is tried with: held-out records, else some that were trained on."""
-    corpus = read_corpus(recipe, Renderer(model.tokenizer))
+def _held_out_rows(recipe: Recipe, model: LoadedModel) -> list[list[int]] | None:
+    """What the file is tried with: held-out records, else some that were trained on.
+
+    None where they cannot be read: a run may outlive its data.
+    """
+    try:
+        corpus = read_corpus(recipe, Renderer(model.tokenizer))
+    except MlxtuneError:
+        return None
     samples = corpus.held_out or corpus.parts[0].samples
     return [sample.tokens.tolist() for sample in samples[:ROWS]]
 

@@ -94,16 +94,17 @@ def importance_of(
         DataError: the texts cannot be read.
         OutputExists, StorageError: what is found cannot be kept.
     """
-    if imatrix is not None:
-        return read_imatrix(imatrix)
-    if calibration is None:
+    if imatrix is None and calibration is None:
         return None
     if FILE_TYPES[file_type].type in _UNWEIGHED:
         raise ExportError(
-            f"{file_type} weighs no errors, so there is nothing to calibrate",
-            where="--calibrate",
+            f"{file_type} weighs no errors, so an importance has no effect on it",
+            where="--imatrix" if calibration is None else "--calibrate",
             remedy="it is for types below 8 bits, such as --quantize q4_k_m",
         )
+    if imatrix is not None:
+        return read_imatrix(imatrix)
+    assert calibration is not None
     if save is not None and save.exists() and not overwrite:
         raise OutputExists(
             "this exists already; nothing was written",

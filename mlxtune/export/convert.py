@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 from collections import Counter
@@ -34,10 +35,12 @@ class Verified:
     Attributes:
         readback: its tensors, tokenizer and template, read back.
         llamacpp: what it says there; None where that is not installed.
+        tried_on: `records` of the run, or `texts` that come with mlxtune; None if not tried.
     """
 
     readback: Readback
     llamacpp: RuntimeCheck | None
+    tried_on: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ def convert(
     progress("opening")
     model = open_source(source)
     for_config(model.config)
-    with atomic_files(output, overwrite=overwrite) as folder:
+    parts = f"{glob.escape(output.stem)}-?????-of-?????.gguf" if split_max_bytes else None
+    with atomic_files(output, overwrite=overwrite, parts=parts) as folder:
         importance = importance_of(
             model.load,
             file_type,
@@ -134,7 +138,7 @@ def write_model(
     pre: str | None = None,
     split_max_bytes: int = 0,
     verify: bool = True,
-    rows: Sequence[Sequence[int]] | None = None,
+    rows: Callable[[], Sequence[Sequence[int]] | None] = lambda: None,
     progress: Progress = _quiet,
 ) -> tuple[Written, Verified | None]:
     """Write an opened model as GGUF, read it back, and run it where llama.cpp is at hand.
@@ -144,7 +148,8 @@ def write_model(
         model: what to write.
         file_type, importance, pre, split_max_bytes, progress: as in `convert`.
         verify: compare the file with the model.
-        rows: token ids for which llama.cpp and MLX are compared; some texts by default.
+        rows: gives token ids for which llama.cpp and MLX are compared, or None for those of
+            some texts. Asked only where that is done.
 
     Raises:
         ExportError: the model cannot be written, or came out wrong.
@@ -168,11 +173,10 @@ def write_model(
     if not installed():
         return written, Verified(readback, None)
     progress("running it in llama.cpp")
-    if rows is None:
-        rows = [tokenizer(text).input_ids for text in SAMPLE]
-    return written, Verified(
-        readback, check_in_llamacpp(written.files[0], model.load().model, rows, file_type)
-    )
+    records = rows()
+    tried = [tokenizer(text).input_ids for text in SAMPLE] if records is None else records
+    check = check_in_llamacpp(written.files[0], model.load().model, tried, file_type)
+    return written, Verified(readback, check, "texts" if records is None else "records")
 
 
 _PHI3 = re.compile(r"phi-?3", re.IGNORECASE)

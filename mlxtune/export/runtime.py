@@ -33,14 +33,14 @@ class RuntimeCheck:
     """How llama.cpp's next-token distributions differ from MLX's.
 
     Attributes:
-        places: how many were compared.
+        places: how many were compared; 0 where llama.cpp told nothing to compare.
         mean_kl: mean Kullback-Leibler divergence of MLX's from llama.cpp's, nats.
         top1: share of places with the same best token.
     """
 
     places: int
-    mean_kl: float
-    top1: float
+    mean_kl: float | None
+    top1: float | None
 
 
 def installed() -> bool:
@@ -76,16 +76,17 @@ def check_in_llamacpp(
                 divergences.append(_divergence(want[ids], np.array(got)))
                 same.append(ids[0] == int(want.argmax()))
     if not same:
-        return RuntimeCheck(0, 0.0, 1.0)
-    found = RuntimeCheck(len(same), float(np.mean(divergences)), float(np.mean(same)))
-    if found.mean_kl > _FAITHFUL.get(file_type, np.inf):
+        return RuntimeCheck(0, None, None)
+    mean_kl, top1 = float(np.mean(divergences)), float(np.mean(same))
+    # What is no number is in no bound.
+    if not mean_kl <= _FAITHFUL.get(file_type, np.finfo(np.float64).max):
         raise ExportError(
-            f"llama.cpp expects other tokens than MLX: divergence {found.mean_kl:.2g} nats, same "
-            f"best token at {found.top1:.0%} of {found.places} places",
+            f"llama.cpp expects other tokens than MLX: divergence {mean_kl:.2g} nats, same "
+            f"best token at {top1:.0%} of {len(same)} places",
             where=str(path),
             remedy="--no-verify writes the file all the same. Please report this",
         )
-    return found
+    return RuntimeCheck(len(same), mean_kl, top1)
 
 
 def _log_probabilities(model: nn.Module, row: list[int]) -> npt.NDArray[np.float32]:

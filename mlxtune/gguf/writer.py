@@ -108,12 +108,19 @@ def write_gguf(
         progress: is told each tensor's name when its turn comes.
 
     Raises:
-        ExportError: the architecture or a tensor is not known, or holds no finite numbers.
+        ExportError: the architecture or a tensor is not known, or holds no finite numbers;
+            or no name of the importance is one of the model's.
     """
     entry = for_config(config)
     facts = metadata(entry, config) | rope_metadata(entry, config) | tokenizer
     sources = [*_rope_sources(entry, config), *tensors]
     names = [_gguf_name(entry, source.name) for source in sources]
+    if importance and not importance.keys() & set(names):
+        raise ExportError(
+            f"the importance matrix is of another model: none of its {len(importance)} names, "
+            f"such as {next(iter(importance))}, is one of this model's",
+            remedy="make it with the model that is converted, or let --calibrate find it",
+        )
     shapes = [_gguf_shape(entry, source) for source in sources]
     types = tensor_types(
         file_type,

@@ -189,8 +189,8 @@ def _status_kept(run: Run, trackers: Trackers) -> Iterator[None]:
         try:
             yield
         except (Interrupted, KeyboardInterrupt):
-            tell("interrupted")
             run.write_status(status="interrupted")
+            tell("interrupted")
             raise
         except Exception:
             run.write_status(status="failed")

@@ -1,0 +1,113 @@
+"""What an export is checked with, and what it refuses before it writes."""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from cli_tools import mlxtune, save_real_vocabulary
+from conftest import SHELL_TRAIN, write_jsonl
+from mlx.utils import tree_map
+
+from mlxtune.errors import ExportError, OutputExists
+from mlxtune.export.bundle import export_run
+from mlxtune.export.convert import convert
+from mlxtune.export.runtime import check_in_llamacpp
+from mlxtune.gguf.imatrix import write_imatrix
+from mlxtune.gguf.reader import GGUFFile
+from mlxtune.models.load import load_model
+from mlxtune.models.resolve import ModelSource
+from mlxtune.recipe.load import parse_recipe
+from mlxtune.train.metrics import Silent
+from mlxtune.train.session import fine_tune
+
+ROWS = [[504, 2537, 841, 260, 284, 1017, 28, 260, 3122, 30]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "small"
+    save_real_vocabulary(path)
+    return path
+
+
+@pytest.fixture
+def model(folder):
+    return load_model(ModelSource("small", folder)).model
+
+
+@pytest.fixture(scope="module")
+def written(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "small.gguf"
+    return convert(str(folder), path, file_type="f32", verify=False).path
+
+
+def test_llama_cpp_is_believed_when_it_disagrees(written, model):
+    pytest.importorskip("xllamacpp")
+    found = check_in_llamacpp(written, model, ROWS, "f32")
+    assert found.places == 9 and found.mean_kl < 1e-4 and found.top1 == 1
+    assert check_in_llamacpp(written, model, [[504]], "f32").mean_kl is None  # nothing precedes it
+    model.update(tree_map(lambda a: a * 1.5, model.parameters()))
+    with pytest.raises(ExportError, match="other tokens than MLX"):
+        check_in_llamacpp(written, model, ROWS, "f32")
+    model.update(tree_map(lambda a: a * mx.nan, model.parameters()))
+    with pytest.raises(ExportError, match="divergence nan"):
+        check_in_llamacpp(written, model, ROWS, "q4_k_m")
+
+
+def test_a_run_outlives_its_data(folder, tmp_path):
+    pytest.importorskip("xllamacpp")
+    data = tmp_path / "rows.jsonl"
+    write_jsonl(data, [json.loads(line) for line in SHELL_TRAIN.read_text().splitlines()[:8]])
+    recipe = {"name": "r", "model": {"path": str(folder)}, "data": [{"path": str(data)}]}
+    recipe |= {"train": {"max_steps": 1, "batch_size": 2}}
+    run = fine_tune(parse_recipe(recipe, where="test"), tmp_path / "run", Silent()).path
+    with_data = export_run(run, output=tmp_path / "with", file_type="f32").verified
+    data.unlink()
+    without = export_run(run, output=tmp_path / "without", file_type="f32").verified
+    assert (with_data.tried_on, without.tried_on) == ("records", "texts")
+    assert min(with_data.llamacpp.places, without.llamacpp.places) > 10
+
+
+def test_an_importance_that_can_have_no_effect_is_refused(folder, tmp_path):
+    of_another = tmp_path / "other.gguf"
+    sums, counts = ({"blk.0.attn_z.weight": np.ones(n, np.float32)} for n in (64, 1))
+    write_imatrix(of_another, sums, counts, ["text"], chunk_size=8)
+    how = {"imatrix": of_another, "verify": False}
+    with pytest.raises(ExportError, match="no effect") as caught:
+        convert(str(folder), tmp_path / "m.gguf", file_type="q8_0", **how)
+    assert caught.value.where == "--imatrix"
+    with pytest.raises(ExportError, match="of another model"):
+        convert(str(folder), tmp_path / "m.gguf", file_type="q4_k_m", **how)
+    assert [path.name for path in tmp_path.iterdir()] == ["other.gguf"]
+
+
+def test_parts_of_an_earlier_conversion_are_refused_or_all_replaced(folder, tmp_path):
+    path, how = tmp_path / "m.gguf", {"file_type": "q8_0", "verify": False}
+    first = convert(str(folder), path, split_max_bytes=40_000, **how)
+    (tmp_path / "m-00001-of-00002.txt").write_text("not a part")
+    before = sorted(tmp_path.iterdir())
+    said = []
+    with pytest.raises(OutputExists):
+        convert(str(folder), path, split_max_bytes=300_000, progress=said.append, **how)
+    assert sorted(tmp_path.iterdir()) == before and said == ["opening"]
+    again = convert(str(folder), path, split_max_bytes=300_000, overwrite=True, **how)
+    assert 1 < len(again.files) < len(first.files)
+    names = {entry.name for entry in tmp_path.iterdir()}
+    assert names == {*again.files, "m-00001-of-00002.txt"}
+    assert len(GGUFFile(tmp_path / again.files[0]).tensors) == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("export", "run", "--adapter-only", "--pre", "gpt-2"), "--pre is of fused models"),
+        (("export", "run", "--adapter-only", "--no-verify"), "--no-verify is of fused models"),
+        (("convert", "a", "b.gguf", "--split-max-size", "0G"), "no file is that small"),
+    ],
+)
+def test_options_without_effect_are_refused(tmp_path, arguments, words):
+    done = mlxtune(*arguments, cwd=tmp_path)
+    assert done.returncode == 2 and words in done.stderr
