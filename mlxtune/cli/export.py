@@ -207,7 +207,7 @@ def _readback_line(readback: Readback) -> str:
         f"read back: {readback.tensors} tensors"
         + (f", relative error {errors}" if errors else ", all equal")
         + f"; {readback.texts} texts tokenized alike"
-        + ("; same chat template" if readback.template_kept else "")
+        + ("; chats written alike" if readback.template_kept else "")
     )
 
 

@@ -126,8 +126,9 @@ def _vocabulary(
     rows = int(config["vocab_size"])
 
     def vocabulary(pre: str | None) -> dict[str, Any]:
-        if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
-            return sentencepiece_metadata(path, rows)
+        pieces = path / "tokenizer.model"
+        if pieces.is_file() and not (path / "tokenizer.json").is_file():
+            return sentencepiece_metadata(pieces, rows)
         merged = for_config(config).name == "gemma4"
         return tokenizer_metadata(tokenizer()._tokenizer, rows, pre=pre, merged=merged)
 

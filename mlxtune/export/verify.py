@@ -15,7 +15,7 @@ from mlxtune.errors import ExportError
 from mlxtune.gguf.model import read_config
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.gguf.tensors import SourceTensor, gguf_tensors, is_parameter
-from mlxtune.gguf.tokenizer import read_tokenizer
+from mlxtune.gguf.tokenizer import read_tokenizer, templates_by_name
 
 # Twice what llama.cpp's own quantizers leave, as a share of the weights' size, on weights
 # whose distribution is Laplace's: ones with heavy tails come out worse than normal ones.
@@ -43,6 +43,22 @@ SAMPLE = (
 )
 
 
+_QUESTION = {"role": "user", "content": "List the files. <b>&amp;</b>"}
+_TURNS = [_QUESTION, {"role": "assistant", "content": "ls -la"}, _QUESTION]
+_PARAMETERS = {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]}
+_TOOL = {"name": "ls", "description": "Lists files.", "parameters": _PARAMETERS}
+# Arguments of `apply_chat_template`.
+CHATS: tuple[dict[str, Any], ...] = (
+    {"conversation": _TURNS, "add_generation_prompt": True},
+    {"conversation": [{"role": "system", "content": "Be brief."}, *_TURNS[:2]]},
+    {
+        "conversation": _TURNS,
+        "tools": [{"type": "function", "function": _TOOL}],
+        "add_generation_prompt": True,
+    },
+)
+
+
 @dataclass(frozen=True)
 class Readback:
     """How a file differs from its source.
@@ -53,7 +69,8 @@ class Readback:
         worst: the tensor with the largest such error.
         worst_error: its error.
         texts: how many texts are tokenized alike, by the tokenizer read back.
-        template_kept: whether the chat template is the source's; None if it has none.
+        template_kept: whether the chat templates are the source's, and the tokenizer read
+            back writes conversations with each as the source's does; None if it has none.
     """
 
     tensors: int
@@ -111,13 +128,14 @@ def read_back(
             worst, worst_error = source.name, error
     if written:
         raise _wrong(f"the file has {next(iter(written))}, and its source has not", path)
+    again = read_tokenizer(file.metadata, where=str(path))
     return Readback(
         tensors=count,
         error={name: _share((total[0], total[1])) for name, total in sums.items()},
         worst=worst,
         worst_error=worst_error,
-        texts=_same_tokens(file, tokenizer, texts),
-        template_kept=_same_template(file, tokenizer),
+        texts=_same_tokens(again, tokenizer, texts, path),
+        template_kept=_same_templates(again, tokenizer, path),
     )
 
 
@@ -142,25 +160,38 @@ def _share(squares: tuple[float, float]) -> float:
     return float(np.sqrt(difference / size)) if size else float("inf")
 
 
-def _same_tokens(file: GGUFFile, tokenizer: Any, texts: Sequence[str]) -> int:
-    again = read_tokenizer(file.metadata, where=str(file.path))
+def _same_tokens(again: Any, tokenizer: Any, texts: Sequence[str], path: Path) -> int:
     for text in texts:
         want = tokenizer(text, add_special_tokens=False).input_ids
         got = again(text, add_special_tokens=False).input_ids
         if got != want:
-            raise _wrong(
-                f"its tokenizer cuts {text[:40]!r} differently than the source's", file.path
-            )
+            raise _wrong(f"its tokenizer cuts {text[:40]!r} differently than the source's", path)
     return len(texts)
 
 
-def _same_template(file: GGUFFile, tokenizer: Any) -> bool | None:
-    wanted = tokenizer.chat_template
-    if not wanted:
-        return None
-    if file.metadata.get("tokenizer.chat_template") != wanted:
-        raise _wrong("its chat template is not the source's", file.path)
-    return True
+def _same_templates(again: Any, tokenizer: Any, path: Path) -> bool | None:
+    wanted = templates_by_name(tokenizer.chat_template)
+    got = templates_by_name(again.chat_template)
+    if got.keys() != wanted.keys():
+        raise _wrong(
+            f"it has chat templates named {sorted(got)}, and its source {sorted(wanted)}", path
+        )
+    for name, template in wanted.items():
+        which = "chat template" if name == "default" else f"chat template {name!r}"
+        if got[name] != template:
+            raise _wrong(f"its {which} is not the source's", path)
+        for chat in CHATS:
+            if _rendered(again, got[name], chat) != _rendered(tokenizer, template, chat):
+                raise _wrong(f"its {which} writes a conversation unlike the source's", path)
+    return True if wanted else None
+
+
+def _rendered(tokenizer: Any, template: str, chat: dict[str, Any]) -> str:
+    """A conversation as the template writes it, with the marks of this tokenizer."""
+    try:
+        return str(tokenizer.apply_chat_template(**chat, chat_template=template, tokenize=False))
+    except Exception as error:  # a template may refuse any conversation, in any way
+        return f"refused: {error}"
 
 
 def _wrong(what: str, path: Path) -> ExportError:

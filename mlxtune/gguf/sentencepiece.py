@@ -20,6 +20,7 @@ from gguf.constants import TokenType
 
 from mlxtune.errors import ExportError
 from mlxtune.gguf.spm import MODEL, padding
+from mlxtune.gguf.tokenizer import template_metadata, templates_by_name
 
 # Numbers of fields in the file's messages.
 _PIECE, _TRAINER, _NORMALIZER = 1, 2, 3
@@ -86,9 +87,7 @@ def sentencepiece_metadata(path: Path, vocab_size: int) -> dict[str, Any]:
             values[f"tokenizer.ggml.{role}_token_id"] = number
     if not normalizer.get(_DUMMY_PREFIX, 1):
         values["tokenizer.ggml.add_space_prefix"] = False
-    if template := _template(path.with_name("chat_template.jinja"), config):
-        values["tokenizer.chat_template"] = template
-    return values
+    return values | template_metadata(_templates(path.parent, config))
 
 
 def _read(path: Path) -> tuple[list[_Row], dict[int, Any], dict[int, Any]]:
@@ -153,11 +152,16 @@ def _padding(number: int) -> _Row:
     return _Row(padding(number), 0.0, int(TokenType.UNUSED))
 
 
-def _template(file: Path, config: dict[str, Any]) -> str | None:
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    return template if isinstance(template, str) else None
+def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Chat templates by name: from files of their own, which win, or from the config."""
+    said = config.get("chat_template") or {}
+    if isinstance(said, list):
+        said = {entry["name"]: entry["template"] for entry in said}
+    found = templates_by_name(said)
+    if (default := folder / "chat_template.jinja").is_file():
+        found = {"default": default.read_text(encoding="utf-8")}
+    others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    return found | {file.stem: file.read_text(encoding="utf-8") for file in others}
 
 
 def _json(file: Path) -> dict[str, Any]:

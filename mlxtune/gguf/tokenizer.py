@@ -149,7 +149,9 @@ def _read_templates(metadata: dict[str, Any]) -> Any:
     named = {
         name: metadata[f"{_TEMPLATE}.{name}"] for name in names if f"{_TEMPLATE}.{name}" in metadata
     }
-    return {"default": default} | named if named and default else default
+    if not named:
+        return default
+    return {"default": default} | named if default else named
 
 
 # ------------------------------------------------------------------------ to GGUF
@@ -198,7 +200,8 @@ def tokenizer_metadata(
     else:
         kind = bpe.bpe_values(tokenizer, pre)
     values = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types} | kind
-    return values | _marks(tokenizer, core.model.byte_fallback) | _templates(tokenizer)
+    marks = _marks(tokenizer, core.model.byte_fallback)
+    return values | marks | template_metadata(tokenizer.chat_template)
 
 
 def _tokens(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> tuple[list[str], list[int]]:
@@ -268,11 +271,18 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int | None:
     return next((number for number in after.ids if number in added and added[number].special), None)
 
 
-def _templates(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    template = tokenizer.chat_template
-    if not isinstance(template, dict):
-        return {_TEMPLATE: template} if template else {}
-    values: dict[str, Any] = {_TEMPLATE: template["default"]} if "default" in template else {}
-    names = [name for name in template if name != "default"]
-    values["tokenizer.chat_templates"] = names
-    return values | {f"{_TEMPLATE}.{name}": template[name] for name in names}
+def template_metadata(template: str | dict[str, str] | None) -> dict[str, Any]:
+    """Keys and values of a chat template, or of several by name."""
+    named = templates_by_name(template)
+    others = [name for name in named if name != "default"]
+    values: dict[str, Any] = {_TEMPLATE: named["default"]} if "default" in named else {}
+    if others:
+        values["tokenizer.chat_templates"] = others
+    return values | {f"{_TEMPLATE}.{name}": named[name] for name in others}
+
+
+def templates_by_name(template: str | dict[str, str] | None) -> dict[str, str]:
+    """A tokenizer's `chat_template`, which is a text where there is but one, as name to text."""
+    if isinstance(template, dict):
+        return template
+    return {"default": template} if template else {}
