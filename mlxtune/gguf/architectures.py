@@ -83,6 +83,8 @@ class Architecture:
         fields: metadata beyond what all have.
         rotary_interleaved: llama.cpp rotates adjacent pairs for this architecture, so
             rows of q and k are reordered from the half-split order of HF.
+        theta: base of the rotation where config.json says none, as in mlx-lm; None where
+            it has to say one, or where mlx-lm and transformers do not agree.
         rope_dimension: whether the metadata carries the number of rotated dimensions.
         rope_sections: rotated pairs that go by time, height and width, where config.json
             does not say; where there are any, it keeps the rotation in `rope_parameters`.
@@ -104,6 +106,7 @@ class Architecture:
     parameters: Mapping[str, str] = field(default_factory=dict)
     fields: tuple[Field, ...] = ()
     rotary_interleaved: bool = False
+    theta: float | None = None
     rope_dimension: bool = False
     rope_sections: tuple[int, ...] = ()
     tiled_values: bool = False
@@ -254,6 +257,7 @@ ARCHITECTURES = (
         name="llama",
         model_types=("llama", "mistral"),
         hf_class="LlamaForCausalLM",
+        theta=10_000.0,
         blocks=_LLAMA,
         fields=(_VOCABULARY,),
         rotary_interleaved=True,
@@ -263,6 +267,7 @@ ARCHITECTURES = (
         name="qwen2",
         model_types=("qwen2",),
         hf_class="Qwen2ForCausalLM",
+        theta=1_000_000.0,
         blocks=_LLAMA,
         own_head_dim=False,
     ),
@@ -288,6 +293,7 @@ ARCHITECTURES = (
         name="gemma2",
         model_types=("gemma2",),
         hf_class="Gemma2ForCausalLM",
+        theta=10_000.0,
         blocks=_GEMMA,
         fields=(
             Field("attn_logit_softcapping", "attn_logit_softcapping", float, 50.0),
@@ -300,6 +306,7 @@ ARCHITECTURES = (
         name="gemma3",
         model_types=("gemma3_text",),
         hf_class="Gemma3ForCausalLM",
+        theta=1_000_000.0,
         blocks=_GEMMA | _NORMED_HEADS,
         fields=(
             Field("attention.sliding_window", "sliding_window", int, 512),
@@ -320,6 +327,7 @@ ARCHITECTURES = (
         name="phi3",
         model_types=("phi3",),
         hf_class="Phi3ForCausalLM",
+        theta=10_000.0,
         blocks=_PHI3,
         fields=(
             Field(
@@ -364,6 +372,7 @@ ARCHITECTURES = (
         name="gpt-oss",
         model_types=("gpt_oss",),
         hf_class="GptOssForCausalLM",
+        theta=150_000.0,
         blocks=_ATTENTION | {"post_attention_layernorm": "post_attention_norm"} | _GPT_OSS_EXPERTS,
         parameters={"self_attn.sinks": "attn_sinks.weight"},
         fields=(

@@ -128,7 +128,8 @@ def config_from_metadata(entry: Architecture, meta: dict[str, Any], *, tied: boo
         if shared.kind is float:
             config[shared.config] = shortest(get(shared.key, shared.default))
         elif shared.default is not None:
-            config[shared.config] = int(get(shared.key, shared.default))
+            # A window of 0 is none, which transformers takes for one that shows nothing.
+            config[shared.config] = int(get(shared.key, shared.default)) or None
         else:
             config[shared.config] = count(shared.key)
     config["num_hidden_layers"] -= predicting_blocks(entry, meta)

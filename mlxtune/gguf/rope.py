@@ -31,11 +31,11 @@ def rope_metadata(entry: Architecture, config: Config) -> dict[str, int | float 
 
     Raises:
         ExportError: the config scales it in a way that llama.cpp does not know for this
-            architecture.
+            architecture, or says no base where there is no usual one.
     """
     if entry.own:
         return {}  # among its sizes
-    values: dict[str, int | float | str | list[int]] = {"rope.freq_base": theta(config)}
+    values: dict[str, int | float | str | list[int]] = {"rope.freq_base": theta(entry, config)}
     if entry.rope_sections:
         parameters = config.get("rope_parameters")
         if not parameters:
@@ -78,7 +78,7 @@ def rope_tensors(entry: Architecture, config: Config) -> dict[str, Factors]:
     kind, scaling = _scaling(config)
     dims = rotated_dimensions(entry, config)
     if kind == "llama3":
-        return {FREQUENCIES: _llama3(theta(config), dims, scaling)}
+        return {FREQUENCIES: _llama3(theta(entry, config), dims, scaling)}
     if kind in _LONGROPE:
         return {
             name: np.broadcast_to(np.array(scaling[key], np.float32), (dims // 2,)).copy()
@@ -136,10 +136,17 @@ def rope_config(entry: Architecture, file: GGUFFile, config: Config) -> Config:
     return said
 
 
-def theta(config: Config) -> float:
-    """Base of the rotary frequencies; newer configs keep it in `rope_parameters`."""
+def theta(entry: Architecture, config: Config) -> float:
+    """Base of the rotary frequencies; newer configs keep it in `rope_parameters`.
+
+    Raises:
+        ExportError: the config says none, and there is no usual one.
+    """
     parameters = config.get("rope_parameters") or {}
-    return float(config.get("rope_theta") or parameters.get("rope_theta", 10000.0))
+    base = config.get("rope_theta") or parameters.get("rope_theta") or entry.theta
+    if base is None:
+        raise ExportError("the model's config has no 'rope_theta'", where="config.json")
+    return float(base)
 
 
 def rotated_dimensions(entry: Architecture, config: Config) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from mlxtune.gguf.reader import GGUFFile
 from mlxtune.gguf.tokenizer import read_tokenizer
 from mlxtune.models.folder import weight_files
 from mlxtune.models.resolve import ModelSource
+from mlxtune.models.rotation import with_older_keys
 from mlxtune.models.safetensors import read_safetensors
 
 DTYPES: dict[str, mx.Dtype] = {
@@ -100,26 +100,30 @@ def load_tokenizer(source: ModelSource, *, chat_template: str | None = None) -> 
     if source.is_gguf:
         tokenizer = _gguf_tokenizer(GGUFFile(source.path), source)
     else:
+        ends = model_config(source).get("eos_token_id")
         with _told(source):
-            tokenizer = mlx_lm.utils.load_tokenizer(source.path)
+            tokenizer = mlx_lm.utils.load_tokenizer(source.path, eos_token_ids=ends)
     return _with_template(tokenizer, chat_template)
 
 
 def model_config(source: ModelSource) -> dict[str, Any]:
     """config.json of a model, or what a GGUF says in its place; no weights are read.
 
+    As mlx-lm does, it takes the tokens that end an answer from generation_config.json, which
+    has more of them. The rotation is told by the keys that mlx-lm reads.
+
     Raises:
         ModelError: it is missing, damaged, or the GGUF is of an unknown kind.
     """
     if source.is_gguf:
         return read_config(GGUFFile(source.path))[1]
-    path = source.path / "config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = mlx_lm.utils.load_config(source.path)
         config["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"this is no readable config: {error}", where=str(path)) from None
-    return config
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        where = str(source.path / "config.json")
+        raise ModelError(f"this is no readable config: {error}", where=where) from None
+    return with_older_keys(config)
 
 
 def _gguf_tokenizer(file: GGUFFile, source: ModelSource) -> TokenizerWrapper:
@@ -167,8 +171,9 @@ def _from_folder(
     path = source.path
     for file in weight_files(path):
         read_safetensors(file)  # MLX itself does not survive a truncated one
+    config = model_config(source)
     with _told(source):
-        model, config = mlx_lm.utils.load_model(path, lazy=True)
+        model, config = mlx_lm.utils.load_model(path, lazy=True, model_config=config)
         if tokenizer is None:
             tokenizer = mlx_lm.utils.load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     return model, tokenizer, config
