@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import asdict
 
+import httpx
 import mlx.core as mx
 import mlx_lm.utils
 import numpy as np
@@ -21,11 +22,12 @@ from mlxtune.arrays import flat
 from mlxtune.errors import ExportError, ModelError, OutputExists
 from mlxtune.export.convert import convert, convert_to_folder
 from mlxtune.export.verify import SAMPLE
+from mlxtune.gguf.metadata import end_tokens
 from mlxtune.gguf.mixing import FILE_TYPES
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.gguf.tokenizer import read_tokenizer
 from mlxtune.models.folder import folder_tensors
-from mlxtune.models.load import load_model, model_config
+from mlxtune.models.load import load_model, load_tokenizer, model_config
 from mlxtune.models.resolve import ModelSource, resolve_model
 from mlxtune.models.safetensors import from_bfloat16, read_safetensors, to_bfloat16
 
@@ -211,6 +213,40 @@ def test_a_file_that_differs_from_its_source_is_an_error(folder, tmp_path, monke
     with pytest.raises(ExportError, match="differs from its source by"):
         convert(str(folder), tmp_path / "m.gguf", file_type="q8_0")
     assert not (tmp_path / "m.gguf").exists()
+
+
+def test_what_ends_a_turn_is_not_lost(folder, tmp_path):
+    """Beside what ends a text, as Gemma has both."""
+    source = tmp_path / "two"
+    shutil.copytree(folder, source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(source)
+    text, turn = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    said = {"eos_token_id": [text, turn]}
+    (source / "generation_config.json").write_text(json.dumps(said))
+    made = convert(str(source), tmp_path / "m.gguf", verify=False)
+    meta = GGUFFile(made.path).metadata
+    silent = {k: v for k, v in meta.items() if k != "tokenizer.ggml.eot_token_id"}
+    assert len(silent) < len(meta) and end_tokens(silent) == end_tokens(meta) == [text, turn]
+    for number, told in enumerate((source, made.path)):
+        assert load_tokenizer(resolve_model(str(told))).eos_token_ids == {text, turn}
+        assert load_model(resolve_model(str(told))).tokenizer.eos_token_ids == {text, turn}
+        convert_to_folder(str(told), tmp_path / str(number))
+        _, again = mlx_lm.utils.load(str(tmp_path / str(number)))
+        assert again.eos_token_ids == {text, turn}
+    # What llama.cpp ends at in the same file, whatever it is made to say.
+    xllamacpp = pytest.importorskip("xllamacpp")
+    params = xllamacpp.CommonParams()
+    params.model.path, params.warmup, params.verbosity = str(made.path), False, -1
+    params.n_ctx, params.cpuparams.n_threads = 64, 1
+    server = xllamacpp.Server(params)
+    begin = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    with httpx.Client(base_url=server.listening_address, timeout=60) as client:
+        for token in (text, begin, turn):
+            body = {"prompt": "a", "n_predict": 2, "logit_bias": [[token, 1000]]}
+            answer = client.post("/completion", json=body).json()
+            assert (answer["stop_type"] == "eos") == (token != begin), token
 
 
 TOOLS = "{% for m in messages %}{{ eos_token }}{{ m.content }}{% endfor %}{{ tools }}"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import count as counted
 from typing import Any
+
+from gguf.constants import TokenType
 
 from mlxtune.errors import ExportError, ModelError
 from mlxtune.gguf.architectures import COMMON, Architecture, Config
@@ -10,6 +13,10 @@ from mlxtune.gguf.reader import shortest
 
 # Layers of the largest model of either family, which scales scores by another size.
 _LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}
+_ENDS_OF_TURN = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<turn|>"}
+_SPECIAL = (TokenType.CONTROL, TokenType.USER_DEFINED)
+# Where there is this, `<|end|>` ends one message of an answer that goes on.
+_RETURN = "<|return|>"
 
 
 def text_config(config: Config) -> Config:
@@ -18,8 +25,8 @@ def text_config(config: Config) -> Config:
     if not isinstance(text, dict):
         return config
     kept = {key: value for key, value in config.items() if not key.endswith("_config")}
-    packed = {k: config[k] for k in ("quantization_config",) if k in config}
-    return kept | text | packed | {"model_type": config["model_type"]}
+    whole = {k: config[k] for k in ("quantization_config", "eos_token_id") if config.get(k)}
+    return kept | text | whole | {"model_type": config["model_type"]}
 
 
 def metadata(entry: Architecture, config: Config) -> dict[str, Any]:
@@ -114,13 +121,14 @@ def config_from_metadata(entry: Architecture, meta: dict[str, Any], *, tied: boo
         return value
 
     tokens = meta.get("tokenizer.ggml.tokens", ())
+    ends = end_tokens(meta)
     config: Config = {
         "model_type": entry.model_types[0],
         "architectures": [entry.hf_class],
         "vocab_size": count("vocab_size", len(tokens)),
         "tie_word_embeddings": tied,
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
     }
     for shared in (*COMMON, *entry.fields):
         if shared.config in config:
@@ -142,6 +150,21 @@ def config_from_metadata(entry: Architecture, meta: dict[str, Any], *, tied: boo
         at_largest = config["num_hidden_layers"] == largest
         config["query_pre_attn_scalar"] = own if at_largest else config["head_dim"]
     return config | dict(entry.fixed)
+
+
+def end_tokens(meta: dict[str, Any]) -> list[int]:
+    """Ids at which llama.cpp ends an answer: of a text, a turn or a message, in that order.
+
+    Where a file does not say what ends a turn, that is a mark with a usual text.
+    """
+    tokens = meta.get("tokenizer.ggml.tokens", ())
+    said = [meta.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
+    if said[1] is None and _RETURN not in tokens:
+        types = meta.get("tokenizer.ggml.token_type", ())
+        marks = zip(counted(), tokens, types, strict=False)
+        said[1] = next((n for n, t, k in marks if t in _ENDS_OF_TURN and k in _SPECIAL), None)
+    ids = [number for number in said if type(number) is int and 0 <= number < len(tokens)]
+    return list(dict.fromkeys(ids))
 
 
 def predicting_blocks(entry: Architecture, meta: dict[str, Any]) -> int:

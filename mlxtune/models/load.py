@@ -21,6 +21,7 @@ from mlx_lm.tokenizer_utils import (
 from mlxtune.arrays import flat
 from mlxtune.device import on_cpu
 from mlxtune.errors import ModelError
+from mlxtune.gguf.metadata import end_tokens
 from mlxtune.gguf.model import open_model, read_config
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.gguf.tokenizer import read_tokenizer
@@ -128,10 +129,11 @@ def model_config(source: ModelSource) -> dict[str, Any]:
 
 def _gguf_tokenizer(file: GGUFFile, source: ModelSource) -> TokenizerWrapper:
     hf_tokenizer = read_tokenizer(file.metadata, where=str(source.path))
-    if not hf_tokenizer.backend_tokenizer.model.byte_fallback:
-        return TokenizerWrapper(hf_tokenizer, BPEStreamingDetokenizer)
-    prefix = file.metadata.get("tokenizer.ggml.add_space_prefix", True)
-    return TokenizerWrapper(hf_tokenizer, partial(SPMStreamingDetokenizer, trim_space=prefix))
+    detokenizer: Any = BPEStreamingDetokenizer
+    if hf_tokenizer.backend_tokenizer.model.byte_fallback:
+        prefix = file.metadata.get("tokenizer.ggml.add_space_prefix", True)
+        detokenizer = partial(SPMStreamingDetokenizer, trim_space=prefix)
+    return TokenizerWrapper(hf_tokenizer, detokenizer, eos_token_ids=end_tokens(file.metadata))
 
 
 def _with_template(tokenizer: TokenizerWrapper, chat_template: str | None) -> TokenizerWrapper:
