@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 
 import pytest
 
@@ -21,6 +22,12 @@ from mlxtune.evaluate.sandbox import refusal, sandbox
         "ls nothing 2>&1 || echo none",
         'echo "$(wc -l < notes.txt)"',
         "find . -name '*.json' -print0 | xargs -0 cat",
+        "find . -name '{a,b}' -o -perm -o+w",
+        "ls | xargs -I{} head -n 1 {}",
+        "ls | xargs | sort -k 2 --reverse --unique",
+        "sort *.txt | uniq -c -f 1",
+        "uniq ~/notes.txt",
+        "cat {notes,numbers}.txt $HOME/.hidden",
     ],
 )
 def test_commands_that_read_may_run(text):
@@ -52,6 +59,32 @@ def test_commands_that_read_may_run(text):
         "find . -name a -o -delete",
         "find . | xargs rm",
         "find . | xargs -n 1 -I x sh -c x",
+        "find . {-delete,-print}",
+        "find . $(echo -delete)",
+        "find . `echo -delete`",
+        "find . -name x$(echo ' -delete')",
+        "echo -delete; find . $_",
+        "find . $'-delete'",
+        "echo -delete | xargs find .",
+        "echo -o x | xargs sort notes.txt",
+        "ls | xargs uniq",
+        "ls | xargs xargs",
+        "echo rm | xargs -I cat cat notes.txt",
+        "ls | xargs -in rm cat",
+        "ls | xargs --arg-file cat rm",
+        "ls | xargs -n $(echo 1) cat",
+        "sort --outp=x notes.txt",
+        "sort --comp sh notes.txt",
+        "sort -ro x notes.txt",
+        "sort {-ox,-r} notes.txt",
+        "sort -{k1,ofile} notes.txt",
+        "sort --{output,key}=x notes.txt",
+        "file -{'-compile',b} x",
+        "find . {-name,-delete}",
+        "uniq notes.txt out",
+        "uniq {notes.txt,out}",
+        "diff --pag notes.txt numbers.txt",
+        "tree -Lo 1 out",
         "for f in *; do rm $f; done",
         "f() { f | f; }; f",
         "ls &",
@@ -84,12 +117,13 @@ def box():
         pytest.skip(str(error))
 
 
-def test_answers_are_judged_by_what_they_print(box):
+def test_answers_are_judged_by_what_they_print(box, monkeypatch):
     assert box.same_output("wc -l notes.txt", "wc -l notes.txt | cat")
     assert box.same_output("grep ERROR server.log | wc -l", "grep -c ERROR server.log")
     assert box.same_output("sort numbers.txt", "sort -n numbers.txt") is False
     assert box.same_output("rm notes.txt", "cat notes.txt") is False
     assert box.same_output("cat notes.txt", "rm notes.txt") is None
+    monkeypatch.setattr("mlxtune.evaluate.sandbox._SECONDS", 0.5)
     assert box.same_output("tail -f notes.txt", "tail notes.txt") is False  # does not end
 
 
@@ -105,4 +139,7 @@ def test_nothing_is_visible_or_writable_inside(box):
     assert status != 0
     assert b"PATH=" in printed("env")[1] and b"SHELL" not in printed("env")[1]
     assert len(box.run_read("yes").output) <= 1024 * 1024
+    # Neither is kept beyond that: what prints on is ended by the size of its file.
+    for flood in ("yes", "yes >&2"):
+        assert box.run_read(flood).status in (-signal.SIGXFSZ, 128 + signal.SIGXFSZ)
     assert box.run_read("cat notes.txt").output.startswith(b"apple")

@@ -25,17 +25,23 @@ from mlxtune.evaluate.shell import Command, Script, read_command
 _NAMES = (
     "basename cat cksum cmp column comm cut diff dirname du echo egrep expand expr false fgrep "
     "file find fold grep head join ls md5sum nl od paste printf pwd readlink realpath rev seq "
-    "sha1sum sha256sum sort stat tac tail test tr tree true uniq wc xargs"
+    "sha1sum sha256sum sort stat tac tail test tr true uniq wc xargs"
 )
 READ_ONLY = frozenset(_NAMES.split())
 _JOINED = {"|", "&&", "||", ";", "!", "commandsubstitution"}
-# Options by which these write files or start programs.
-_ACTIONS = {
+# Options by which these write files or start programs. uniq writes to its second operand.
+_ACTIONS: dict[str, tuple[str, ...]] = {
+    "diff": ("-l", "--paginate"),
+    "file": ("-C", "-z", "-Z", "--compile", "--uncompress"),
     "find": ("-exec", "-ok", "-delete", "-fprint", "-fls"),
     "sort": ("-o", "-T", "--output", "--compress-program", "--temporary-directory"),
-    "tree": ("-o",),
-    "file": ("-C", "--compile"),
+    "uniq": (),
 }
+# Options of xargs after which the program is where it seems to be: `-i` and `--arg-file`
+# may swallow the next word, or not.
+_XARGS = frozenset(
+    ("-0", "-r", "-t", "-x", "-d", "-n", "-I", "-L", "-P", "--null", "--no-run-if-empty")
+)
 _SECONDS = 3.0
 _LIMITS = "ulimit -t 2 -f 1024 -v 2000000"  # seconds; KiB written; KiB of memory
 # 2001-09-09 01:46:40 UTC: listings show the same times in every run.
@@ -84,25 +90,79 @@ def _refused(script: Script) -> str | None:
     for connector in script.connectors:
         if connector not in _JOINED:
             return f"it is more than pipes and lists: {connector}"
+    before = None
     for command in script.commands:
-        if reason := _refused_command(command):
+        if reason := _refused_command(command) or _refused_under_xargs(command, before):
             return reason
+        before = command
     return None
 
 
 def _refused_command(command: Command) -> str | None:
-    if command.program not in READ_ONLY:
-        return f"{command.program.partition(chr(0))[0]!r} is not among the programs that only read"
+    program = command.program
+    if program not in READ_ONLY:
+        return f"{program.partition(chr(0))[0]!r} is not among the programs that only read"
     if command.assignments:
         return "it sets variables"
-    for option in _ACTIONS.get(command.program, ()):
-        words = [str(flag[0]) for flag in command.flags] + list(command.operands)
-        if any(word.startswith(option) for word in words):
-            return f"{command.program} {option} writes or starts programs"
+    if program in _ACTIONS and (reason := _action(command)):
+        return reason
     for _source, kind, target in command.redirects:
         harmless = kind == "<" or target == "/dev/null" or (kind == ">&" and target in (1, 2))
         if not harmless:
             return "it writes to a file"
+    return None
+
+
+def _action(command: Command) -> str | None:
+    """An argument by which a program that can write does so, or may."""
+    program = command.program
+    if hidden := _hidden(command):
+        return f"{program}: what {hidden!r} becomes is only known when it runs"
+    words = [str(flag[0]) for flag in command.flags] + list(command.operands)
+    for option in _ACTIONS[program]:
+        if any(_names(word, option) for word in words):
+            return f"{program} {option} writes or starts programs"
+    if program == "uniq" and len(command.operands) > 1:
+        return "uniq writes to its second operand"
+    return None
+
+
+def _names(word: str, option: str) -> bool:
+    """Whether a word is that option, with or without a value, or short for it."""
+    short = word.startswith("--") and option.startswith(word)
+    return short or word.startswith(option)
+
+
+def _hidden(command: Command) -> str | None:
+    """An argument that the shell makes others of: braces, a variable, a substitution."""
+    for flag in command.flags:
+        if "\0" in "".join(map(str, flag)) and command.program != "find":
+            return str(flag[0]).partition("\0")[0]  # its letters were taken apart, marks too
+    words = [*command.operands, *(str(part) for flag in command.flags for part in flag)]
+    for word in words:
+        text, *marks = word.split("\0")
+        # What a pattern can name is known: no file of the tree begins with a dash.
+        if any(mark != "pattern" for mark in marks) or (marks and "{" in text):
+            return text
+    return None
+
+
+def _refused_under_xargs(command: Command, xargs: Command | None) -> str | None:
+    """What xargs hands over is only known when it runs: for some it may be an action."""
+    if command.program == "xargs":
+        if hidden := _hidden(command):
+            return f"xargs: what {hidden!r} becomes is only known when it runs"
+        for flag in command.flags:
+            if flag[0] not in _XARGS:
+                return f"xargs {flag[0]} is not among the options known here"
+    if command.runner != "xargs" or xargs is None:
+        return None
+    if command.program in (*_ACTIONS, "xargs"):
+        return f"xargs could hand {command.program} an option that writes or starts programs"
+    # `xargs -I cat cat` runs whatever it reads.
+    replaced = [str(flag[1]) for flag in xargs.flags if flag[0] == "-I"]
+    if any(text in command.program for text in replaced):
+        return "xargs replaces the program's name"
     return None
 
 
@@ -126,16 +186,16 @@ class Sandbox:
         return refusal(answer) is None and self.run_read(answer.strip()) == wanted
 
     def _run(self, text: str) -> Outcome | None:
-        # To a file, which the limit holds for; a pipe would take all that comes.
+        # To files, which the limit holds for; a pipe would take all that comes.
         inner = ["/bin/bash", "--norc", "--noprofile", "-c"]
         limited = [*inner, f'{_LIMITS}; exec "$@"', "-", *inner, text]
-        with tempfile.TemporaryFile() as output:
+        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
             try:
                 done = subprocess.run(
                     [*self._base, *limited],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
-                    stderr=subprocess.PIPE,
+                    stderr=errors,
                     env={},
                     timeout=_SECONDS,
                 )
@@ -143,8 +203,10 @@ class Sandbox:
                 return None
             output.seek(0)
             printed = output.read()
-        if done.stderr.startswith(b"bwrap: "):
-            raise _unusable(done.stderr.decode("utf-8", "replace").strip())
+            errors.seek(0)
+            said = errors.read(1000)
+        if said.startswith(b"bwrap: "):
+            raise _unusable(said.decode("utf-8", "replace").strip())
         return Outcome(done.returncode, printed)
 
 

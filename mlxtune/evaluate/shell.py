@@ -105,6 +105,7 @@ class Command:
         operands: in order; where the order of the options matters, all words.
         assignments: variables set for it alone.
         redirects: descriptor, operator and target of each.
+        runner: the wrapper that runs it, such as xargs; empty if the shell does.
     """
 
     program: str
@@ -112,6 +113,7 @@ class Command:
     operands: tuple[str, ...] = ()
     assignments: tuple[str, ...] = ()
     redirects: tuple[Fact, ...] = ()
+    runner: str = ""
 
 
 @dataclass(frozen=True)
@@ -385,23 +387,23 @@ def _expands(source: str) -> bool:
     return False
 
 
-def _simple(words: list[str]) -> Iterator[Command]:
+def _simple(words: list[str], runner: str = "") -> Iterator[Command]:
     """A program with its arguments; a wrapper and the program it runs are two."""
     if not words:
         return
     program, *rest = words
     if program in _WORD_OPTIONS:
-        yield Command(program, *_word_options(rest))
+        yield Command(program, *_word_options(rest), runner=runner)
         return
     flags, operands = _options(rest, TAKES_VALUE.get(program, ""), program in _WRAPPERS)
     if program in _WRAPPERS:
         assigned = 0
         while program == "env" and assigned < len(operands) and "=" in operands[assigned]:
             assigned += 1
-        yield Command(program, flags, tuple(operands[:assigned]))
-        yield from _simple(operands[assigned:])
+        yield Command(program, flags, tuple(operands[:assigned]), runner=runner)
+        yield from _simple(operands[assigned:], program)
         return
-    yield Command(program, flags, tuple(operands))
+    yield Command(program, flags, tuple(operands), runner=runner)
 
 
 def _options(
