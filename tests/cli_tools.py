@@ -93,11 +93,18 @@ def _forks() -> subprocess.Popen[str]:
     return forks
 
 
-def save_tiny_model(folder: Path) -> None:
-    """A random model with a tokenizer of bytes, as a Hugging Face folder."""
-    model = tiny_llama(vocabulary=258)
+def save_tiny_model(folder: Path, *, merged: bool = False) -> None:
+    """A random model with a tokenizer of bytes, as a Hugging Face folder.
+
+    Args:
+        folder: is there.
+        merged: with one merge, of two bytes that no text has: a GGUF must have some.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    merges = [(alphabet[-2], alphabet[-1])] if merged else []
+    pieces = [*alphabet, *map("".join, merges)]
+    model = tiny_llama(vocabulary=len(pieces) + 2)
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(pieces)}, merges=merges))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(["<|im_start|>", "<|im_end|>"])
@@ -105,7 +112,7 @@ def save_tiny_model(folder: Path) -> None:
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     config = {k: v for k, v in asdict(model.args).items() if v is not None}
-    config |= {"architectures": ["LlamaForCausalLM"], "eos_token_id": 257}
+    config |= {"architectures": ["LlamaForCausalLM"], "eos_token_id": len(pieces) + 1}
     (folder / "config.json").write_text(json.dumps(config))
     weights = flat(model.parameters())
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})

@@ -144,6 +144,16 @@ def test_an_endpoint_that_is_down_is_given_up_with_what_there_is(endpoint, judge
     assert gone.grade("q", "other", "x") is None and "does not answer" in gone.notes()[0]
 
 
+def test_what_cannot_even_be_sent_costs_no_more_than_the_grades(endpoint, judge, naps, monkeypatch):
+    monkeypatch.setenv("GRADER_KEY", "schlüssel")  # a header is ASCII
+    asked = judge(api_key_env="GRADER_KEY")
+    assert asked.grade("q", "ls", "a") is None and not endpoint.seen and not naps
+    assert "1 of 1 answers not graded" in asked.notes()[0]
+    endpoint.script = [(200, {"Content-Encoding": "gzip"}, b"none")]
+    assert (garbled := judge()).grade("q", "ls", "a") is None
+    assert "cannot be asked" in garbled.notes()[0]
+
+
 def test_a_refusal_is_not_repeated(endpoint, judge, naps):
     endpoint.script = [(401, {}, b'{"error": "bad key"}')]
     asked = judge()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import socket
 from pathlib import Path
 
@@ -12,14 +13,24 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 import pytest
-from cli_tools import mlxtune
+from cli_tools import mlxtune, save_tiny_model
 from conftest import ROOT, SHELL_HELDOUT, write_jsonl
 
+from mlxtune.data.render import Renderer
+from mlxtune.data.sources import read_conversations
 from mlxtune.errors import DataError, RecipeError
 from mlxtune.evaluate.compare import compare_models, compare_run
 from mlxtune.evaluate.measure import plain_samples
-from mlxtune.evaluate.results import figures_json, write_results
+from mlxtune.evaluate.results import described, figures_json, read_results, write_results
 from mlxtune.evaluate.suite import Suite, load_suite
+from mlxtune.export.convert import convert
+from mlxtune.fuse import fuse_run
+from mlxtune.recipe.load import parse_recipe
+from mlxtune.recipe.schema import ModelSection
+from mlxtune.train.metrics import Silent
+from mlxtune.train.model import tokenizer_of
+from mlxtune.train.run import Run
+from mlxtune.train.session import fine_tune
 
 RECORDS = [
     {"prompt": "list", "expected_command": "ls", "category": "files"},
@@ -34,16 +45,14 @@ def records(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def tiny_run(tiny_folder, tmp_path_factory):
-    from mlxtune.recipe.load import parse_recipe
-    from mlxtune.train.metrics import Silent
-    from mlxtune.train.session import fine_tune
-
+def tiny_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
+    (folder / "model").mkdir()
+    save_tiny_model(folder / "model", merged=True)
     data = write_jsonl(folder / "data.jsonl", RECORDS * 2)
     recipe = {
         "name": "tiny",
-        "model": {"path": str(tiny_folder)},
+        "model": {"path": str(folder / "model")},
         "data": [{"path": str(data)}],
         "train": {"max_steps": 2, "batch_size": 2},
         "eval": {"path": str(data), "max_samples": 3},
@@ -73,6 +82,11 @@ def test_all_that_is_wrong_in_a_suite_is_told_at_once(tmp_path):
     assert told["judge.rubrik"].remedy == "did you mean rubric?"
     assert told["data[0].splits"].remedy == "did you mean split?"
     assert {"max_tokens", "normalise", "judge.endpoint"} <= told.keys()
+    for endpoint in ("http://localhost:port/v1", "http:///v1"):
+        path.write_text(f'[judge]\nendpoint = "{endpoint}"\nmodel = "m"\nrubric = "r"\n')
+        with pytest.raises(RecipeError) as error:
+            load_suite(path)
+        assert "URL" in str(error.value.problems[0])
     with pytest.raises(RecipeError, match="there is no such suite"):
         load_suite(tmp_path / "nope.toml")
 
@@ -112,11 +126,11 @@ def test_a_copy_of_a_model_has_its_figures(tiny_folder, records):
     assert {c: n for c, (n, *_) in result.by_category().items()} == {"files": 2, "paths": 1}
 
 
-def test_forgetting_shows_in_the_loss_on_plain_text(tiny_run, tiny_folder, tmp_path):
+def test_forgetting_shows_in_the_loss_on_plain_text(tiny_run, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Nothing about shells. " * 80)
     result = compare_run(tiny_run, suite=Suite(name="s", general_text=str(text)), max_tokens=2)
-    plain, tokenizer = mlx_lm.load(str(tiny_folder))
+    plain, tokenizer = mlx_lm.load(Run(tiny_run).recipe().model.path)
     tokens = mx.array([*tokenizer.encode(text.read_text().strip()), tokenizer.eos_token_id])
     windows = [tokens[at : at + 1024] for at in range(0, len(tokens), 1024)]
     losses = [
@@ -129,8 +143,6 @@ def test_forgetting_shows_in_the_loss_on_plain_text(tiny_run, tiny_folder, tmp_p
 
 
 def test_a_long_text_is_cut_into_windows(smollm2):
-    from mlxtune.data.render import Renderer
-
     renderer = Renderer(smollm2.tokenizer)
     samples = plain_samples(ROOT / "README.md", renderer)
     assert len(samples) > 1 and all(2 <= len(s.tokens) <= 1024 for s in samples)
@@ -167,19 +179,90 @@ def test_a_model_alone_needs_records(tiny_folder):
         compare_models(str(tiny_folder))
 
 
-def test_the_command_shows_a_table_that_fits_and_keeps_the_answers(tiny_run, tiny_folder):
+def test_the_command_shows_a_table_that_fits_and_keeps_the_answers(tiny_run):
     runs = tiny_run.parent.parent
+    fused, gguf = runs / "fused", runs / "model.gguf"
+    fuse_run(tiny_run, fused, dtype="float32")
+    convert(str(fused), gguf, file_type="f32", pre="default", verify=False)
     done = mlxtune(
-        "eval", "runs/tiny", "--with", f"fused={tiny_folder}", "--samples=1", "--max-tokens=4",
-        "--suite", str(ROOT / "data/shell/suite.toml"), "--data", "data.jsonl", cwd=runs,
+        "eval", "runs/tiny", "--with=fused=fused", "--with=gguf=model.gguf", "--samples=1",
+        "--suite", str(ROOT / "data/shell/suite.toml"), "--data", "data.jsonl", "--max-tokens=4",
+        cwd=runs,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "missing" not in done.stdout, done.stdout
     for row in ("held-out loss", "bits per byte", "general text loss", "exact match", "same flags"):
         assert re.search(rf"│ {row} +│ +\S+( ±\d+)? │ +\S+( ±\d+)? │", done.stdout), done.stdout
-    assert {p.name for p in (tiny_run / "eval").iterdir()} == {"shell.json", "shell.jsonl"}
-    value = json.loads((tiny_run / "eval/shell.json").read_text())
-    assert list(value["targets"]) == ["base", "tuned", "fused"]
-    assert value["targets"]["base"]["metrics"] == value["targets"]["fused"]["metrics"]
+    # Other data than the suite's: its name is in the files' and in the title.
+    assert {p.name for p in (tiny_run / "eval").iterdir()} == {
+        "shell-data.json", "shell-data.jsonl",
+    }  # fmt: skip
+    assert "6 records of data.jsonl" in done.stdout
+    value = json.loads((tiny_run / "eval/shell-data.json").read_text())
+    assert value["data"] == ["data.jsonl"] and value["models"]["gguf"] == "model.gguf"
+    base, tuned, *others = value["targets"].values()
+    assert list(value["targets"]) == ["base", "tuned", "fused", "gguf"]
+    assert abs(tuned["held_out_loss"] - base["held_out_loss"]) > 1e-4
+    for other in others:  # the adapter is in these files, and nothing else has changed
+        assert other["held_out_loss"] == pytest.approx(tuned["held_out_loss"], rel=1e-5)
+        assert other["metrics"] == tuned["metrics"]
+
+
+def test_another_adapter_and_a_limit_do_not_pass_for_the_runs_own(tiny_run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(Run(tiny_run).finished_adapter(), other)
+    result = compare_run(tiny_run, adapter=other, limit=2, max_tokens=2)
+    figures, answers = write_results(result, tmp_path / "out")
+    assert (figures.name, answers.name) == ("heldout-other.json", "heldout-other.jsonl")
+    value = read_results(figures).figures
+    assert (value["adapter"], value["limit"], value["data"]) == (str(other), 2, [])
+    assert described(value) == f"the first 2 held-out records, adapter {other}"
+    own = figures_json(compare_run(tiny_run, max_tokens=2))
+    assert described(own) == "3 held-out records" and own["adapter"] is None
+
+
+def test_a_model_that_cannot_be_loaded_costs_no_other(tiny_run, tiny_folder, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_folder, broken)
+    (broken / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    result = compare_run(tiny_run, others={"bad": str(broken), "copy": str(tiny_folder)}, limit=1)
+    assert list(result.figures) == ["base", "tuned", "copy"]
+    [note] = result.notes
+    assert note.startswith(f"bad is missing: {broken} cannot be measured: ")
+
+
+def test_models_are_compared_on_the_records_that_all_have(tmp_path, tiny_folder):
+    """A template that takes more room leaves the longest record out, the first of three."""
+    wide = tmp_path / "wide"
+    shutil.copytree(tiny_folder, wide)
+    template = wide / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|>" + 9 * " "))
+    data = write_jsonl(tmp_path / "data.jsonl", [RECORDS[1] | {"prompt": "all " * 9}, *RECORDS])
+    sizes = [
+        sum(len(s.tokens) for s in Renderer(tokenizer_of(ModelSection(path=str(f)))).samples(c))
+        for f in (tiny_folder, wide)
+        for c in read_conversations(data)
+    ]
+    assert max(sizes[4:]) > max(sizes) - 1 >= sizes[0] > max(sizes[5:])
+    recipe = {
+        "name": "short",
+        "model": {"path": str(tiny_folder)},
+        "data": [{"path": str(data), "truncate": "drop"}],
+        "train": {"max_steps": 1, "batch_size": 1, "max_seq_length": sizes[0]},
+        "eval": {"path": str(data)},
+    }
+    fine_tune(parse_recipe(recipe, where="-"), tmp_path / "run", Silent())
+    others = {"wide": str(wide)}
+    result = compare_run(tmp_path / "run", others=others, max_tokens=2)
+    assert result.records == 3 and [a.prompt for a in result.answers] == ["list", "all", "where"]
+    assert "1 of 4 records are left out: in the tokens of wide" in result.notes[0]
+    # As if the record had not been there.
+    rest = write_jsonl(tmp_path / "rest.jsonl", RECORDS)
+    alone = compare_run(tmp_path / "run", data=rest, others=others, max_tokens=2)
+    for name, figures in alone.figures.items():
+        assert result.figures[name].held_out_loss == pytest.approx(figures.held_out_loss, rel=1e-5)
+        assert result.figures[name].metrics == figures.metrics
+    assert [a.said for a in result.answers] == [a.said for a in alone.answers]
 
 
 def test_the_table_fits_60_columns(tiny_run, monkeypatch, capsys):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxtune.evaluate.bootstrap import mean_interval, paired_difference
+from mlxtune.evaluate.bootstrap import mean_interval, paired_difference, ratio_interval
 from mlxtune.evaluate.text import (
     bits_per_byte,
     edit_similarity,
@@ -121,6 +121,21 @@ def test_the_interval_is_that_of_scipy():
         ).confidence_interval
         assert ours is not None and ours.mean == pytest.approx(values.mean())
         assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.006)
+
+
+def test_the_interval_of_a_ratio_is_that_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    random = np.random.default_rng(1)
+    weights = random.integers(2, 40, 60).astype(float)
+    totals = weights * random.gamma(2, 1, 60)
+    ours = ratio_interval(totals.tolist(), weights.tolist(), resamples=20_000)
+    theirs = stats.bootstrap(
+        (totals, weights), lambda t, w, axis: t.sum(axis) / w.sum(axis),
+        paired=True, vectorized=True, method="percentile", n_resamples=20_000, rng=3,
+    ).confidence_interval  # fmt: skip
+    assert ours.mean == pytest.approx(totals.sum() / weights.sum()) and ours.count == 60
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.02)
+    assert ratio_interval([], []) is None
 
 
 def test_the_interval_of_many_values_is_the_normal_one():

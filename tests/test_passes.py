@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import mlx.nn as nn
 import numpy as np
@@ -15,7 +16,7 @@ from mlxtune.data.ahead import ahead
 from mlxtune.data.pack import pack
 from mlxtune.data.passes import Layout, passes
 from mlxtune.models.packed import enable_packs
-from mlxtune.train.heldout import held_out_loss
+from mlxtune.train.heldout import held_out_loss, sample_losses
 
 
 def area(batches) -> int:
@@ -91,6 +92,17 @@ def test_held_out_loss_is_the_same_in_passes():
     assert held_out_loss(model, samples, batch_size=4, layout=Layout()) == pytest.approx(
         plain, rel=1e-5
     )
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_losses_of_samples_are_those_of_each_alone(packing):
+    samples = random_samples(np.random.default_rng(2).integers(10, 60, 13), prefix=9)
+    samples = [replace(sample, record=1) for sample in samples]
+    model = packed_model()
+    found = sample_losses(model, samples, batch_size=4, layout=Layout(packing=packing))
+    for sample, total in zip(samples, found, strict=True):
+        mean = held_out_loss(model, [sample], batch_size=1, layout=Layout(packing=False))
+        assert total == pytest.approx(mean * sample.weights[1:].sum(), rel=1e-5)
 
 
 # ------------------------------------------------------------------------ made ahead

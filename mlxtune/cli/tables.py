@@ -11,7 +11,7 @@ from rich.text import Text
 
 from mlxtune.evaluate.bootstrap import Interval
 from mlxtune.evaluate.compare import Comparison, Figures
-from mlxtune.evaluate.results import METRIC_NAMES, task_rows
+from mlxtune.evaluate.results import METRIC_NAMES, described, figures_json, task_rows
 
 
 def show_comparison(result: Comparison, *, samples: int) -> None:
@@ -47,7 +47,7 @@ def show_tasks(result: dict[str, Any]) -> None:
 
 
 def _figures(result: Comparison) -> Table:
-    table = Table(title=f"{result.records} held-out records")
+    table = Table(title=described(figures_json(result)))
     for column in ("", *result.figures):
         table.add_column(column, justify="right" if column else "left", overflow="fold")
     models = list(result.figures.values())
@@ -58,6 +58,7 @@ def _figures(result: Comparison) -> Table:
             table.add_row(label, *cells)
 
     row("held-out loss", lambda f: f"{f.held_out_loss:.4f}")
+    row("± of the loss", lambda f: _half(f.loss_interval))
     row("perplexity", lambda f: f"{f.perplexity:.4g}")
     row("bits per byte", lambda f: _number(f.bits_per_byte))
     row("general text loss", lambda f: _number(f.general_loss))
@@ -95,12 +96,13 @@ def _samples(result: Comparison, samples: int) -> Table:
 
 
 def _gain(first: str, name: str, figures: Figures) -> str | None:
-    """The first metric that differs from the first model's by more than chance."""
-    for metric, gain in figures.gains.items():
-        if gain is not None and (gain.low > 0 or gain.high < 0):
-            change = f"{gain.mean:+.1%} ({gain.low:+.1%} to {gain.high:+.1%})"
-            return f"{first} → {name}: {METRIC_NAMES.get(metric, metric)} {change}"
-    return None
+    """The suite's first metric: which one is told must not depend on how it turned out."""
+    told = next(((m, gain) for m, gain in figures.gains.items() if gain is not None), None)
+    if told is None:
+        return None
+    metric, gain = told
+    change = f"{gain.mean:+.1%} ({gain.low:+.1%} to {gain.high:+.1%})"
+    return f"{first} → {name}: {METRIC_NAMES.get(metric, metric)} {change}"
 
 
 def _judge_line(judge: dict[str, Any]) -> str:
@@ -117,6 +119,10 @@ def _share(interval: Interval | None) -> str:
         return "–"
     half = (interval.high - interval.low) / 2
     return f"{interval.mean:.1%} ±{half * 100:.0f}"
+
+
+def _half(interval: Interval | None) -> str:
+    return "–" if interval is None else f"{(interval.high - interval.low) / 2:.4f}"
 
 
 def _number(value: float | None) -> str:

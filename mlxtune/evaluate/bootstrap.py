@@ -55,6 +55,33 @@ def mean_interval(
     return Interval(float(array.mean()), float(low), float(high), len(array))
 
 
+def ratio_interval(
+    totals: Sequence[float],
+    weights: Sequence[float],
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval | None:
+    """Sum of the totals over sum of the weights, and its interval; None of no weight.
+
+    For a loss a token, of which a long record has more than a short one.
+
+    Args:
+        totals: one a record.
+        weights: one a record.
+        level, resamples, seed: as `mean_interval`.
+    """
+    pairs = np.asarray([totals, weights], np.float64)
+    if not pairs[1].sum():
+        return None
+    # Of the same draws: the seed is the same.
+    above, below = (_resampled_means(values, resamples, seed) for values in pairs)
+    ratios = above[below > 0] / below[below > 0]
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(pairs[0].sum() / pairs[1].sum()), float(low), float(high), len(totals))
+
+
 def paired_difference(
     before: Sequence[float | None],
     after: Sequence[float | None],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,19 @@ import mlx.core as mx
 from mlxtune.adapters.store import fitted, put_adapter, read_adapter
 from mlxtune.data.records import Conversation
 from mlxtune.data.render import Renderer
-from mlxtune.errors import DataError
-from mlxtune.evaluate.bootstrap import Interval, mean_interval, paired_difference
+from mlxtune.errors import DataError, MlxtuneError
+from mlxtune.evaluate.bootstrap import (
+    Interval,
+    mean_interval,
+    paired_difference,
+    ratio_interval,
+)
 from mlxtune.evaluate.judge import Judge
-from mlxtune.evaluate.measure import Measured, Records, measure, read_records
+from mlxtune.evaluate.measure import Measured, RecordLoss, measure, read_records
 from mlxtune.evaluate.sandbox import sandbox
 from mlxtune.evaluate.scores import Scorer, Scores
 from mlxtune.evaluate.suite import Suite
-from mlxtune.evaluate.text import perplexity
+from mlxtune.evaluate.text import bits_per_byte, perplexity
 from mlxtune.layers.inject import fuse_lora
 from mlxtune.models.load import LoadedModel
 from mlxtune.models.resolve import resolve_model
@@ -73,6 +78,7 @@ class Figures:
 
     Attributes:
         held_out_loss: nats a supervised token.
+        loss_interval: the same with its confidence interval, records drawn whole.
         perplexity: exp of it.
         bits_per_byte: the loss over the bytes of the supervised text, end of turn counted
             in the loss: comparable between tokenizers.
@@ -83,6 +89,7 @@ class Figures:
     """
 
     held_out_loss: float
+    loss_interval: Interval | None
     perplexity: float
     bits_per_byte: float | None
     tokens: int
@@ -119,6 +126,25 @@ class Answered:
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where the figures are from.
+
+    Attributes:
+        data: paths of the records; none for those that the recipe holds out.
+        own: whether they are the suite's or the recipe's; another file was named otherwise.
+        limit: only the first so many were used.
+        adapter: used instead of the run's own.
+        models: name to model, of those beside the subject's.
+    """
+
+    data: tuple[str, ...] = ()
+    own: bool = True
+    limit: int | None = None
+    adapter: str | None = None
+    models: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Models side by side.
 
@@ -130,6 +156,7 @@ class Comparison:
         answers: of records that ask for one.
         notes: what could not be measured.
         judge: what the judge did and cost; None without one.
+        source: which records they are, and which models.
     """
 
     subject: str
@@ -139,6 +166,7 @@ class Comparison:
     answers: tuple[Answered, ...]
     notes: tuple[str, ...] = ()
     judge: dict[str, Any] | None = None
+    source: Source = field(default_factory=Source)
 
     @property
     def base(self) -> Figures:
@@ -175,7 +203,8 @@ def compare_run(
     Raises:
         RunError: there is no finished run, or the adapter does not fit its model.
         DataError: there are no held-out records.
-        ModelError: another model cannot be found or loaded.
+        ModelError: another model cannot be found. One that cannot be loaded is left out,
+            and told in the notes.
         MlxtuneError: a metric needs what is not installed.
     """
     options = replace(options or Options(), **how)
@@ -194,7 +223,7 @@ def compare_run(
             fuse_lora(model.model)
         yield TUNED, model
 
-    return _compare(str(path), recipe, models, options)
+    return _compare(str(path), recipe, models, options, adapter)
 
 
 def compare_models(name: str, *, options: Options | None = None, **how: Any) -> Comparison:
@@ -233,72 +262,122 @@ def compare_models(name: str, *, options: Options | None = None, **how: Any) -> 
 Models = Callable[[], Iterator[tuple[str, LoadedModel]]]
 
 
-def _compare(subject: str, recipe: Recipe, models: Models, options: Options) -> Comparison:
+def _compare(
+    subject: str, recipe: Recipe, models: Models, options: Options, adapter: Path | None = None
+) -> Comparison:
     suite, others = options.suite, options.others or {}
     for model in others.values():
         _require_model(model)  # before minutes are spent on the first
+    judge = Judge(suite.judge) if suite.judge is not None else None
     with sandbox() if options.execute else nullcontext() as box:
         scorer = Scorer(suite, box)
-        measured: dict[str, Measured] = {}
-        records: Records | None = None
-        for name, loaded in _all_models(models, others):
-            renderer = Renderer(loaded.tokenizer)
-            try:
-                records = read_records(recipe, options.sources(), renderer).first(options.limit)
-            except DataError as error:
-                if error.where != "eval":
-                    raise
-                raise DataError(error.what, where=subject, remedy=error.remedy) from None
-            measured[name] = measure(
-                loaded,
-                renderer,
-                records,
-                max_tokens=options.max_tokens or suite.max_tokens,
-                general_text=Path(suite.general_text) if suite.general_text else None,
-                progress=partial(_tell, options.progress, name),
-            )
+        several = _Several(subject, recipe, options)
+        for name, loaded in models():
+            several.add(name, loaded)
             del loaded  # two models at once may not fit
             mx.clear_cache()
-        assert records is not None
-        chats = [c for c in records.conversations if c.turns]
+        for name, model in others.items():
+            several.try_to_add(name, model)
+            mx.clear_cache()
+        measured, conversations = several.measured, several.shared()
         answered = [
-            _answered(c, {name: m.answers[i] for name, m in measured.items()}, scorer)
-            for i, c in enumerate(chats)
+            _answered(c, {name: m.answers[number] for name, m in measured.items()}, scorer)
+            for number, c in conversations.items()
+            if c.turns
         ]
-    notes = scorer.notes([answer.expected for answer in answered])
-    report = None
-    if suite.judge is not None:
-        judge = Judge(suite.judge)
-        options.progress(f"judge: {suite.judge.model}")
+    notes = several.notes + scorer.notes([answer.expected for answer in answered])
+    if judge is not None:
+        options.progress(f"judge: {judge.model}")
         for answer in answered:
             for name, said in answer.said.items():
                 grade = judge.grade(answer.prompt, answer.expected, said)
                 answer.scores[name]["judge"] = grade
-        report = judge.report()
         notes += judge.notes()
     return Comparison(
         subject=subject,
         suite=suite.name,
-        records=len(records.conversations),
-        figures=_figures(measured, answered),
+        records=len(conversations),
+        figures=_figures(measured, list(conversations), answered),
         answers=tuple(answered),
         notes=tuple(notes),
-        judge=report,
+        judge=judge.report() if judge is not None else None,
+        source=Source(
+            tuple(source.path for source in options.sources()),
+            own=options.data is None,
+            limit=options.limit,
+            adapter=str(adapter) if adapter is not None else None,
+            models=dict(others),
+        ),
     )
+
+
+class _Several:
+    """Models measured one after the other, so that one is in memory at a time."""
+
+    def __init__(self, subject: str, recipe: Recipe, options: Options) -> None:
+        self._subject, self._recipe, self._options = subject, recipe, options
+        self._records: dict[int, Conversation] | None = None
+        self.measured: dict[str, Measured] = {}
+        self.notes: list[str] = []
+
+    def shared(self) -> dict[int, Conversation]:
+        """Number to record, of those that all models were measured on."""
+        return self._records or {}
+
+    def add(self, name: str, loaded: LoadedModel) -> None:
+        """Measure a model on the records that those before it were measured on.
+
+        A tokenizer decides which records are too long, or have nothing to train: those that
+        one model lacks are left out for all.
+        """
+        options, before = self._options, self._records
+        renderer = Renderer(loaded.tokenizer)
+        try:
+            records = read_records(self._recipe, options.sources(), renderer)
+        except DataError as error:
+            if error.where != "eval":
+                raise
+            raise DataError(error.what, where=self._subject, remedy=error.remedy) from None
+        records = records.first(options.limit) if before is None else records.only(before)
+        if not records.conversations:
+            raise DataError("none of the records is left in its tokens", where=name)
+        suite = options.suite
+        self.measured[name] = measure(
+            loaded,
+            renderer,
+            records,
+            max_tokens=options.max_tokens or suite.max_tokens,
+            general_text=Path(suite.general_text) if suite.general_text else None,
+            progress=partial(_tell, options.progress, name),
+        )
+        if before is not None and len(records.conversations) < len(before):
+            lost = len(before) - len(records.conversations)
+            self.notes.append(
+                f"{lost} of {len(before)} records are left out: in the tokens of {name} they "
+                "are too long, or nothing of them is trained"
+            )
+        self._records = records.conversations
+
+    def try_to_add(self, name: str, model: str) -> None:
+        """A model beside the others, whose figures do not go with it if it fails."""
+        try:
+            self.add(name, _load(model))
+        except (MlxtuneError, OSError, RuntimeError, ValueError) as error:
+            # What reading a damaged file, or a model too large, ends in.
+            reason = error.what if isinstance(error, MlxtuneError) else str(error)
+            text = " ".join(reason.split())[:300]
+            self.notes.append(f"{name} is missing: {model} cannot be measured: {text}")
 
 
 def _tell(progress: Callable[[str], None], name: str, stage: str) -> None:
     progress(f"{name}: {stage}")
 
 
-def _all_models(models: Models, others: Mapping[str, str]) -> Iterator[tuple[str, LoadedModel]]:
-    """One after the other, so that one is in memory at a time."""
-    yield from models()
-    for name, model in others.items():
-        if (Path(model).expanduser() / STATUS).is_file():
-            yield name, open_run(Path(model).expanduser())[1]
-        else:
-            yield name, load_base(ModelSection(path=model), for_inference=True)
+def _load(model: str) -> LoadedModel:
+    path = Path(model).expanduser()
+    if (path / STATUS).is_file():
+        return open_run(path)[1]
+    return load_base(ModelSection(path=model), for_inference=True)
 
 
 def _require_model(name: str) -> None:
@@ -321,7 +400,9 @@ def _answered(conversation: Conversation, said: dict[str, str], scorer: Scorer) 
     )
 
 
-def _figures(measured: Mapping[str, Measured], answered: Sequence[Answered]) -> dict[str, Figures]:
+def _figures(
+    measured: Mapping[str, Measured], numbers: Sequence[int], answered: Sequence[Answered]
+) -> dict[str, Figures]:
     first = next(iter(measured))
     names = list(answered[0].scores[first]) if answered else []
 
@@ -330,14 +411,18 @@ def _figures(measured: Mapping[str, Measured], answered: Sequence[Answered]) -> 
 
     figures = {}
     for name, m in measured.items():
+        losses = [m.losses[number] for number in numbers]
+        whole = sum(losses, RecordLoss())
+        loss = whole.total / whole.weight
         scores = {metric: values(name, metric) for metric in names}
         kept = {k: [v for v in some if v is not None] for k, some in scores.items()}
         gains = {k: paired_difference(values(first, k), scores[k]) for k in names}
         figures[name] = Figures(
-            held_out_loss=m.loss,
-            perplexity=perplexity(m.loss),
-            bits_per_byte=m.bits_per_byte,
-            tokens=m.tokens,
+            held_out_loss=loss,
+            loss_interval=ratio_interval([r.total for r in losses], [r.weight for r in losses]),
+            perplexity=perplexity(loss),
+            bits_per_byte=bits_per_byte(loss, whole.tokens, whole.size),
+            tokens=whole.tokens,
             general_loss=m.general_loss,
             metrics={k: mean_interval(v) for k, v in kept.items()},
             gains={} if name == first else gains,

@@ -57,6 +57,11 @@ class Judge:
         if key is not None and not self._key:
             self._stopped = f"the environment variable {key} with its key is not set"
 
+    @property
+    def model(self) -> str:
+        """Its name."""
+        return self._section.model
+
     def grade(self, prompt: str, expected: str, answer: str) -> float | None:
         """An answer's grade, scaled to [0, 1]; None where there is none."""
         self._asked += 1
@@ -146,6 +151,9 @@ class Judge:
             except httpx.TransportError as error:
                 problem = f"{self._section.endpoint} does not answer ({type(error).__name__})"
                 continue
+            except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+                said = " ".join(str(error).split())[:200]
+                raise _GaveUp(f"{self._section.endpoint} cannot be asked: {said}") from None
             if response.status_code == 429 or response.status_code >= 500:
                 problem = f"{self._section.endpoint} says {response.status_code}"
                 with suppress(ValueError):  # it may be a date too

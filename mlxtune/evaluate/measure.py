@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,11 @@ from mlxtune.data.render import Renderer, Sample
 from mlxtune.data.tokens import tokenize
 from mlxtune.errors import DataError, ModelError
 from mlxtune.evaluate.answers import answers
-from mlxtune.evaluate.text import bits_per_byte
 from mlxtune.models.load import LoadedModel
 from mlxtune.models.packed import enable_packs
 from mlxtune.recipe.schema import DataSource, Recipe
 from mlxtune.train.corpus import conversations_of, read_held_out, rules_of, source_of
-from mlxtune.train.heldout import held_out_loss
+from mlxtune.train.heldout import held_out_loss, sample_losses
 from mlxtune.train.model import layout_for
 
 # Plain text is measured in pieces of so many tokens.
@@ -31,37 +30,64 @@ _SLACK = 8
 
 @dataclass(frozen=True)
 class Records:
-    """Held-out records, as they are and in one model's tokens."""
+    """Held-out records by their numbers, as they are and in one model's tokens.
+
+    Attributes:
+        samples: a record may be of several.
+        conversations: number to record, in order.
+    """
 
     samples: Sequence[Sample]
-    conversations: list[Conversation]
+    conversations: dict[int, Conversation]
 
     def first(self, limit: int | None) -> Records:
-        """The first so many; a record may be of several samples."""
-        if limit is None or limit >= len(self.conversations):
-            return self
-        last = sorted({sample.record for sample in self.samples})[limit - 1]
-        kept = [sample for sample in self.samples if sample.record <= last]
-        return Records(kept, self.conversations[:limit])
+        """The first so many."""
+        return self.only(list(self.conversations)[:limit])
+
+    def only(self, numbers: Collection[int]) -> Records:
+        """Those that are among the numbers."""
+        kept = {n: c for n, c in self.conversations.items() if n in set(numbers)}
+        return Records([s for s in self.samples if s.record in kept], kept)
+
+
+@dataclass(frozen=True)
+class RecordLoss:
+    """What one record has in losses.
+
+    Attributes:
+        total: nats, weighted.
+        weight: of its supervised tokens.
+        tokens: how many these are.
+        size: UTF-8 bytes of the text they spell.
+    """
+
+    total: float = 0.0
+    weight: float = 0.0
+    tokens: int = 0
+    size: int = 0
+
+    def __add__(self, other: RecordLoss) -> RecordLoss:
+        return RecordLoss(
+            self.total + other.total,
+            self.weight + other.weight,
+            self.tokens + other.tokens,
+            self.size + other.size,
+        )
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one model did.
+    """What one model did, record by record: two models may not have the same ones.
 
     Attributes:
-        loss: nats a supervised token.
-        tokens: supervised tokens.
-        bits_per_byte: of the supervised text; None where it is empty.
+        losses: record's number to its loss.
         general_loss: nats a token of the plain text; None without one.
-        answers: to each conversation that has turns.
+        answers: record's number to the answer, of those that have turns.
     """
 
-    loss: float
-    tokens: int
-    bits_per_byte: float | None
+    losses: dict[int, RecordLoss]
     general_loss: float | None
-    answers: list[str]
+    answers: dict[int, str]
 
 
 def read_records(recipe: Recipe, sources: Sequence[DataSource], renderer: Renderer) -> Records:
@@ -78,7 +104,7 @@ def read_records(recipe: Recipe, sources: Sequence[DataSource], renderer: Render
                 where="eval",
                 remedy="name a file of records with --data",
             )
-        return Records(samples, conversations_of(recipe, samples))
+        return _numbered(samples, conversations_of(recipe, samples))
     made: list[Sample] = []
     conversations: list[Conversation] = []
     first = 0
@@ -91,7 +117,12 @@ def read_records(recipe: Recipe, sources: Sequence[DataSource], renderer: Render
         conversations += [source.parse(row) for number, row in rows if number in kept]
         made += store
         first += store.tally.rows
-    return Records(made, conversations)
+    return _numbered(made, conversations)
+
+
+def _numbered(samples: Sequence[Sample], conversations: list[Conversation]) -> Records:
+    numbers = sorted({sample.record for sample in samples})
+    return Records(samples, dict(zip(numbers, conversations, strict=True)))
 
 
 def measure(
@@ -124,23 +155,25 @@ def measure(
         packing = True
     layout = layout_for(packing)
     progress("held-out loss")
-    loss = held_out_loss(model, samples, batch_size=16, layout=layout)
-    tokens = sum(int(np.count_nonzero(sample.weights[1:])) for sample in samples)
-    size = sum(_bytes(sample, renderer) for sample in samples)
+    totals = sample_losses(model, samples, batch_size=16, layout=layout)
+    losses: dict[int, RecordLoss] = {}
+    for sample, total in zip(samples, totals.tolist(), strict=True):
+        more = _loss(sample, total, renderer)
+        losses[sample.record] = losses.get(sample.record, RecordLoss()) + more
     general_loss = None
     if general:
         progress("loss on general text")
         general_loss = held_out_loss(model, general, batch_size=4, layout=layout)
     # Plain text has no answer: its loss is all there is to measure.
-    chats = [c for c in records.conversations if c.turns]
+    chats = {n: c for n, c in records.conversations.items() if c.turns}
     said: list[str] = []
     if chats:
         progress(f"{len(chats)} answers")
-        longest = max(len(renderer.encode(c.answer())) for c in chats)
-        prompts = [renderer.prompt(conversation) for conversation in chats]
+        longest = max(len(renderer.encode(c.answer())) for c in chats.values())
+        prompts = [renderer.prompt(conversation) for conversation in chats.values()]
         limit = max_tokens or longest + _SLACK
         said = answers(model, loaded.tokenizer, prompts, max_tokens=limit)
-    return Measured(loss, tokens, bits_per_byte(loss, tokens, size), general_loss, said)
+    return Measured(losses, general_loss, dict(zip(chats, said, strict=True)))
 
 
 def plain_samples(path: Path, renderer: Renderer) -> list[Sample]:
@@ -164,7 +197,10 @@ def plain_samples(path: Path, renderer: Renderer) -> list[Sample]:
     ]
 
 
-def _bytes(sample: Sample, renderer: Renderer) -> int:
-    """UTF-8 bytes of what is supervised; the marks that end a turn are no text."""
+def _loss(sample: Sample, total: float, renderer: Renderer) -> RecordLoss:
+    weights = sample.weights[1:]  # nothing predicts the first token
+    # The marks that end a turn are no text.
     supervised = sample.tokens[np.flatnonzero(sample.weights)]
-    return len(renderer.decode(supervised, special=False).encode())
+    text = renderer.decode(supervised, special=False)
+    weight = float(weights.sum(dtype=np.float64))
+    return RecordLoss(total, weight, int(np.count_nonzero(weights)), len(text.encode()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,6 +122,7 @@ def figures_json(result: Comparison) -> dict[str, Any]:
         "run": result.subject,
         "suite": result.suite,
         "records": result.records,
+        **asdict(result.source),
         **short,
         "targets": {name: asdict(figures) for name, figures in result.figures.items()},
         "categories": {
@@ -143,12 +145,14 @@ def answer_json(answer: Answered) -> dict[str, Any]:
 def write_results(result: Comparison, folder: Path) -> tuple[Path, Path]:
     """Write `<suite>.json` with the figures and `<suite>.jsonl` with every answer.
 
-    Both appear when both are whole; what an earlier evaluation left is replaced.
+    What is measured on other data than the suite's or with another adapter than the run's
+    has their names too, so that it does not pass for the run's own. Both files appear when
+    both are whole; what an earlier evaluation of that name left is replaced.
 
     Raises:
         StorageError: the disk refuses them.
     """
-    figures, answers = (folder / f"{result.suite}.{kind}" for kind in ("json", "jsonl"))
+    figures, answers = (folder / f"{_stem(result)}.{kind}" for kind in ("json", "jsonl"))
     lines = [json.dumps(answer_json(a), ensure_ascii=False) + "\n" for a in result.answers]
     with atomic_files(figures, overwrite=True) as temporary:
         # Surrogates that a model may spell have no UTF-8.
@@ -156,6 +160,29 @@ def write_results(result: Comparison, folder: Path) -> tuple[Path, Path]:
         write_text(temporary / answers.name, text)
         write_text(temporary / figures.name, json.dumps(figures_json(result), indent=2) + "\n")
     return figures, answers
+
+
+def _stem(result: Comparison) -> str:
+    source = result.source
+    others = [] if source.own else [Path(path).stem for path in source.data]
+    if source.adapter is not None:
+        others.append(Path(source.adapter).resolve().name)
+    # As names of suites are.
+    return "-".join([result.suite, *(re.sub(r"[^A-Za-z0-9._-]+", "_", o) for o in others)])
+
+
+def described(figures: dict[str, Any]) -> str:
+    """Which records an evaluation is of, such as `the first 28 records of other.jsonl`.
+
+    Args:
+        figures: what `figures_json` made.
+    """
+    count, data, limit = figures.get("records", "?"), figures.get("data"), figures.get("limit")
+    kind = "records" if data else "held-out records"
+    text = f"the first {count} {kind}" if limit == count else f"{count} {kind}"
+    if data:
+        text += " of " + ", ".join(Path(path).name for path in data)
+    return text + (f", adapter {figures['adapter']}" if figures.get("adapter") else "")
 
 
 def task_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+import httpx
+from pydantic import Field, field_validator, model_validator
 
 from mlxtune.data.sources import HUB
 from mlxtune.recipe.load import read_toml, validated
@@ -50,6 +51,17 @@ class JudgeSection(Section):
     retries: int = Field(default=4, ge=0)
     price_input: float = Field(default=0.0, ge=0)
     price_output: float = Field(default=0.0, ge=0)
+
+    @field_validator("endpoint")
+    @classmethod
+    def _an_address(cls, endpoint: str) -> str:
+        try:
+            host = httpx.URL(endpoint).host
+        except httpx.InvalidURL as error:
+            raise ValueError(f"this is no URL: {error}") from None
+        if not host:
+            raise ValueError("this URL names no host")
+        return endpoint
 
     @model_validator(mode="after")
     def _a_scale(self) -> JudgeSection:

@@ -23,9 +23,28 @@ def weighted_cross_entropy(logits: mx.array, targets: mx.array, weights: mx.arra
     Returns:
         A float32 scalar.
     """
+    return (weights * token_losses(logits, targets)).sum()
+
+
+def token_losses(logits: mx.array, targets: mx.array) -> mx.array:
+    """`logsumexp(logits_i) - logits_i[target_i]`: float32 (m,), of (m, vocabulary) and (m,)."""
     logits = logits.astype(mx.float32)
     picked = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return (weights * (mx.logsumexp(logits, axis=-1) - picked)).sum()
+    return mx.logsumexp(logits, axis=-1) - picked
+
+
+def chunked_token_losses(
+    head: Callable[[mx.array], mx.array], hidden: mx.array, targets: mx.array, *, rows: int
+) -> mx.array:
+    """`token_losses(head(hidden), targets)`, with the logits of `rows` rows at a time."""
+    losses: list[mx.array] = []
+    for start in range(0, hidden.shape[0], rows):
+        part = slice(start, start + rows)
+        chunk = hidden[part]
+        if losses:
+            [chunk] = mx.depends([chunk], [losses[-1]])
+        losses.append(token_losses(head(chunk), targets[part]))
+    return mx.concatenate(losses)
 
 
 def chunked_cross_entropy(
@@ -58,13 +77,9 @@ def chunked_cross_entropy(
         A float32 scalar.
     """
 
-    parts = [slice(start, start + rows) for start in range(0, hidden.shape[0], rows)]
     if not gradient:
-        value = mx.array(0.0)
-        for part in parts:
-            [chunk] = mx.depends([hidden[part]], [value])
-            value = value + weighted_cross_entropy(head(chunk), targets[part], weights[part])
-        return value
+        return (weights * chunked_token_losses(head, hidden, targets, rows=rows)).sum()
+    parts = [slice(start, start + rows) for start in range(0, hidden.shape[0], rows)]
 
     def backward(
         _hidden: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]

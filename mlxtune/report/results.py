@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlxtune.evaluate.results import METRIC_NAMES, Stored
+from mlxtune.evaluate.results import METRIC_NAMES, Stored, described
 from mlxtune.report.collect import RunRecord
 
 SAMPLES = 8
@@ -96,11 +96,11 @@ def _suite(suite: str, runs: Sequence[RunRecord]) -> Results:
     metrics = list(dict.fromkeys(key for c in columns for key in c.figures["metrics"]))
     rows = [_loss_row(key, columns) for key in _LOSSES] + [_row(m, columns) for m in metrics]
     chosen = "exact" if "exact" in metrics or not metrics else metrics[0]
-    counts = {str(column.stored.figures.get("records", "?")) for column in columns}
+    records = {described(column.stored.figures) for column in columns}
     notes = [str(n) for c in columns for n in c.stored.figures.get("notes") or ()]
     return Results(
         suite=suite,
-        records=" or ".join(sorted(counts)),
+        records=" or ".join(sorted(records)),
         columns=columns,
         rows=tuple(row for row in rows if any(cell.text != "–" for cell in row.cells)),
         category_metric=METRIC_NAMES.get(chosen, chosen),
@@ -128,8 +128,15 @@ def _columns(suite: str, runs: Sequence[RunRecord]) -> tuple[Column, ...]:
 
 def _loss_row(key: str, columns: Sequence[Column]) -> Row:
     label, form = _LOSSES[key]
-    values = [column.figures.get(key) for column in columns]
-    return Row(label, tuple(Cell("–" if v is None else form.format(v)) for v in values))
+    cells = []
+    for column in columns:
+        value = column.figures.get(key)
+        text = "–" if value is None else form.format(value)
+        spread = column.figures.get("loss_interval") if key == "held_out_loss" else None
+        if spread:
+            text += f" ±{(spread['high'] - spread['low']) / 2:.2g}"
+        cells.append(Cell(text))
+    return Row(label, tuple(cells))
 
 
 def _row(metric: str, columns: Sequence[Column]) -> Row:

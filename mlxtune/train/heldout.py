@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
 
 from mlxtune.arrays import scalar
 from mlxtune.data.passes import Layout, passes
@@ -39,3 +42,24 @@ def held_out_loss(
                 weight += batch.weight
     total, weight = workers.totals(total, weight)
     return total / weight
+
+
+def sample_losses(
+    model: nn.Module, samples: Sequence[Sample], *, batch_size: int, layout: Layout
+) -> npt.NDArray[np.float64]:
+    """The weighted sum of each sample's losses, nats: float64 (samples,); dropout is off."""
+    loss_of = LossFunction(model)
+    found = np.zeros(len(samples))
+    # In a pass samples are known by their record: here each is its own.
+    own = [replace(sample, record=number) for number, sample in enumerate(samples)]
+    counts = [int(np.count_nonzero(sample.weights[1:])) for sample in samples]
+    ordered = sorted(own, key=lambda s: len(s.tokens))
+    with evaluating(model):
+        for at in range(0, len(ordered), batch_size):
+            for batch in passes(ordered[at : at + batch_size], batch_size, layout):
+                each = loss_of.each(batch_arrays(batch), batch.prefix, batch.packed)
+                losses = np.asarray(each, np.float64)
+                ends = np.cumsum([counts[number] for number in batch.records])
+                for number, some in zip(batch.records, np.split(losses, ends), strict=False):
+                    found[number] = some.sum()
+    return found

@@ -14,7 +14,12 @@ from mlx.utils import tree_map
 from mlxtune.arrays import flat
 from mlxtune.data.pack import Batch
 from mlxtune.device import on_cpu
-from mlxtune.losses.cross_entropy import chunked_cross_entropy, weighted_cross_entropy
+from mlxtune.losses.cross_entropy import (
+    chunked_cross_entropy,
+    chunked_token_losses,
+    token_losses,
+    weighted_cross_entropy,
+)
 from mlxtune.models.heads import split_head
 from mlxtune.models.packed import pack_kind
 from mlxtune.train.distributed import Workers
@@ -64,17 +69,7 @@ class LossFunction:
 
     def __call__(self, arrays: Arrays, prefix: int, packed: bool) -> mx.array:
         """The weighted sum as a float32 scalar; arguments come from `batch_arrays`."""
-        tokens, call = arrays["tokens"], {}
-        if packed:
-            cache = self._pack(arrays["positions"], arrays["segments"], prefix)
-            tokens = tokens.reshape(1, -1)
-            call = {"cache": [cache] * self._blocks}
-        # Without a cache the model masks causally, and padding at the right of a row is
-        # never looked at.
-        body, head = self._parts or (self._model, None)
-        with embedding_noise(self._model, arrays["noise"]):
-            hidden = body(tokens, **call)
-        chosen = hidden.reshape(-1, hidden.shape[-1])[arrays["sources"]]
+        chosen, head = self._chosen(arrays, prefix, packed)
         targets, weights = arrays["targets"], arrays["weights"]
         if head is None:  # the body gave logits already
             return weighted_cross_entropy(chosen, targets, weights)
@@ -88,6 +83,29 @@ class LossFunction:
             rows=rows_to_a_chunk(head.vocabulary),
             gradient=self._model.training,
         )
+
+    def each(self, arrays: Arrays, prefix: int, packed: bool) -> mx.array:
+        """The weighted loss of each target, float32 (m,); for evaluation."""
+        chosen, head = self._chosen(arrays, prefix, packed)
+        targets, weights = arrays["targets"], arrays["weights"]
+        if head is None:
+            return weights * token_losses(chosen, targets)
+        rows = rows_to_a_chunk(head.vocabulary)
+        return weights * chunked_token_losses(head, chosen, targets, rows=rows)
+
+    def _chosen(self, arrays: Arrays, prefix: int, packed: bool) -> tuple[mx.array, Any]:
+        """What predicts each target: hidden states and the head, or logits and None."""
+        tokens, call = arrays["tokens"], {}
+        if packed:
+            cache = self._pack(arrays["positions"], arrays["segments"], prefix)
+            tokens = tokens.reshape(1, -1)
+            call = {"cache": [cache] * self._blocks}
+        # Without a cache the model masks causally, and padding at the right of a row is
+        # never looked at.
+        body, head = self._parts or (self._model, None)
+        with embedding_noise(self._model, arrays["noise"]):
+            hidden = body(tokens, **call)
+        return hidden.reshape(-1, hidden.shape[-1])[arrays["sources"]], head
 
 
 def rows_to_a_chunk(vocabulary: int) -> int:
