@@ -6,7 +6,6 @@ of something; real tokenizers.
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,8 @@ GEMMA4 = {
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
     "llama-3-rope": {"model_type": "llama", "rope_theta": 500_000.0, "rope_scaling": LLAMA3},
-    "mistral": {"model_type": "llama", "head_dim": 32},
+    # mlx-lm and llama.cpp let it look back without bounds whatever its window is.
+    "mistral": {"head_dim": 32, "sliding_window": 16},
     "qwen2": {"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 2.0}},
     "qwen3": {
         "head_dim": 64,
@@ -174,9 +174,9 @@ def tokenizer():
 
 def trained(config: dict[str, Any], tokens: list[int], steps: int, rate: float) -> nn.Module:
     """A model that knows one text by heart."""
-    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    model_class, args_class = mlx_lm.utils._get_classes(config)
     mx.random.seed(0)
-    model = module.Model(module.ModelArgs.from_dict(config))
+    model = model_class(args_class.from_dict(config))
     if config["tie_word_embeddings"] and "lm_head" in model:
         model.sanitize({})  # gemma3_text learns from its weights that its head is tied
     for block in model.layers:
@@ -205,13 +205,17 @@ def trained(config: dict[str, Any], tokens: list[int], steps: int, rate: float) 
 def written(name: str, tokenizer, place: Path, *, plain=False) -> tuple[Path, list[int]]:
     """A folder of Hugging Face's layout, and the text's tokens.
 
-    With `plain` the positions are not scaled, which mistral.rs does from GGUF for none.
+    With `plain` the positions are not scaled, which mistral.rs does from GGUF for none, and
+    a Mistral has no window.
     """
-    config = config_of(name) | ({"rope_scaling": None} if plain else {})
+    config = config_of(name)
+    if plain:
+        config |= {"rope_scaling": None}
+        config |= {"sliding_window": None} if name == "mistral" else {}
     tokens = tokenizer.encode(TEXT)
     steps, rate = TRAINING.get(name, (30, 1e-2))
     model = trained(config, tokens, steps, rate)
-    folder = place / "model"
+    folder = place / ("Mistral-7B-x" if name == "mistral" else "model")
     folder.mkdir()
     tokenizer.save_pretrained(str(folder))
     weights = dict(tree_flatten(model.parameters()))
@@ -308,8 +312,11 @@ def test_an_adapter_as_gguf_does_in_llama_cpp_what_it_does_in_mlx(name, tokenize
         assert np.abs(want[place - 1][ids] - got).max() < 1e-3, place
 
 
-# What mistral.rs reads of GGUF among these.
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "phi3"])
+# What mistral.rs reads of GGUF among these; docs/export.md says what keeps it from others.
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "phi3", "smollm3", "gemma2", "gemma3_text"],
+)
 def test_mistral_rs_goes_on_as_mlx_does(name, tokenizer, tmp_path):
     mistralrs = pytest.importorskip("mistralrs")
     folder, tokens = written(name, tokenizer, tmp_path, plain=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import count as counted
 from typing import Any
 
@@ -62,6 +63,24 @@ def metadata(entry: Architecture, config: Config) -> dict[str, Any]:
     if entry.own:
         values |= entry.own.metadata(config)
     return {f"{entry.name}.{key}": value for key, value in values.items()}
+
+
+def mistral_window(entry: Architecture, config: Config, name: str) -> dict[str, int]:
+    """How far back a Mistral looks, by which mistral.rs knows it among other llamas.
+
+    Without that it loads no file whose name begins so, and takes the width of heads for
+    that of a Llama. llama.cpp pays no heed to it. A window as long as the context is none.
+
+    Args:
+        entry: of the model.
+        config: as in config.json.
+        name: `general.name`.
+    """
+    called = re.match(r"[\W_]*mistral(?![a-z0-9])", name, re.IGNORECASE)
+    if entry.name != "llama" or not (called or config.get("model_type") == "mistral"):
+        return {}
+    window = config.get("sliding_window") or config.get("max_position_embeddings") or 2048
+    return {"llama.attention.sliding_window": int(window)}
 
 
 def head_dim(entry: Architecture, config: Config) -> int:
@@ -145,6 +164,8 @@ def config_from_metadata(entry: Architecture, meta: dict[str, Any], *, tied: boo
     config["num_key_value_heads"] = count("attention.head_count_kv", heads)
     if entry.own_head_dim:
         config["head_dim"] = count("attention.key_length", config["hidden_size"] // heads)
+    if entry.name == "llama" and (window := get("attention.sliding_window", 0)):
+        config["sliding_window"] = int(window)  # see `mistral_window`
     if largest := _LARGEST_GEMMA.get(entry.name):
         own = config["hidden_size"] // heads
         at_largest = config["num_hidden_layers"] == largest

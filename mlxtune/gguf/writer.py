@@ -23,7 +23,7 @@ from mlxtune.gguf.architectures import (
 )
 from mlxtune.gguf.heads import reordering
 from mlxtune.gguf.kquants import quantize
-from mlxtune.gguf.metadata import metadata
+from mlxtune.gguf.metadata import metadata, mistral_window
 from mlxtune.gguf.mixing import FILE_TYPES, tensor_types
 from mlxtune.gguf.rope import rope_metadata, rope_tensors
 from mlxtune.gguf.tensors import SourceTensor
@@ -113,6 +113,7 @@ def write_gguf(
     """
     entry = for_config(config)
     facts = metadata(entry, config) | rope_metadata(entry, config) | tokenizer
+    facts |= mistral_window(entry, config, name)
     sources = [*_rope_sources(entry, config), *tensors]
     names = [_gguf_name(entry, source.name) for source in sources]
     if importance and not importance.keys() & set(names):
