@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 
 import mlx.core as mx
@@ -165,8 +165,18 @@ def _ollama() -> Finding:
 
 def _program(topic: str, package: str, remedy: str, *programs: str) -> Finding:
     found = [path for name in programs if (path := shutil.which(name))]
-    if importlib.util.find_spec(package) is not None:
-        found.append(f"Python package {package} {version(package)}")
+    if (installed := _package(package)) is not None:
+        found.append(f"Python package {installed}")
     if found:
         return Finding(topic, "good", ", ".join(found))
     return Finding(topic, "missing", "not found", f"{remedy}, or pip install {package}")
+
+
+def _package(module: str) -> str | None:
+    """The distribution that a module is of, and its version; None where it is not installed."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:  # a mere folder of that name is no package
+        return None
+    # mistral.rs comes as mistralrs, mistralrs-metal, mistralrs-cuda, …
+    names = packages_distributions().get(module, [])
+    return ", ".join(f"{name} {version(name)}" for name in sorted(set(names))) or module

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from cli_tools import mlxtune
@@ -48,6 +51,29 @@ def test_a_full_disk_and_programs_on_the_path_are_seen(tmp_path, monkeypatch):
     assert str(program) in found["llama.cpp"].said
 
 
+def test_a_package_under_another_name_and_a_folder_that_is_none(tmp_path, monkeypatch):
+    """mistralrs-metal brings the module mistralrs; so does, nearly, any folder of that name."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "mistralrs").mkdir()
+    others = [p for p in sys.path if not Path(p or ".", "mistralrs").exists()]
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *others])
+    monkeypatch.delitem(sys.modules, "mistralrs", raising=False)
+
+    def said():
+        return doctor._program("mistral.rs", "mistralrs", "a remedy", "mistralrs").said
+
+    assert said() == "not found"
+    (tmp_path / "mistralrs/__init__.py").write_text("")
+    importlib.invalidate_caches()
+    assert said() == "Python package mistralrs"
+    metadata = tmp_path / "mistralrs_metal-0.9.1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Name: mistralrs-metal\nVersion: 0.9.1\n")
+    (metadata / "top_level.txt").write_text("mistralrs\n")
+    importlib.invalidate_caches()
+    assert said() == "Python package mistralrs-metal 0.9.1"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS needs no other BLAS")
 def test_a_slow_blas_is_bad_and_ends_with_1(tmp_path, monkeypatch):
     monkeypatch.delenv("LD_PRELOAD", raising=False)
@@ -62,16 +88,30 @@ def test_completion_is_a_script_that_names_the_program(tmp_path, shell):
     done = mlxtune("completion", shell, cwd=tmp_path)
     assert done.returncode == 0
     assert "_MLXTUNE_COMPLETE" in done.stdout
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    script = tmp_path / "script"
+    script.write_text(done.stdout)
+    read = subprocess.run([shell, "-n", script], capture_output=True, text=True)
+    assert (read.returncode, read.stderr) == (0, "")
 
 
-def test_bash_completes_a_verb(tmp_path):
-    asked = {"_MLXTUNE_COMPLETE": "bash_complete", "COMP_WORDS": "mlxtune ex", "COMP_CWORD": "1"}
-    program = "import sys; sys.argv[0] = 'mlxtune'; import mlxtune.__main__"
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_bash_completes_with_the_script(tmp_path):
+    """Sourced, as ~/.bashrc does it: what it registers asks the program and fills COMPREPLY."""
+    (tmp_path / "script").write_text(mlxtune("completion", "bash", cwd=tmp_path).stdout)
+    program = tmp_path / "mlxtune"
+    code = "import sys; sys.argv[0] = 'mlxtune'; import mlxtune.__main__"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{code}"\n')
+    program.chmod(0o755)
+    asked = """source ./script
+    COMP_WORDS=(mlxtune ex); COMP_CWORD=1
+    set -- $(complete -p mlxtune)
+    while [ "$1" != -F ]; do shift; done
+    "$2" mlxtune; echo "${COMPREPLY[@]}"
+    """
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | asked,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
+        ["bash", "--norc", "-c", asked], env=env, cwd=tmp_path, capture_output=True, text=True
     )
-    assert "export" in done.stdout
+    assert done.stdout.split() == ["export"], done.stderr
