@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import socket
+from importlib import import_module
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ import mlx.nn as nn
 import mlx_lm
 import pytest
 from cli_tools import mlxtune, save_tiny_model
+from click.testing import CliRunner
 from conftest import ROOT, SHELL_HELDOUT, write_jsonl
 
 from mlxtune.data.render import Renderer
@@ -21,7 +23,13 @@ from mlxtune.data.sources import read_conversations
 from mlxtune.errors import DataError, RecipeError
 from mlxtune.evaluate.compare import compare_models, compare_run
 from mlxtune.evaluate.measure import plain_samples
-from mlxtune.evaluate.results import described, figures_json, read_results, write_results
+from mlxtune.evaluate.results import (
+    described,
+    figures_json,
+    read_results,
+    write_results,
+    write_tasks,
+)
 from mlxtune.evaluate.suite import Suite, load_suite
 from mlxtune.export.convert import convert
 from mlxtune.fuse import fuse_run
@@ -282,12 +290,33 @@ def test_the_table_fits_60_columns(tiny_run, monkeypatch, capsys):
         (["--with=tuned=x"], "there is a tuned already"),
         (["--with=a=x", "--with=a=y"], "there is a a already"),
         (["--tasks=a", "--execute"], "--tasks goes with"),
+        (["--tasks= ,"], "--tasks names none"),
         (["--task-path=a"], "--task-path goes with --tasks"),
     ],
 )
 def test_options_that_exclude_each_other(tmp_path, arguments, told):
     done = mlxtune("eval", "runs/x", *arguments, cwd=tmp_path)
     assert done.returncode == 2 and told in done.stderr
+
+
+def test_names_of_tasks_may_have_spaces_between_them(monkeypatch):
+    verb = import_module("mlxtune.cli.evaluate")
+    asked = []
+    monkeypatch.setattr(verb, "prepare", lambda: None)
+    monkeypatch.setattr(verb, "_tasks", lambda *arguments: asked.append(arguments[2]))
+    assert CliRunner().invoke(verb.evaluate, ["m", "--tasks", " a, b,"]).exit_code == 0
+    assert asked == [["a", "b"]]
+
+
+def test_tasks_are_added_to_those_measured_before(tmp_path):
+    one = {"lm_eval": "0.4.9", "results": {"a": {"acc,none": 0.5}, "b": {"acc,none": 0.1}}}
+    two = {"lm_eval": "0.4.10", "results": {"b": {"acc,none": 0.2}}}
+    write_tasks(one, tmp_path, limit=None, adapter=None)
+    path = write_tasks(two, tmp_path, limit=7, adapter=None)
+    value = json.loads(path.read_text())
+    assert value["results"] == {"a": {"acc,none": 0.5}, "b": {"acc,none": 0.2}}
+    assert [value["measured"][t]["limit"] for t in "ab"] == [None, 7]
+    assert write_tasks(one, tmp_path, limit=None, adapter=tmp_path / "x").name == "lm-eval-x.json"
 
 
 TASK = """task: spell

@@ -64,8 +64,11 @@ def evaluate(
     if tasks is not None:
         if suite or data or others or max_tokens or execute:
             raise click.UsageError("--tasks goes with --adapter, --task-path, --limit and --output")
+        chosen = [name for task in tasks.split(",") if (name := task.strip())]
+        if not chosen:
+            raise click.UsageError("--tasks names none")
         prepare()
-        _tasks(model, adapter, tasks, task_path, limit, output, as_json)
+        _tasks(model, adapter, chosen, task_path, limit, output, as_json)
         return
     if task_path is not None:
         raise click.UsageError("--task-path goes with --tasks")
@@ -130,7 +133,7 @@ def _compared(model: str, adapter: Path | None, options: Options) -> Comparison:
 def _tasks(
     model: str,
     adapter: Path | None,
-    tasks: str,
+    tasks: list[str],
     task_path: Path | None,
     limit: int | None,
     output: Path | None,
@@ -142,7 +145,7 @@ def _tasks(
     with status_line("loading") as progress:
         result: dict[str, Any] = run_tasks(
             model,
-            tasks.split(","),
+            tasks,
             adapter=adapter,
             task_path=task_path,
             limit=limit,
@@ -156,9 +159,6 @@ def _tasks(
         show_tasks(result)
     folder = output or (Path(model) / "eval" if _is_run(model) else None)
     if folder is not None:
-        from mlxtune.files import atomic_files, write_json
+        from mlxtune.evaluate.results import write_tasks
 
-        path = folder / "lm-eval.json"
-        with atomic_files(path, overwrite=True) as temporary:
-            write_json(temporary / path.name, result)
-        click.echo(path, err=as_json)
+        click.echo(write_tasks(result, folder, limit=limit, adapter=adapter), err=as_json)

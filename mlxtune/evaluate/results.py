@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlxtune
 from mlxtune.errors import RunError
-from mlxtune.files import atomic_files, write_text
+from mlxtune.files import atomic_files, write_json, write_text
 
 if TYPE_CHECKING:
     # What was kept is read without MLX.
@@ -28,6 +28,9 @@ METRIC_NAMES = {
     "shell": "shell score",
     "output": "same output",
 }
+
+
+LM_EVAL = "lm-eval"
 
 
 @dataclass(frozen=True)
@@ -162,13 +165,42 @@ def write_results(result: Comparison, folder: Path) -> tuple[Path, Path]:
     return figures, answers
 
 
+def write_tasks(
+    result: dict[str, Any], folder: Path, *, limit: int | None, adapter: Path | None
+) -> Path:
+    """Write what `run_tasks` measured to `lm-eval.json`, beside what it has of other tasks.
+
+    Figures of another adapter than the run's have a file of their own, named after it. How
+    each task was measured is kept under `measured`.
+
+    Raises:
+        StorageError: the disk refuses it.
+    """
+    path = folder / f"{_joined(LM_EVAL, [] if adapter is None else [adapter.resolve().name])}.json"
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        kept, how = dict(before["results"]), dict(before.get("measured") or {})
+    except (OSError, ValueError, KeyError, TypeError):
+        kept, how = {}, {}
+    of = {"lm_eval": result["lm_eval"], "limit": limit, "adapter": str(adapter or "") or None}
+    results = kept | result["results"]
+    measured = how | dict.fromkeys(result["results"], of)
+    with atomic_files(path, overwrite=True) as temporary:
+        write_json(temporary / path.name, result | {"results": results, "measured": measured})
+    return path
+
+
 def _stem(result: Comparison) -> str:
     source = result.source
     others = [] if source.own else [Path(path).stem for path in source.data]
     if source.adapter is not None:
         others.append(Path(source.adapter).resolve().name)
+    return _joined(result.suite, others)
+
+
+def _joined(name: str, others: list[str]) -> str:
     # As names of suites are.
-    return "-".join([result.suite, *(re.sub(r"[^A-Za-z0-9._-]+", "_", o) for o in others)])
+    return "-".join([name, *(re.sub(r"[^A-Za-z0-9._-]+", "_", other) for other in others)])
 
 
 def described(figures: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxtune.errors import RunError
-from mlxtune.evaluate.results import Stored, read_results
+from mlxtune.evaluate.results import LM_EVAL, Stored, read_results
 from mlxtune.train.run import METRICS, RECIPE, Run
 
 Entry = dict[str, Any]
@@ -187,8 +187,10 @@ def _read_evaluations(folder: Path, gaps: list[str]) -> tuple[dict[str, Stored],
     found: dict[str, Stored] = {}
     tasks: Entry | None = None
     for path in sorted(folder.glob("*.json")):
-        if path.name == "lm-eval.json":
+        if path.stem == LM_EVAL:
             tasks = _read_tasks(path, gaps)
+            continue
+        if path.stem.startswith(f"{LM_EVAL}-"):  # of another adapter
             continue
         try:
             found[path.stem] = stored = read_results(path)
