@@ -321,6 +321,47 @@ def test_a_folder_with_no_tokenizer_but_sentencepiece_s(tmp_path):
         assert again(text, add_special_tokens=False).input_ids == pieces.encode(text)
 
 
+@pytest.mark.parametrize("bits", [None, 2, 3, 4, 5, 6, 8])
+def test_a_folder_is_read_back(folder, tmp_path, bits):
+    made = convert_to_folder(str(folder), tmp_path / "out", mlx_bits=bits, group_size=32)
+    found = made.verified.readback
+    assert (found.tensors, found.texts, found.template_kept) == (20, 4, True)
+    assert sum(made.types.values()) == 20
+    assert found.error.keys() == made.types.keys()
+    if bits is None:
+        assert found.worst_error == 0
+        return
+    mlx = mx.load(str(tmp_path / "out/model.safetensors"))
+    path = found.worst.removesuffix(".weight")
+    read = mx.dequantize(
+        *(mlx[f"{path}.{name}"] for name in ("weight", "scales", "biases")),
+        group_size=32,
+        bits=bits,
+    )
+    want = mx.load(str(folder / "model.safetensors"))[found.worst]
+    off = (mx.linalg.norm(read - want) / mx.linalg.norm(want)).item()
+    assert found.worst_error == pytest.approx(off, rel=1e-4)
+
+
+def test_a_folder_that_differs_from_its_source_is_an_error(folder, tmp_path, monkeypatch):
+    from mlxtune.errors import ExportError
+    from mlxtune.models import folder as writing
+
+    def off(values, dtype):
+        return in_dtype(values * 1.01, dtype)
+
+    in_dtype = writing.to_dtype
+    monkeypatch.setattr(writing, "to_dtype", off)
+    with pytest.raises(ExportError, match=r"as float32 differs from its source by 0\.01"):
+        convert_to_folder(str(folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    convert_to_folder(str(folder), tmp_path / "out", verify=False)
+    quantize = mx.quantize
+    monkeypatch.setattr(mx, "quantize", lambda values, **how: quantize(values * 1.5, **how))
+    with pytest.raises(ExportError, match="as 4 bits differs"):
+        convert_to_folder(str(folder), tmp_path / "packed", mlx_bits=4)
+
+
 def test_parts_are_written_beyond_a_size(folder, tmp_path):
     made = convert(str(folder), tmp_path / "m.gguf", split_max_bytes=200_000, verify=False)
     assert len(made.files) > 1 and made.path.name.endswith(f"-00001-of-{len(made.files):05d}.gguf")

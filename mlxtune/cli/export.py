@@ -53,7 +53,7 @@ SAVE_IMATRIX = click.option(
     "--save-imatrix", type=PATH, help="Keep what --calibrate found, as llama.cpp keeps it."
 )
 VERIFY = click.option(
-    "--verify/--no-verify", default=True, help="Read a GGUF back and compare it.  [default: on]"
+    "--verify/--no-verify", default=True, help="Read it back and compare it.  [default: on]"
 )
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
 
@@ -150,6 +150,7 @@ def convert(
                 dtype=dtype,
                 mlx_bits=int(mlx_bits) if mlx_bits else None,
                 group_size=int(group_size or 64),
+                verify=verify,
                 overwrite=overwrite,
                 progress=progress,
             )
@@ -181,14 +182,17 @@ def _told(made: Conversion) -> str:
     if len(made.files) > 1:
         lines.append(f"  in {len(made.files)} files; runtimes are given the first")
     if made.verified is not None:
-        lines += verified_lines(made.verified)
+        folder = made.path.suffix != ".gguf"
+        lines += verified_lines(made.verified, runs=not folder)
     return "\n".join(lines)
 
 
-def verified_lines(verified: Verified) -> list[str]:
-    """How a file differs from its source, for people."""
+def verified_lines(verified: Verified, *, runs: bool = True) -> list[str]:
+    """How a file, which may be one that llama.cpp runs, differs from its source."""
     lines = [_readback_line(verified.readback)]
-    if (run := verified.llamacpp) is not None:
+    if not runs:
+        pass
+    elif (run := verified.llamacpp) is not None:
         compared = (
             "it loads, and told nothing to compare"
             if run.mean_kl is None or run.top1 is None

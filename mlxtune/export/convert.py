@@ -13,10 +13,11 @@ from pathlib import Path
 from mlxtune.export.calibrate import importance_of
 from mlxtune.export.runtime import RuntimeCheck, check_in_llamacpp, installed
 from mlxtune.export.source import Convertible, open_source
-from mlxtune.export.verify import SAMPLE, Readback, read_back
+from mlxtune.export.verify import SAMPLE, Readback, read_back, read_back_folder
 from mlxtune.files import atomic_files, atomic_folder, write_json
 from mlxtune.fuse import dense_config
 from mlxtune.gguf.architectures import for_config
+from mlxtune.gguf.tensors import SourceTensor
 from mlxtune.gguf.writer import Importance, Written, write_gguf
 from mlxtune.models.folder import dense_pieces, packable, packed_pieces
 from mlxtune.models.safetensors import write_safetensors
@@ -34,7 +35,7 @@ class Verified:
 
     Attributes:
         readback: its tensors, tokenizer and template, read back.
-        llamacpp: what it says there; None where that is not installed.
+        llamacpp: what it says there; None where that is not installed, and of folders.
         tried_on: `records` of the run, or `texts` that come with mlxtune; None if not tried.
     """
 
@@ -52,7 +53,7 @@ class Conversion:
         files: names of the weight files in it.
         nbytes: of them together.
         types: how many tensors have which type.
-        verified: how a GGUF differs from its source; None if it was not looked at.
+        verified: how it differs from its source; None if it was not looked at.
     """
 
     path: Path
@@ -202,6 +203,7 @@ def convert_to_folder(
     dtype: str | None = None,
     mlx_bits: int | None = None,
     group_size: int = 64,
+    verify: bool = True,
     overwrite: bool = False,
     progress: Progress = _quiet,
 ) -> Conversion:
@@ -213,31 +215,32 @@ def convert_to_folder(
         dtype: of the weights; as the source stores its own by default.
         mlx_bits: pack matrices to so many bits with MLX.
         group_size: weights that share a scale when packed.
+        verify: read the folder back and compare it.
         overwrite: replace a folder that is there.
         progress: is told what is being done.
 
     Raises:
         ModelError: there is no model, or it is damaged.
+        ExportError: the folder came out wrong.
         OutputExists, StorageError: nothing was written.
     """
     progress("opening")
     model = open_source(source)
     dtype = dtype or model.dtype
     config = dense_config(model.config, dtype)
+
+    def kind(tensor: SourceTensor) -> str:
+        return f"{mlx_bits} bits" if mlx_bits and packable(tensor, group_size) else dtype
+
     with atomic_folder(output, overwrite=overwrite, marker="config.json") as folder:
         model.tokenizer().save_pretrained(str(folder))
         if mlx_bits is None:
             pieces = dense_pieces(model.tensors(), dtype, config)
-            types = Counter({dtype: sum(1 for _ in model.tensors())})
         else:
             packing = {"group_size": group_size, "bits": mlx_bits, "mode": "affine"}
             config |= {"quantization": packing, "quantization_config": packing}
             pieces = packed_pieces(
                 model.tensors(), bits=mlx_bits, group_size=group_size, dtype=dtype
-            )
-            types = Counter(
-                f"{mlx_bits} bits" if packable(tensor, group_size) else dtype
-                for tensor in model.tensors()
             )
         write_json(folder / "config.json", config)
         progress("writing")
@@ -245,7 +248,13 @@ def convert_to_folder(
         files = sorted(folder.glob("model*.safetensors"))
         size = sum(file.stat().st_size for file in files)
         names = tuple(file.name for file in files)
-    return Conversion(output, names, size, dict(types), None)
+        verified = None
+        if verify:
+            progress("reading it back")
+            tokenizer = model.tokenizer()._tokenizer
+            verified = Verified(read_back_folder(folder, model.tensors(), tokenizer, kind), None)
+    types = Counter(kind(tensor) for tensor in model.tensors())
+    return Conversion(output, names, size, dict(types), verified)
 
 
 def _counted(written: Written) -> dict[str, int]:

@@ -1,8 +1,8 @@
-"""Read a GGUF back and compare it with the model that it was made of."""
+"""Read a GGUF or a folder back and compare it with the model that it was made of."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,14 @@ import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType as Type
 
 from mlxtune.errors import ExportError
+from mlxtune.gguf.metadata import text_config
 from mlxtune.gguf.model import read_config
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.gguf.tensors import SourceTensor, gguf_tensors, is_parameter
 from mlxtune.gguf.tokenizer import read_tokenizer, templates_by_name
+from mlxtune.models.folder import folder_tensors
+from mlxtune.models.load import load_tokenizer, model_config
+from mlxtune.models.resolve import ModelSource
 
 # Twice what llama.cpp's own quantizers leave, as a share of the weights' size, on weights
 # whose distribution is Laplace's: ones with heavy tails come out worse than normal ones.
@@ -33,6 +37,19 @@ USUAL_ERROR = {
     Type.Q4_0: 0.22,
     Type.Q3_K: 0.36,
     Type.Q2_K: 0.69,
+}
+# The same of a folder's types; twice what MLX leaves in groups of 128, scales in bfloat16. At
+# two bits that would let a matrix of zeros pass.
+FOLDER_ERROR = {
+    "float32": 1e-6,
+    "float16": 1e-3,
+    "bfloat16": 4e-3,
+    "8 bits": 0.021,
+    "6 bits": 0.064,
+    "5 bits": 0.13,
+    "4 bits": 0.26,
+    "3 bits": 0.54,
+    "2 bits": 0.9,
 }
 
 SAMPLE = (
@@ -103,24 +120,79 @@ def read_back(
     entry, config = read_config(file)
     types = [info.type for name, info in file.tensors.items() if is_parameter(name, config)]
     written = {
-        tensor.name: (tensor, type_)
+        tensor.name: (tensor, type_.name, USUAL_ERROR.get(type_, np.inf))
         for tensor, type_ in zip(gguf_tensors(file, entry, config), types, strict=True)
     }
+    compared = _compared(written, tensors, path)
+    again = read_tokenizer(file.metadata, where=str(path))
+    return Readback(
+        *compared,
+        texts=_same_tokens(again, tokenizer, texts, path),
+        template_kept=_same_templates(again, tokenizer, path),
+    )
+
+
+def read_back_folder(
+    folder: Path,
+    tensors: Iterable[SourceTensor],
+    tokenizer: Any,
+    kind: Callable[[SourceTensor], str],
+    texts: Sequence[str] = SAMPLE,
+) -> Readback:
+    """Compare a folder with its source, one tensor in memory at a time.
+
+    Args:
+        folder: of Hugging Face's or MLX's layout.
+        tensors: of the source.
+        tokenizer: of the source, Hugging Face's.
+        kind: what a tensor is written as, of `FOLDER_ERROR`.
+        texts: to tokenize with both.
+
+    Raises:
+        ExportError: a tensor is missing or further off than its type explains, or the
+            tokenizer or template is not what was written.
+    """
+    source = ModelSource(str(folder), folder)
+    written = {}
+    for tensor in folder_tensors(folder, text_config(model_config(source))):
+        type_ = kind(tensor)
+        written[tensor.name] = tensor, type_, FOLDER_ERROR[type_]
+    compared = _compared(written, tensors, folder)
+    again = load_tokenizer(source)._tokenizer
+    return Readback(
+        *compared,
+        texts=_same_tokens(again, tokenizer, texts, folder),
+        template_kept=_same_templates(again, tokenizer, folder),
+    )
+
+
+def _compared(
+    written: dict[str, tuple[SourceTensor, str, float]],
+    tensors: Iterable[SourceTensor],
+    path: Path,
+) -> tuple[int, dict[str, float], str, float]:
+    """How many, the error of each type, the worst tensor and its error.
+
+    Args:
+        written: tensor, name of its type and the most that this type explains, by name.
+        tensors: of the source.
+        path: what was written, for errors.
+    """
     sums: dict[str, list[float]] = {}
     worst, worst_error, count = "", -1.0, 0
     for source in tensors:
         if source.name not in written:
             raise _wrong(f"the tensor {source.name} is not in the file", path)
-        tensor, type_ = written.pop(source.name)
+        tensor, type_, most = written.pop(source.name)
         squares = _squares(tensor.load(), source.load())
         error = _share(squares)
-        if not error <= USUAL_ERROR.get(type_, np.inf):
+        if not error <= most:
             raise _wrong(
-                f"{source.name} as {type_.name} differs from its source by {error:.2g} of its "
-                f"size; {USUAL_ERROR[type_]:.2g} is the most that this type explains",
+                f"{source.name} as {type_} differs from its source by {error:.2g} of its "
+                f"size; {most:.2g} is the most that this type explains",
                 path,
             )
-        total = sums.setdefault(type_.name, [0.0, 0.0])
+        total = sums.setdefault(type_, [0.0, 0.0])
         total[0] += squares[0]
         total[1] += squares[1]
         count += 1
@@ -128,15 +200,8 @@ def read_back(
             worst, worst_error = source.name, error
     if written:
         raise _wrong(f"the file has {next(iter(written))}, and its source has not", path)
-    again = read_tokenizer(file.metadata, where=str(path))
-    return Readback(
-        tensors=count,
-        error={name: _share((total[0], total[1])) for name, total in sums.items()},
-        worst=worst,
-        worst_error=worst_error,
-        texts=_same_tokens(again, tokenizer, texts, path),
-        template_kept=_same_templates(again, tokenizer, path),
-    )
+    errors = {name: _share((total[0], total[1])) for name, total in sums.items()}
+    return count, errors, worst, worst_error
 
 
 def _squares(got: npt.NDArray[np.float32], want: npt.NDArray[np.float32]) -> tuple[float, float]:
