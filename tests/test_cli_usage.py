@@ -32,6 +32,8 @@ from cli_tools import mlxtune, mlxtune_afresh
         ["export", "runs/tiny", "--to=peft"],
         ["export", "runs/tiny", "--adapter-only", "--to=ollama"],
         ["export", "runs/tiny", "--adapter-only", "--to=lokr"],
+        ["export", "runs/tiny", "--adapter-only", "--pre=smollm"],
+        ["export", "runs/tiny", "--adapter-only", "--no-verify"],
         ["export", "runs/tiny", "--adapter-only", "--to=peft", "--quantize=f16"],
         ["eval", "runs/tiny", "--limit=0"],
         ["report"],

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from cli_tools import mlxtune, save_real_vocabulary
 from conftest import SHELL_TRAIN, write_jsonl
+from gguf import GGUFReader
 from mlx.utils import tree_map
 
 from mlxtune.errors import ExportError, OutputExists
+from mlxtune.export.adapter import export_adapter
 from mlxtune.export.bundle import export_run
 from mlxtune.export.convert import convert
 from mlxtune.export.runtime import check_in_llamacpp
@@ -65,6 +67,9 @@ def test_a_run_outlives_its_data(folder, tmp_path):
     recipe |= {"train": {"max_steps": 1, "batch_size": 2}}
     run = fine_tune(parse_recipe(recipe, where="test"), tmp_path / "run", Silent()).path
     with_data = export_run(run, output=tmp_path / "with", file_type="f32").verified
+    adapter = export_adapter(run, "gguf").folder / "adapter.gguf"
+    assert GGUFReader(adapter).fields["general.base_model.0.name"].contents() == folder.name
+    assert str(folder.parent).encode() not in adapter.read_bytes()
     data.unlink()
     without = export_run(run, output=tmp_path / "without", file_type="f32").verified
     assert (with_data.tried_on, without.tried_on) == ("records", "texts")
@@ -104,7 +109,7 @@ def test_parts_of_an_earlier_conversion_are_refused_or_all_replaced(folder, tmp_
     ("arguments", "words"),
     [
         (("export", "run", "--adapter-only", "--pre", "gpt-2"), "--pre is of fused models"),
-        (("export", "run", "--adapter-only", "--no-verify"), "--no-verify is of fused models"),
+        (("export", "run", "--adapter-only", "--no-verify"), "--verify/--no-verify is of fused models"),
         (("convert", "a", "b.gguf", "--split-max-size", "0G"), "no file is that small"),
     ],
 )

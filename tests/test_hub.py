@@ -16,7 +16,11 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from conftest import SHELL_TRAIN, write_jsonl
+from conftest import SHELL_TRAIN, tiny_llama, write_jsonl
+from gguf import GGUFReader
+from helpers import with_adapters
+
+from mlxtune.adapters.store import save_adapter
 
 NAME, COMMIT = "owner/tiny", "c0ffee" + "0" * 34
 
@@ -126,3 +130,13 @@ def test_what_does_not_fit_is_refused_before_its_weights_are_fetched(hub, progra
     trained = program("lora", "r.toml")
     assert trained.returncode == 0, trained.stderr
     assert hub.asked.count("model.safetensors") == 1
+
+
+def test_an_adapter_alone_is_written_without_the_weights_of_its_base(hub, program, tmp_path):
+    adapted = with_adapters(tiny_llama(vocabulary=258), ["model.layers.0.mlp.up_proj"])
+    save_adapter(tmp_path / "adapter", adapted, base=NAME)
+    done = program("export", "adapter", "--adapter-only", "--output=out")
+    assert done.returncode == 0, done.stderr
+    written = GGUFReader(tmp_path / "out/adapter.gguf")
+    assert written.fields["general.base_model.0.name"].contents() == NAME
+    assert hub.asked and not [name for name in hub.asked if name.endswith(".safetensors")]

@@ -18,6 +18,7 @@ from mlxtune.files import atomic_files
 from mlxtune.gguf.architectures import Architecture, Config, for_config
 from mlxtune.gguf.heads import reordering
 from mlxtune.gguf.metadata import text_config
+from mlxtune.models.resolve import is_hub_id
 
 _FUSE = "fuse it into the model instead: mlxtune export RUN, without --adapter-only"
 
@@ -54,7 +55,7 @@ def write_gguf_adapter(path: Path, adapter: SavedAdapter, config: Config) -> Non
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", adapter.scale * adapter.rank)
-        writer.add_string("general.base_model.0.name", _told_base(adapter.base))
+        writer.add_string("general.base_model.0.name", _public(adapter.base))
         for name, values in tensors.items():
             writer.add_tensor(name, values)
         writer.write_header_to_file()
@@ -63,9 +64,10 @@ def write_gguf_adapter(path: Path, adapter: SavedAdapter, config: Config) -> Non
         writer.close()
 
 
-def _told_base(base: str) -> str:
-    """The base's name for others: not where it lies on this machine."""
-    return Path(base).name if Path(base).is_absolute() else base
+def _public(base: str) -> str:
+    """A model's name without the folders above it, which are nobody's business."""
+    named = base.startswith(("pkg:", "ollama:")) or is_hub_id(base)
+    return base if named else Path(base).name
 
 
 def _tensor(entry: Architecture, target: str, adapter: SavedAdapter, *, tied: bool) -> str:

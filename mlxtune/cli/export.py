@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from mlxtune.cli.shared import DTYPE, PATH, prepare
 
@@ -166,6 +167,12 @@ def _require_one_importance(
         raise click.UsageError("--save-imatrix goes with --calibrate")
 
 
+def _given(option: str) -> bool | None:
+    """True if a flag was on the command line, whichever way."""
+    source = click.get_current_context().get_parameter_source(option)
+    return True if source is ParameterSource.COMMANDLINE else None
+
+
 def _bytes(size: str) -> int:
     """`4G` in bytes."""
     found = re.fullmatch(r"(\d+)([KMG])B?", size.strip().upper())
@@ -273,7 +280,7 @@ def export(
             "--calibrate": calibration,
             "--save-imatrix": save_imatrix,
             "--pre": pre,
-            "--no-verify": None if verify else True,
+            "--verify/--no-verify": _given("verify"),
             "--name": name,
             "--dry-run": dry_run or None,
         }

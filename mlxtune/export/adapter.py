@@ -73,7 +73,10 @@ def export_adapter(
             )
         output = path / "export" / layout
     require_outside(output, path)
-    write = _writer(layout, run)
+    revision = None
+    if run is not None and run.recipe().model.path == adapter.base:
+        revision = run.recipe().model.revision
+    write = _writer(layout, run, revision)
     marker = GGUF if layout == "gguf" else CONFIG
     with atomic_folder(output, overwrite=overwrite, marker=marker) as folder:
         write(folder, adapter)
@@ -81,17 +84,18 @@ def export_adapter(
     return AdapterExport(output, layout, adapter.kind, len(adapter.targets), load)
 
 
-def _writer(layout: str, run: Run | None) -> Callable[[Path, SavedAdapter], None]:
+def _writer(
+    layout: str, run: Run | None, revision: str | None
+) -> Callable[[Path, SavedAdapter], None]:
     if layout == "mlx-lm":
         return write_mlx_lm
     if layout == "gguf":
-        return _write_gguf
+        return lambda folder, adapter: _write_gguf(folder, adapter, revision)
     rslora = run is not None and run.recipe().lora.rslora
     return lambda folder, adapter: write_peft(folder, adapter, rslora=rslora)
 
 
-def _write_gguf(folder: Path, adapter: SavedAdapter) -> None:
+def _write_gguf(folder: Path, adapter: SavedAdapter, revision: str | None) -> None:
     """Which rows are reordered is known of the base; its config suffices."""
-    write_gguf_adapter(
-        folder / GGUF, adapter, model_config(resolve_model(adapter.base, weights=False))
-    )
+    base = resolve_model(adapter.base, revision=revision, weights=False)
+    write_gguf_adapter(folder / GGUF, adapter, model_config(base))
