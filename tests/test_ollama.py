@@ -33,6 +33,8 @@ from mlxtune.export import ollama
 from mlxtune.export.handover import hand_over, run_commands
 from mlxtune.export.modelfile import Modelfile
 from mlxtune.export.ollama import Ollama, base_url, create
+from mlxtune.gguf.reader import GGUFFile
+from mlxtune.gguf.writer import Written
 from mlxtune.models.load import load_tokenizer
 from mlxtune.models.ollama_store import ModelName, find_model, parse_name, stores
 from mlxtune.models.resolve import resolve_model
@@ -498,7 +500,7 @@ def test_a_bad_name_is_told_before_the_work(cli):
     "arguments",
     [
         ["--to", "peft"],
-        ["--adapter-only", "--to", "ollama"],
+        ["--adapter-only", "--to", "mistralrs"],
         ["--adapter-only", "--to", "peft", "--name", "a"],
         ["--adapter-only", "--to", "peft", "--dry-run"],
         ["--dry-run"],
@@ -553,6 +555,76 @@ def test_a_run_says_what_its_recipe_says(tmp_path, monkeypatch, server):
     assert (body["system"], body["license"]) == ('Say "ls".', "Free.\n")
     assert body["parameters"] == {"stop": ["<|im_end|>"], "num_ctx": 64}
     assert "<|im_start|>" in body["template"]
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory) -> Path:
+    """A run of one step."""
+    from mlxtune.recipe.load import parse_recipe
+    from mlxtune.train.metrics import Silent
+    from mlxtune.train.session import fine_tune
+
+    place = tmp_path_factory.mktemp("tuned")
+    save_tiny_model(place / "model")
+    data = write_jsonl(place / "data.jsonl", [{"prompt": "list files", "completion": "ls"}] * 3)
+    values = {
+        "name": "tiny",
+        "model": {"path": str(place / "model")},
+        "lora": {"rank": 2, "target_modules": ["q_proj"]},
+        "data": [{"path": str(data)}],
+        "train": {"max_steps": 1},
+        "export": {"num_ctx": 64},
+    }
+    fine_tune(parse_recipe(values, where="test"), place / "run", Silent())
+    return place / "run"
+
+
+def adapter_to_ollama(run: Path, *arguments: str):
+    from mlxtune.cli import export as verb
+
+    command = [str(run), "--adapter-only", "--to", "ollama", "--overwrite", *arguments]
+    return CliRunner().invoke(verb.export, command)
+
+
+def test_an_adapter_alone_goes_to_ollama_on_what_it_has(tuned, server):
+    done = adapter_to_ollama(tuned, "--base", "smollm2:135m", "--name", "me/tiny")
+    assert done.exit_code == 0, done.output
+    folder = tuned / "export/ollama"
+    assert "ollama run me/tiny" in done.stdout
+    lines = (folder / "Modelfile").read_text().splitlines()
+    assert lines[:2] == ["FROM smollm2:135m", "ADAPTER ./adapter.gguf"]
+    assert "PARAMETER num_ctx 64" in lines
+    digest = digest_of(folder / "adapter.gguf")
+    assert set(server.blobs) == {digest}
+    body = server.models["me/tiny:latest"]
+    assert (body["from"], body["adapters"]) == ("smollm2:135m", {"adapter.gguf": digest})
+    assert "files" not in body and "<|im_start|>" in body["template"]
+    assert GGUFFile(folder / "adapter.gguf").metadata["general.type"] == "adapter"
+
+
+def test_an_adapter_alone_goes_to_ollama_with_a_file_below_it(tuned, server, gguf):
+    done = adapter_to_ollama(tuned, "--base", str(gguf), "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["layout"] == "ollama" and told["hand_over"]["done"]
+    modelfile = Path(told["folder"], "Modelfile").read_text()
+    assert modelfile.startswith(f"FROM {gguf}\nADAPTER ./adapter.gguf\n")
+    body = server.models["tiny:latest"]
+    assert body["files"] == {"model.gguf": digest_of(gguf)} and "from" not in body
+    assert set(server.blobs) == {digest_of(gguf), *body["adapters"].values()}
+
+
+def test_an_adapters_base_has_to_be_told(tuned, nobody, tmp_path):
+    done = adapter_to_ollama(tuned)
+    assert isinstance(done.exception, ExportError)
+    assert "mlxtune convert" in done.exception.remedy and "--base NAME" in done.exception.remedy
+    for base in ("a b", str(tmp_path / "none.gguf")):
+        done = adapter_to_ollama(tuned, "--base", base)
+        assert "--base" in done.exception.where
+    done = adapter_to_ollama(tuned, "--base", "smollm2:135m", "--dry-run")
+    assert done.exit_code == 0 and "ollama create tiny -f" in done.stdout
+    done = adapter_to_ollama(tuned, "--base", "smollm2:135m")
+    assert "the files are ready" in str(done.exception)
 
 
 # The store.

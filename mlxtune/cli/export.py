@@ -15,6 +15,7 @@ from mlxtune.cli.shared import DTYPE, PATH, prepare
 if TYPE_CHECKING:
     from mlxtune.export.bundle import Bundle
     from mlxtune.export.convert import Conversion, Verified
+    from mlxtune.export.handover import HandOver
     from mlxtune.export.verify import Readback
 
 # Of `gguf.mixing`, whose import takes longer than `--help` may.
@@ -242,6 +243,11 @@ def _readback_line(readback: Readback) -> str:
     "is for; RUN may then be any adapter's folder.",
 )
 @click.option("--name", help="What Ollama is to call the model.  [default: as the recipe says]")
+@click.option(
+    "--base",
+    help="With --adapter-only --to ollama: what the adapter goes on, a model that Ollama has or "
+    "a .gguf.  [default: the model that was trained, if it is Ollama's]",
+)
 @click.option("--dry-run", is_flag=True, help="Write the files and print what --to would do.")
 @click.option(
     "--adapter-only",
@@ -261,6 +267,7 @@ def export(
     verify: bool,
     to: str | None,
     name: str | None,
+    base: str | None,
     dry_run: bool,
     adapter_only: bool,
     overwrite: bool,
@@ -272,8 +279,8 @@ def export(
     prompt with it if they are installed.
     """
     if adapter_only:
-        if to is not None and to not in LAYOUTS:
-            raise click.UsageError(f"with --adapter-only --to is {' or '.join(LAYOUTS)}")
+        if to is not None and to not in (*LAYOUTS, "ollama"):
+            raise click.UsageError(f"with --adapter-only --to is {', '.join(LAYOUTS)} or ollama")
         of_models = {
             "--quantize": quantize,
             "--imatrix": imatrix,
@@ -281,15 +288,19 @@ def export(
             "--save-imatrix": save_imatrix,
             "--pre": pre,
             "--verify/--no-verify": _given("verify"),
-            "--name": name,
-            "--dry-run": dry_run or None,
         }
         for option, given in of_models.items():
             if given is not None:
                 raise click.UsageError(f"{option} is of fused models, not of adapters")
+        of_ollama = {"--base": base, "--name": name, "--dry-run": dry_run or None}
+        for option, given in of_ollama.items():
+            if given is not None and to != "ollama":
+                raise click.UsageError(f"with --adapter-only {option} goes with --to ollama")
         prepare()
-        _export_adapter(run, to or "gguf", output, overwrite, as_json)
+        _export_adapter(run, to or "gguf", output, base, name, dry_run, overwrite, as_json)
         return
+    if base is not None:
+        raise click.UsageError("--base goes with --adapter-only --to ollama")
     _require_one_importance(imatrix, calibration, save_imatrix)
     if to in LAYOUTS:
         raise click.UsageError(f"--to {to} goes with --adapter-only")
@@ -331,8 +342,12 @@ def export(
         handed = hand_over(
             bundle.folder, to, name=name, modelfile=bundle.modelfile, dry_run=dry_run, progress=bar
         )
-    if as_json:
-        click.echo(bundle.as_json(handed))
+    _tell_hand_over(handed, bundle.as_json(handed) if as_json else None)
+
+
+def _tell_hand_over(handed: HandOver, as_json: str | None) -> None:
+    if as_json is not None:
+        click.echo(as_json)
         return
     click.echo(handed.note)
     for command in handed.commands:
@@ -349,16 +364,32 @@ def _tell_bundle(bundle: Bundle, *, commands: bool) -> None:
 
 
 def _export_adapter(
-    path: Path, layout: str, output: Path | None, overwrite: bool, as_json: bool
+    path: Path,
+    layout: str,
+    output: Path | None,
+    base: str | None,
+    name: str | None,
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
-    import json
-    from dataclasses import asdict
-
+    from mlxtune.cli.display import transfer_bar
     from mlxtune.export.adapter import export_adapter
+    from mlxtune.export.handover import hand_over
 
-    written = export_adapter(path, layout, output=output, overwrite=overwrite)
-    if as_json:
-        click.echo(json.dumps(asdict(written), indent=2, default=str))
+    written = export_adapter(path, layout, output=output, base=base, name=name, overwrite=overwrite)
+    if not as_json:
+        click.echo(f"{written.folder}: {written.kind} on {written.layers} layers, for {layout}")
+    if written.modelfile is None:
+        click.echo(written.as_json() if as_json else f"  {written.load}")
         return
-    click.echo(f"{written.folder}: {written.kind} on {written.layers} layers, for {layout}")
-    click.echo(f"  {written.load}")
+    with transfer_bar() as bar:
+        handed = hand_over(
+            written.folder,
+            layout,
+            name=written.name,
+            modelfile=written.modelfile,
+            dry_run=dry_run,
+            progress=bar,
+        )
+    _tell_hand_over(handed, written.as_json(handed) if as_json else None)

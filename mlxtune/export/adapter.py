@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mlxtune.adapters.gguf import write_gguf_adapter
 from mlxtune.adapters.peft import write_peft
 from mlxtune.adapters.saved import CONFIG, SavedAdapter
 from mlxtune.adapters.store import read_adapter, write_mlx_lm
+from mlxtune.data.render import Renderer
 from mlxtune.errors import ExportError
-from mlxtune.files import atomic_folder
+from mlxtune.export.handover import MODELFILE, HandOver, run_commands
+from mlxtune.export.modelfile import Modelfile, modelfile
+from mlxtune.export.ollama import require_name
+from mlxtune.files import atomic_folder, write_text
 from mlxtune.fuse import require_outside
-from mlxtune.models.load import model_config
+from mlxtune.models.load import load_tokenizer, model_config
 from mlxtune.models.resolve import resolve_model
+from mlxtune.recipe.schema import ExportSection
+from mlxtune.train.model import tokenizer_of
 from mlxtune.train.run import STATUS, Run, adapter_folder
 
 GGUF = "adapter.gguf"
@@ -27,6 +36,10 @@ _LAYOUTS: dict[str, str] = {
 }
 
 
+# Laid out as for llama.cpp, with a Modelfile.
+OLLAMA = "ollama"
+
+
 @dataclass(frozen=True)
 class AdapterExport:
     """What was written.
@@ -37,6 +50,8 @@ class AdapterExport:
         kind: `lora` or `dora`.
         layers: how many layers it goes on.
         load: how that library loads it.
+        name: what Ollama is to call the model.
+        modelfile: what the file of that name says; None for other layouts.
     """
 
     folder: Path
@@ -44,22 +59,42 @@ class AdapterExport:
     kind: str
     layers: int
     load: str
+    name: str = ""
+    modelfile: Modelfile | None = None
+
+    def as_json(self, handed: HandOver | None = None) -> str:
+        """For `--json`, with what became of it; the Modelfile is in the folder."""
+        value: dict[str, Any] = asdict(self)
+        del value["modelfile"], value["name"]
+        if handed is not None:
+            value["hand_over"] = asdict(handed)
+        return json.dumps(value, indent=2, default=str)
 
 
 def export_adapter(
-    path: Path, layout: str, *, output: Path | None = None, overwrite: bool = False
+    path: Path,
+    layout: str,
+    *,
+    output: Path | None = None,
+    base: str | None = None,
+    name: str | None = None,
+    overwrite: bool = False,
 ) -> AdapterExport:
     """Write an adapter for another library; the base model is not touched.
 
     Args:
         path: a run, or an adapter's folder as mlxtune, mlx-lm or PEFT writes it.
-        layout: `peft`, `mlx-lm`, or `gguf` for llama.cpp and Ollama.
+        layout: `peft`, `mlx-lm`, `gguf` for llama.cpp, or `ollama` for that and a Modelfile.
         output: folder to write; `export/<layout>` in the run by default.
+        base: for Ollama, what the adapter goes on: a model that Ollama has, or a .gguf file.
+            By default the model that was trained, where that is Ollama's.
+        name: what Ollama is to call the model; what the recipe says by default.
         overwrite: replace `output` if it exists.
 
     Raises:
         RunError: there is no finished run, and no adapter that is known, at `path`.
-        ExportError: `path` is no run and `output` was not given.
+        ExportError: `path` is no run and `output` was not given, or Ollama is not told what
+            the adapter goes on.
         OutputExists, StorageError: nothing was written.
     """
     run = Run(path) if (path / STATUS).is_file() else None
@@ -77,11 +112,55 @@ def export_adapter(
     if run is not None and run.recipe().model.path == adapter.base:
         revision = run.recipe().model.revision
     write = _writer(layout, run, revision)
-    marker = GGUF if layout == "gguf" else CONFIG
+    marker = GGUF if layout in ("gguf", OLLAMA) else CONFIG
+    made = None
+    if layout == OLLAMA:
+        name = name or (_own_name(run) if run is not None else path.absolute().name)
+        require_name(name)
+        made = _modelfile(adapter, run, base)
     with atomic_folder(output, overwrite=overwrite, marker=marker) as folder:
         write(folder, adapter)
-    load = _LAYOUTS[layout].format(folder=output, base=adapter.base)
-    return AdapterExport(output, layout, adapter.kind, len(adapter.targets), load)
+        if made is not None:
+            write_text(folder / MODELFILE, made.text())
+    if made is not None and name is not None:
+        load = " && ".join(run_commands(OLLAMA, output, name))
+    else:
+        load = _LAYOUTS[layout].format(folder=output, base=adapter.base)
+    layers = len(adapter.targets)
+    return AdapterExport(output, layout, adapter.kind, layers, load, name or "", made)
+
+
+def _own_name(run: Run) -> str:
+    recipe = run.recipe()
+    return recipe.export.name or recipe.name
+
+
+def _modelfile(adapter: SavedAdapter, run: Run | None, base: str | None) -> Modelfile:
+    """FROM what the adapter goes on, with all else as the run's model wants it."""
+    if base is None and adapter.base.startswith("ollama:"):
+        base = adapter.base.removeprefix("ollama:")
+    if base is None:
+        raise ExportError(
+            f"the adapter was trained on {adapter.base}; by what name Ollama has that is not known",
+            where="--base",
+            remedy="--base NAME, as `ollama list` has it, or a .gguf file, such as `mlxtune "
+            f"convert {shlex.quote(adapter.base)} base.gguf` writes",
+        )
+    if base.endswith(".gguf"):
+        file = Path(base).expanduser().absolute()
+        if not file.is_file():
+            raise ExportError("there is no such file", where=f"--base {base}")
+        base = str(file)
+    else:
+        require_name(base, where="--base")
+    if run is not None:
+        recipe = run.recipe()
+        tokenizer, settings = tokenizer_of(recipe.model), recipe.export
+    else:
+        tokenizer = load_tokenizer(resolve_model(adapter.base, weights=False))
+        settings = ExportSection()
+    made = modelfile(Renderer(tokenizer), tokenizer, settings, gguf=base)
+    return replace(made, adapter=f"./{GGUF}")
 
 
 def _writer(
@@ -89,7 +168,7 @@ def _writer(
 ) -> Callable[[Path, SavedAdapter], None]:
     if layout == "mlx-lm":
         return write_mlx_lm
-    if layout == "gguf":
+    if layout in ("gguf", OLLAMA):
         return lambda folder, adapter: _write_gguf(folder, adapter, revision)
     rslora = run is not None and run.recipe().lora.rslora
     return lambda folder, adapter: write_peft(folder, adapter, rslora=rslora)

@@ -46,7 +46,7 @@ def run_commands(to: str, folder: Path, name: str) -> tuple[str, ...]:
 
     Args:
         to: of `RUNTIMES`.
-        folder: holds model.gguf and Modelfile.
+        folder: holds the Modelfile and, for all but Ollama, model.gguf.
         name: what Ollama calls it.
     """
     gguf, modelfile = (shlex.quote(str(folder / file)) for file in (GGUF, MODELFILE))
@@ -91,7 +91,14 @@ def hand_over(
         return HandOver(to, name, False, "a dry run: nobody was asked", commands)
     try:
         if to == "ollama":
-            version = create(name, modelfile, folder / GGUF, host=host, progress=progress)
+            version = create(
+                name,
+                modelfile,
+                _file(folder, modelfile.from_ if modelfile.from_.endswith(".gguf") else None),
+                adapter=_file(folder, modelfile.adapter),
+                host=host,
+                progress=progress,
+            )
             return HandOver(to, name, True, f"Ollama {version} has {name}", commands[1:])
         return _tried(to, folder / GGUF, name, commands, progress)
     except ExportError as error:
@@ -101,6 +108,11 @@ def hand_over(
         )
         remedy = f"{error.remedy}\n  {later}" if error.remedy else later
         raise ExportError(error.what, where=error.where, remedy=remedy) from error
+
+
+def _file(folder: Path, named: str | None) -> Path | None:
+    """A file that the folder's Modelfile names; a model that Ollama has is none."""
+    return None if named is None else folder / named
 
 
 def _tried(

@@ -64,8 +64,9 @@ class Modelfile:
         if not self.from_:
             raise ExportError("a Modelfile is made from a model, and none is named", where="FROM")
         lines = [f"FROM {_bare(self.from_, 'FROM')}"]
+        if self.adapter is not None:
+            lines.append(f"ADAPTER {_bare(self.adapter, 'ADAPTER')}")
         for command, value in (
-            ("ADAPTER", self.adapter),
             ("TEMPLATE", self.template),
             ("SYSTEM", self.system),
         ):

@@ -274,8 +274,12 @@ def create(
     return version
 
 
-def require_name(name: str) -> None:
+def require_name(name: str, where: str = "name") -> None:
     """See that Ollama takes a name.
+
+    Args:
+        name: of a model.
+        where: the option that it is of.
 
     Raises:
         ExportError: it does not.
@@ -283,7 +287,7 @@ def require_name(name: str) -> None:
     if parse_name(name) is None:
         raise ExportError(
             f"Ollama takes no model called {name!r}",
-            where="name",
+            where=where,
             remedy="use letters, digits, dots, hyphens and underscores, as in shell, shell:v2 "
             "or me/shell:v2",
         )
