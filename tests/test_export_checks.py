@@ -109,7 +109,7 @@ def test_parts_of_an_earlier_conversion_are_refused_or_all_replaced(folder, tmp_
     ("arguments", "words"),
     [
         (("export", "run", "--adapter-only", "--pre", "gpt-2"), "--pre is of fused models"),
-        (("export", "run", "--adapter-only", "--no-verify"), "--verify/--no-verify is of fused models"),
+        (("export", "run", "--adapter-only", "--no-verify"), "--no-verify is of fused"),
         (("convert", "a", "b.gguf", "--split-max-size", "0G"), "no file is that small"),
     ],
 )

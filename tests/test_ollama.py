@@ -34,7 +34,6 @@ from mlxtune.export.handover import hand_over, run_commands
 from mlxtune.export.modelfile import Modelfile
 from mlxtune.export.ollama import Ollama, base_url, create
 from mlxtune.gguf.reader import GGUFFile
-from mlxtune.gguf.writer import Written
 from mlxtune.models.load import load_tokenizer
 from mlxtune.models.ollama_store import ModelName, find_model, parse_name, stores
 from mlxtune.models.resolve import resolve_model
