@@ -25,6 +25,7 @@ from mlxtune.export.verify import SAMPLE
 from mlxtune.gguf.metadata import end_tokens
 from mlxtune.gguf.mixing import FILE_TYPES
 from mlxtune.gguf.reader import GGUFFile
+from mlxtune.gguf.sentencepiece import sentencepiece_metadata
 from mlxtune.gguf.tokenizer import read_tokenizer
 from mlxtune.models.folder import folder_tensors
 from mlxtune.models.load import load_model, load_tokenizer, model_config
@@ -290,7 +291,6 @@ def test_every_template_of_a_model_goes_along(folder, tmp_path, monkeypatch, for
 
 
 def test_a_folder_with_no_tokenizer_but_sentencepiece_s(tmp_path):
-    """Not looked at afterwards: transformers drops the first of a text's spaces there."""
     source = tmp_path / "pieces"
     source.mkdir()
     sentencepiece.SentencePieceTrainer.train(
@@ -303,22 +303,40 @@ def test_a_folder_with_no_tokenizer_but_sentencepiece_s(tmp_path):
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
     )
-    model = tiny_llama(vocabulary=500)
+    model = tiny_llama(vocabulary=504)
     mx.save_safetensors(str(source / "model.safetensors"), flat(model.parameters()))
     config = {k: v for k, v in asdict(model.args).items() if v is not None}
     (source / "config.json").write_text(json.dumps(config))
-    named = {"default": "{{ bos_token }}{{ messages[0].content }}", "tool_use": TOOLS}
+    turns = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
+    named = {"default": turns, "tool_use": TOOLS}
+    added = {"<|end|>": 500, "<|stop|>": 501, "<pad>": 502}
+    (source / "added_tokens.json").write_text(json.dumps(added))
+    special = {"pad_token": {"content": "<pad>"}, "additional_special_tokens": ["<|end|>"]}
+    (source / "special_tokens_map.json").write_text(json.dumps(special))
     said = {
         "tokenizer_class": "LlamaTokenizer",
+        "eos_token": "<|stop|>",
         "chat_template": [{"name": n, "template": t} for n, t in named.items()],
     }
     (source / "tokenizer_config.json").write_text(json.dumps(said))
-    made = convert(str(source), tmp_path / "m.gguf", verify=False)
-    again = read_tokenizer(GGUFFile(made.path).metadata, where="x")
+    made = convert(str(source), tmp_path / "m.gguf")
+    assert made.verified.readback.texts == len(SAMPLE)
+    metadata = GGUFFile(made.path).metadata
+    again = read_tokenizer(metadata, where="x")
     assert again.chat_template == named
+    ids = {key: metadata[f"tokenizer.ggml.{key}_token_id"] for key in ("eos", "eot", "padding")}
+    assert ids == {"eos": 501, "eot": 500, "padding": 502}
+    assert metadata["tokenizer.ggml.token_type"][500:] == [3, 3, 3, 5]
+    theirs = load_tokenizer(resolve_model(str(source)))
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (501, 502)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
     for text in SAMPLE:
         assert again(text, add_special_tokens=False).input_ids == pieces.encode(text)
+    with pytest.raises(ExportError, match="no pre-tokenizer to name"):
+        convert(str(source), tmp_path / "pre.gguf", pre="smollm")
+    (source / "added_tokens.json").unlink()
+    with pytest.raises(ExportError, match=r"eos_token is '<\|stop\|>', which is no token"):
+        sentencepiece_metadata(source / "tokenizer.model", 504)
 
 
 @pytest.mark.parametrize("bits", [None, 2, 3, 4, 5, 6, 8])

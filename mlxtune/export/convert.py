@@ -170,7 +170,8 @@ def write_model(
     if not verify:
         return written, None
     progress("reading it back")
-    readback = read_back(written.files[0], model.tensors(), tokenizer)
+    texts = [text.lstrip(" ") for text in SAMPLE] if model.only_pieces else SAMPLE
+    readback = read_back(written.files[0], model.tensors(), tokenizer, texts)
     if not installed():
         return written, Verified(readback, None)
     progress("running it in llama.cpp")

@@ -10,6 +10,7 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlxtune.errors import ExportError
 from mlxtune.gguf.architectures import for_config
 from mlxtune.gguf.metadata import text_config
 from mlxtune.gguf.model import read_config
@@ -39,6 +40,8 @@ class Convertible:
             pre-tokenizer where that is not recognised.
         tensors: gives all parameters; each call begins anew.
         load: gives the model, to be run.
+        only_pieces: whether its tokenizer is SentencePiece's own file, of which transformers,
+            unlike SentencePiece and llama.cpp, drops the first of a text's spaces.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Convertible:
     vocabulary: Callable[[str | None], dict[str, Any]]
     tensors: Callable[[], Iterable[SourceTensor]]
     load: Callable[[], LoadedModel]
+    only_pieces: bool = False
 
 
 def open_source(name: str) -> Convertible:
@@ -78,6 +82,7 @@ def from_loaded(name: str, model: LoadedModel) -> Convertible:
         vocabulary=_vocabulary(lambda: model.tokenizer, config, model.source.path),
         tensors=lambda: (tensor.source() for tensor in dense_tensors(model.model)),
         load=lambda: model,
+        only_pieces=_only_pieces(model.source.path),
     )
 
 
@@ -116,6 +121,7 @@ def _from_folder(source: ModelSource) -> Convertible:
         vocabulary=_vocabulary(tokenizer, config, source.path),
         tensors=lambda: folder_tensors(source.path, config),
         load=lambda: load_model(source, tokenizer=tokenizer()),
+        only_pieces=_only_pieces(source.path),
     )
 
 
@@ -126,13 +132,18 @@ def _vocabulary(
     rows = int(config["vocab_size"])
 
     def vocabulary(pre: str | None) -> dict[str, Any]:
-        pieces = path / "tokenizer.model"
-        if pieces.is_file() and not (path / "tokenizer.json").is_file():
-            return sentencepiece_metadata(pieces, rows)
+        if _only_pieces(path):
+            if pre not in (None, "default"):
+                raise ExportError("SentencePiece has no pre-tokenizer to name", where="--pre")
+            return sentencepiece_metadata(path / "tokenizer.model", rows)
         merged = for_config(config).name == "gemma4"
         return tokenizer_metadata(tokenizer()._tokenizer, rows, pre=pre, merged=merged)
 
     return vocabulary
+
+
+def _only_pieces(path: Path) -> bool:
+    return (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file()
 
 
 def _headers(path: Path) -> dict[str, Any]:

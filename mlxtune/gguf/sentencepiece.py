@@ -20,13 +20,19 @@ from gguf.constants import TokenType
 
 from mlxtune.errors import ExportError
 from mlxtune.gguf.spm import MODEL, padding
-from mlxtune.gguf.tokenizer import template_metadata, templates_by_name
+from mlxtune.gguf.tokenizer import (
+    end_of_turn,
+    read_tokenizer,
+    template_metadata,
+    templates_by_name,
+)
 
 # Numbers of fields in the file's messages.
 _PIECE, _TRAINER, _NORMALIZER = 1, 2, 3
 _TEXT, _SCORE, _TYPE = 1, 2, 3
 _MODEL_TYPE, _DUMMY_PREFIX = 3, 3
 _SPECIAL_IDS = {"unknown": (40, 0), "bos": (41, 1), "eos": (42, 2), "padding": (43, -1)}
+_ROLES = {"unknown": "unk", "bos": "bos", "eos": "eos", "padding": "pad", "mask": "mask"}
 _BPE = 2
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
@@ -40,9 +46,10 @@ class _Row(NamedTuple):
 def sentencepiece_metadata(path: Path, vocab_size: int) -> dict[str, Any]:
     """Metadata of a vocabulary of which there is only a `tokenizer.model`.
 
-    Scores and types are the file's own. Tokens added to it, whether the ends of a text are
-    marked and the chat template come from `tokenizer_config.json` and
-    `chat_template.jinja` beside it, where there are any.
+    Scores and types are the file's own. What transformers reads beside it counts too, where
+    it is there: `tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json` and
+    `chat_template.jinja` say which tokens are added, which of all are special and begin and
+    end a text, whether those are put around it, and the chat template.
 
     Args:
         path: a `tokenizer.model`.
@@ -52,8 +59,8 @@ def sentencepiece_metadata(path: Path, vocab_size: int) -> dict[str, Any]:
         Keys and values, `tokenizer.ggml.*` and `tokenizer.chat_template`.
 
     Raises:
-        ExportError: the file is no SentencePiece model, its model is Unigram, or it has more
-            tokens than the embedding has rows.
+        ExportError: the file is no SentencePiece model, its model is Unigram, it has more
+            tokens than the embedding has rows, or a special token is none of them.
     """
     try:
         rows, trainer, normalizer = _read(path)
@@ -65,7 +72,9 @@ def sentencepiece_metadata(path: Path, vocab_size: int) -> dict[str, Any]:
             where=str(path),
         )
     config = _json(path.with_name("tokenizer_config.json"))
-    rows = _with_added(rows, config.get("added_tokens_decoder", {}))
+    special = _special_tokens(path.parent, config)
+    rows = _with_added(rows, _added_tokens(path.parent, config, special))
+    rows = [_as_special(row) if row.token in special.values() else row for row in rows]
     if len(rows) > vocab_size:
         raise ExportError(
             f"the tokenizer has {len(rows)} tokens, the embedding {vocab_size} rows",
@@ -85,9 +94,25 @@ def sentencepiece_metadata(path: Path, vocab_size: int) -> dict[str, Any]:
         number = trainer.get(field, default)
         if 0 <= number < len(rows):
             values[f"tokenizer.ggml.{role}_token_id"] = number
+    ids = {row.token: number for number, row in enumerate(rows)}
+    for role, name in _ROLES.items():
+        token = special.get(f"{name}_token")
+        if token is None:
+            continue
+        if token not in ids:
+            raise ExportError(
+                f"its {name}_token is {token!r}, which is no token of it",
+                where=str(path),
+                remedy="give it an id in added_tokens.json",
+            )
+        values[f"tokenizer.ggml.{role}_token_id"] = ids[token]
     if not normalizer.get(_DUMMY_PREFIX, 1):
         values["tokenizer.ggml.add_space_prefix"] = False
-    return values | template_metadata(_templates(path.parent, config))
+    values |= template_metadata(_templates(path.parent, config))
+    end = end_of_turn(read_tokenizer(values, where=str(path)))
+    if end not in (None, values.get("tokenizer.ggml.eos_token_id")):
+        values["tokenizer.ggml.eot_token_id"] = end
+    return values
 
 
 def _read(path: Path) -> tuple[list[_Row], dict[int, Any], dict[int, Any]]:
@@ -137,10 +162,39 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
             return value, at
 
 
-def _with_added(rows: list[_Row], added: dict[str, Any]) -> list[_Row]:
+def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Special tokens by what they are for, as `eos_token`; further ones by a number."""
+    found = {}
+    for said in (_json(folder / "special_tokens_map.json"), config):
+        further = said.get("additional_special_tokens") or []
+        named = {key: said.get(f"{key}_token") for key in _ROLES.values()}
+        given = {f"{key}_token": value for key, value in named.items()}
+        given |= {str(number): value for number, value in enumerate(further)}
+        for key, value in given.items():
+            token = value.get("content") if isinstance(value, dict) else value
+            if isinstance(token, str):
+                found[key] = token
+    return found
+
+
+def _added_tokens(
+    folder: Path, config: dict[str, Any], special: dict[str, str]
+) -> dict[int, dict[str, Any]]:
+    """Tokens beyond the file's, by id: content, and whether special."""
+    old = _json(folder / "added_tokens.json").items()
+    added = {int(n): {"content": t, "special": t in special.values()} for t, n in old}
+    return added | {int(n): e for n, e in config.get("added_tokens_decoder", {}).items()}
+
+
+def _as_special(row: _Row) -> _Row:
+    plain = row.type in (TokenType.NORMAL, TokenType.USER_DEFINED)
+    return row._replace(type=int(TokenType.CONTROL)) if plain else row
+
+
+def _with_added(rows: list[_Row], added: dict[int, dict[str, Any]]) -> list[_Row]:
     rows = list(rows)
     lowest = min(row.score for row in rows)
-    for number, entry in sorted((int(key), entry) for key, entry in added.items()):
+    for number, entry in sorted(added.items()):
         rows += [_padding(i) for i in range(len(rows), number + 1)]
         kind = TokenType.CONTROL if entry.get("special") else TokenType.USER_DEFINED
         if rows[number].type in (TokenType.NORMAL, TokenType.UNUSED):

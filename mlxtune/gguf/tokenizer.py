@@ -236,7 +236,7 @@ def _marks(tokenizer: PreTrainedTokenizerFast, always_says_end: bool) -> dict[st
     for gguf, hf in _ROLES.items():
         if (number := getattr(tokenizer, f"{hf}_token_id")) is not None:
             values[f"tokenizer.ggml.{gguf}_token_id"] = number
-    if (end := _end_of_turn(tokenizer)) not in (None, tokenizer.eos_token_id):
+    if (end := end_of_turn(tokenizer)) not in (None, tokenizer.eos_token_id):
         values["tokenizer.ggml.eot_token_id"] = end
     ids = list(tokenizer("a").input_ids)
     bare = list(tokenizer("a", add_special_tokens=False).input_ids)
@@ -255,7 +255,7 @@ def _begins_with_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
     )
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int | None:
+def end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int | None:
     """The special token that the chat template writes first after an answer."""
     turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _ANSWER}]
     if not tokenizer.chat_template:
