@@ -169,14 +169,14 @@ def test_an_unknown_architecture_is_refused_by_name_with_those_that_are_known(tm
     assert "llama" in (caught.value.remedy or "")
 
 
-def test_a_scaled_rotation_is_refused_or_kept_but_never_dropped(tmp_path):
+def test_a_scaled_rotation_is_kept_and_one_of_an_unknown_kind_refused(tmp_path):
     scaling = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     write_small_gguf(tmp_path / "scaled.gguf", scaling)
-    try:
-        config = read_model(GGUFFile(tmp_path / "scaled.gguf")).config
-    except ModelError:
-        return
+    config = read_model(GGUFFile(tmp_path / "scaled.gguf")).config
     assert config["rope_scaling"]["factor"] == 4.0
+    write_small_gguf(tmp_path / "other.gguf", scaling | {"llama.rope.scaling.type": "spiral"})
+    with pytest.raises(ModelError, match="spiral"):
+        read_model(GGUFFile(tmp_path / "other.gguf"))
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGML" + bytes(60), b"GGUF\x01" + bytes(60)])

@@ -64,7 +64,6 @@ def export(path: Path, model: nn.Module, file_type: str, **config: object) -> di
         },
         file_type=file_type,
         name="tiny",
-        general={"license": "apache-2.0"},
     )
     return parameters
 
@@ -246,7 +245,6 @@ def test_the_gguf_package_reads_what_is_written(tmp_path, file_type):
     assert values["general.architecture"] == "llama"
     assert values["general.type"] == "model"
     assert values["general.name"] == "tiny"
-    assert values["general.license"] == "apache-2.0"
     assert values["general.file_type"] == number
     assert values["general.quantization_version"] == gguf.GGML_QUANT_VERSION
     assert values["llama.block_count"] == 2

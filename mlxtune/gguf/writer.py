@@ -87,7 +87,6 @@ def write_gguf(
     tokenizer: dict[str, Any],
     file_type: str,
     name: str,
-    general: dict[str, str] | None = None,
     importance: Importance | None = None,
     split_max_bytes: int = 0,
     progress: Callable[[str], None] = lambda _: None,
@@ -101,7 +100,6 @@ def write_gguf(
         tokenizer: metadata from `tokenizer_metadata`.
         file_type: a key of `FILE_TYPES`.
         name: `general.name`.
-        general: more `general.*` texts, such as `license`.
         importance: GGUF tensor name to the mean square of each input feature, (in,), or
             for experts (experts, in) or the same as (experts · in,): errors weigh by it.
         split_max_bytes: begin a new file, `NAME-00001-of-…`, beyond that; 0 for never.
@@ -138,8 +136,6 @@ def write_gguf(
     try:
         writer.add_type("model")
         writer.add_name(name)
-        for key, text in (general or {}).items():
-            writer.add_string(f"general.{key}", text)
         writer.add_file_type(FILE_TYPES[file_type].number)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in facts.items():
