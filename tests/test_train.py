@@ -307,6 +307,53 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(recipe, few, tm
     assert same_arrays(adapter(run), adapter(straight))
 
 
+def test_a_step_that_was_altered_is_damage(recipe, few, tmp_path):
+    settings = recipe(few, checkpoint={"steps": 1, "keep": 3})
+    with pytest.raises(Interrupted):
+        fine_tune(settings, tmp_path / "run", StopAt(3))
+    run = Run.open(tmp_path / "run")
+    state = run.checkpoints / "step-3/state.json"
+    values = json.loads(state.read_text())
+    state.write_text(json.dumps(values | {"step": 2}))
+    fine_tune(settings, tmp_path / "run", Silent(), resume=True)
+    assert [e["step"] for e in run.metrics() if "loss" in e] == [1, 2, 3, 4, 5, 6]
+
+
+class Dies(Silent):
+    """As a run that is killed: no checkpoint is written."""
+
+    def stepped(self, step):
+        if step == 2:
+            raise MemoryError
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_as_it_did(recipe, few, tmp_path):
+    first = fine_tune(recipe(few), tmp_path / "first", Silent())
+    settings = recipe(
+        few,
+        lora={"init_from": str(first.path), "dropout": 0.1},
+        eval={"path": str(few), "max_samples": 2, "steps": 3},
+    )
+    straight = fine_tune(settings, tmp_path / "straight", Silent())
+    with pytest.raises(MemoryError):
+        fine_tune(settings, tmp_path / "run", Dies())
+    run = fine_tune(settings, tmp_path / "run", Silent(), resume=True)
+    assert losses(run) == losses(straight)
+    steps = [[e["step"] for e in r.metrics() if "held_out_loss" in e] for r in (run, straight)]
+    assert steps[0] == steps[1] == [0, 3, 6]
+    assert same_arrays(adapter(run), adapter(straight))
+
+
+def test_reports_span_a_resume(recipe, few, tmp_path):
+    settings = recipe(few, log={"steps": 4})
+    straight = fine_tune(settings, tmp_path / "straight", Silent())
+    with pytest.raises(Interrupted):
+        fine_tune(settings, tmp_path / "run", StopAt(3))
+    run = fine_tune(settings, tmp_path / "run", Silent(), resume=True)
+    assert [e["step"] for e in run.metrics() if "loss" in e] == [4, 6]
+    assert losses(run) == losses(straight)
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_is_told(recipe, few, tmp_path):
     settings = recipe(few, checkpoint={"steps": 1, "keep": 2})
     with pytest.raises(Interrupted):
@@ -329,6 +376,22 @@ def test_training_stops_when_the_held_out_loss_gets_no_better(recipe, few, tmp_p
     assert len(measured) == 4 and len(set(measured)) == 1
     assert run.finished_adapter().is_dir()
     assert run.status()["status"] == "finished"
+    # Killed after its last checkpoint and before the adapter was written.
+    shutil.rmtree(run.adapter)
+    fine_tune(settings, tmp_path / "run", Silent(), resume=True)
+    assert run.finished_adapter().is_dir()
+    assert [e["step"] for e in run.metrics() if "loss" in e] == [1, 2, 3]
+
+
+def test_the_last_steps_before_an_early_stop_are_reported(recipe, few, tmp_path):
+    settings = recipe(
+        few,
+        train={"learning_rate": 1e-30, "max_steps": 30},
+        eval={"path": str(few), "max_samples": 2, "steps": 1, "patience": 3},
+        log={"steps": 10},
+    )
+    run = fine_tune(settings, tmp_path / "run", Silent())
+    assert [e["step"] for e in run.metrics() if "loss" in e] == [3]
 
 
 def test_resuming_with_another_recipe_or_other_data_is_refused(recipe, few, tmp_path):

@@ -48,6 +48,13 @@ class Head:
         return self.finish(self.project(hidden))
 
 
+def language_model(model: nn.Module) -> nn.Module:
+    """What of a model writes text: itself, or a part where it also sees or hears."""
+    while isinstance(inner := getattr(model, "language_model", None), nn.Module):
+        model = inner
+    return model
+
+
 def split_head(model: nn.Module, *, proven: bool = False) -> tuple[Body, Head] | None:
     """`body(tokens, cache=…)` and `head(hidden)` with model = head after body.
 
@@ -60,14 +67,15 @@ def split_head(model: nn.Module, *, proven: bool = False) -> tuple[Body, Head] |
         The two, or None if this architecture does not come apart in the known way; that
         is checked on two tokens, so a scaled or capped head is never left out.
     """
-    body = getattr(model, "model", None)
+    inner = language_model(model)
+    body = getattr(inner, "model", None)
     if not isinstance(body, nn.Module):
         return None
     embedding: Any = getattr(body, "embed_tokens", None)
-    if "lm_head" in model:
-        head = Head(model.lm_head, model.lm_head, _final_form(model))
+    if "lm_head" in inner:
+        head = Head(inner.lm_head, inner.lm_head, _final_form(inner))
     elif hasattr(embedding, "as_linear"):
-        head = Head(embedding, embedding.as_linear, _final_form(model))
+        head = Head(embedding, embedding.as_linear, _final_form(inner))
     else:
         return None
     if proven:

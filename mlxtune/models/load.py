@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
+from mlx.utils import tree_map_with_path
 from mlx_lm.tokenizer_utils import (
     BPEStreamingDetokenizer,
     SPMStreamingDetokenizer,
@@ -82,10 +83,21 @@ def load_model(
     stored = _stored_dtype(model)
     if dtype == "auto":
         dtype = "float32" if on_cpu() else stored
-    model.set_dtype(DTYPES[dtype])
+    _cast(model, DTYPES[dtype])
     _with_template(tokenizer, chat_template)
     model.eval()
     return LoadedModel(source, model, tokenizer, config, stored, dtype)
+
+
+def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Weights in this type, but for those that their architecture keeps as they are stored."""
+    wanted = getattr(model, "cast_predicate", lambda _name: True)
+
+    def cast(name: str, array: mx.array) -> mx.array:
+        floats = mx.issubdtype(array.dtype, mx.floating)
+        return array.astype(dtype) if floats and wanted(name) else array
+
+    model.update(tree_map_with_path(cast, model.parameters()))
 
 
 def load_tokenizer(source: ModelSource, *, chat_template: str | None = None) -> TokenizerWrapper:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -32,6 +33,8 @@ class Progress:
         no_better: measurements of it since then.
         tokens, supervised_tokens, examples: seen so far.
         seconds: time spent training so far.
+        loss_sum, loss_weight: of the steps since the last report.
+        reported_tokens, reported_examples, reported_seconds: what they were at that report.
     """
 
     step: int = 0
@@ -41,6 +44,11 @@ class Progress:
     supervised_tokens: int = 0
     examples: int = 0
     seconds: float = 0.0
+    loss_sum: float = 0.0
+    loss_weight: float = 0.0
+    reported_tokens: int = 0
+    reported_examples: int = 0
+    reported_seconds: float = 0.0
 
 
 class DamagedCheckpoint(RunError):
@@ -67,10 +75,15 @@ def save_checkpoint(
         arrays["random"] = random_key()
         save_arrays(temporary / OPTIMIZER, arrays)
         hashes = {name: sha256(temporary / name) for name in (ADAPTER, OPTIMIZER)}
-        write_json(temporary / STATE, asdict(progress) | {"hashes": hashes})
+        values = asdict(progress)
+        write_json(temporary / STATE, values | {"hashes": hashes | {STATE: _digest(values)}})
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return path
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: mlx.optimizers.Optimizer) -> Progress:
@@ -85,7 +98,9 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: mlx.optimizers.Opti
         values: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
         hashes = values.pop("hashes")
         progress = Progress(**values)
-        changed = [name for name in (ADAPTER, OPTIMIZER) if sha256(path / name) != hashes[name]]
+        found = {name: sha256(path / name) for name in (ADAPTER, OPTIMIZER)}
+        found[STATE] = _digest(asdict(progress))
+        changed = [name for name, digest in found.items() if digest != hashes[name]]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedCheckpoint(
             f"this checkpoint cannot be read: {error}", where=str(path)

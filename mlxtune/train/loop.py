@@ -118,7 +118,8 @@ class Trainer:
                 notes.append(
                     f"{path.name} is damaged, the checkpoint before it is used: {damaged.what}"
                 )
-        self._run.forget_after(self._progress.step)
+        # What was measured before the first step is measured again.
+        self._run.forget_after(self._progress.step or -1)
         return self._progress.step, notes
 
     def __call__(self) -> None:
@@ -139,12 +140,13 @@ class Trainer:
         self._share_state()
         self._model.train()
         mx.reset_peak_memory()
-        since = _Since(self._progress)
         first = self._progress.step
         if first == 0:
             self._measure()
         with _stop_on_interrupt(self._workers):
-            for batches in ahead(self._plan.steps(first, self.total_steps)):
+            # A run that was stopped early may have been killed before it said so.
+            left = first if self._enough() else self.total_steps
+            for batches in ahead(self._plan.steps(first, left)):
                 begun = time.perf_counter()
                 rate = self._rate(self._progress.step)
                 seen = self._seen(batches)
@@ -153,17 +155,18 @@ class Trainer:
                 loss, norm = scalar(result.loss), scalar(result.grad_norm)
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     raise self._diverged(batches, loss)
-                self._advance(seen, time.perf_counter() - begun)
-                since.add(loss, seen.weight)
+                self._advance(seen, loss, time.perf_counter() - begun)
                 step = self._progress.step
                 last = step == self.total_steps
                 self._reporter.stepped(step)
                 if step % self._log.steps == 0 or last:
-                    self._report(since, rate, norm)
-                    since = _Since(self._progress)
+                    self._report(rate, norm)
                 if step % self._eval_every == 0 or last:
                     self._measure()
-                last = last or self._enough()
+                if not last and self._enough():
+                    last = True
+                    if self._progress.loss_weight:
+                        self._report(rate, norm)
                 stop = self._workers.stopping
                 if step % self._checkpoint.steps == 0 or last or stop:
                     self._save()
@@ -202,7 +205,7 @@ class Trainer:
         )
         return _Seen(weight, *map(int, counts))
 
-    def _advance(self, seen: _Seen, seconds: float) -> None:
+    def _advance(self, seen: _Seen, loss: float, seconds: float) -> None:
         before = self._progress
         self._progress = replace(
             before,
@@ -211,25 +214,36 @@ class Trainer:
             supervised_tokens=before.supervised_tokens + seen.supervised,
             examples=before.examples + seen.examples,
             seconds=before.seconds + seconds,
+            loss_sum=before.loss_sum + loss * seen.weight,
+            loss_weight=before.loss_weight + seen.weight,
         )
 
-    def _report(self, since: _Since, rate: float, norm: float) -> None:
+    def _report(self, rate: float, norm: float) -> None:
+        """Say how the steps since the last report went."""
         now = self._progress
-        seconds = max(now.seconds - since.start.seconds, 1e-9)
+        self._progress = replace(
+            now,
+            loss_sum=0.0,
+            loss_weight=0.0,
+            reported_tokens=now.tokens,
+            reported_examples=now.examples,
+            reported_seconds=now.seconds,
+        )
+        seconds = max(now.seconds - now.reported_seconds, 1e-9)
         peak = self._workers.largest(mx.get_peak_memory())
         if not self._workers.first:
             return
         report = Report(
             step=now.step,
             epoch=now.step / self._plan.steps_per_epoch,
-            loss=since.loss,
+            loss=now.loss_sum / now.loss_weight,
             learning_rate=rate,
             grad_norm=norm,
             tokens=now.tokens,
             supervised_tokens=now.supervised_tokens,
             examples=now.examples,
-            tokens_per_second=(now.tokens - since.start.tokens) / seconds,
-            examples_per_second=(now.examples - since.start.examples) / seconds,
+            tokens_per_second=(now.tokens - now.reported_tokens) / seconds,
+            examples_per_second=(now.examples - now.reported_examples) / seconds,
             peak_memory_bytes=int(peak),
             seconds=now.seconds,
         )
@@ -304,23 +318,6 @@ class _Seen:
     tokens: int
     supervised: int
     examples: int
-
-
-class _Since:
-    """Losses since the last report."""
-
-    def __init__(self, start: Progress) -> None:
-        self.start = start
-        self._sum = 0.0
-        self._weight = 0.0
-
-    def add(self, loss: float, weight: float) -> None:
-        self._sum += loss * weight
-        self._weight += weight
-
-    @property
-    def loss(self) -> float:
-        return self._sum / self._weight
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxtune.arrays import flat
+from mlxtune.arrays import flat, random_key, set_random_key
 from mlxtune.data.pack import Batch
 from mlxtune.errors import ModelError
+from mlxtune.models.heads import language_model
 from mlxtune.train.step import LossFunction, batch_arrays
 
 GB = 10**9
@@ -82,8 +83,9 @@ def _peak(model: nn.Module, batch: Batch, blocks: int) -> int:
     loss = LossFunction(model)
     arrays = batch_arrays(batch)
     mx.eval(arrays)
-    body: Any = getattr(model, "model", None)
+    body: Any = getattr(language_model(model), "model", None)
     layers = model.layers
+    key = random_key()  # dropout draws, and the run begins where it would have
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     try:
@@ -95,12 +97,13 @@ def _peak(model: nn.Module, batch: Batch, blocks: int) -> int:
             f"its memory cannot be measured block by block: {type(error).__name__}"
         ) from error
     finally:
+        set_random_key(key)
         if body is not None:
             body.layers = layers
 
 
 def _input_bytes(model: nn.Module, batch: Batch) -> int:
     """What the input of one block takes."""
-    args: Any = getattr(model, "args", None)
+    args: Any = getattr(language_model(model), "args", None)
     width = int(getattr(args, "hidden_size", 0))
     return batch.tokens.size * width * 4

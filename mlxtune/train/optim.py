@@ -11,6 +11,8 @@ import mlx.nn as nn
 import mlx.optimizers
 from mlx.utils import tree_map_with_path
 
+from mlxtune.arrays import flat
+from mlxtune.errors import RecipeError
 from mlxtune.recipe.schema import TrainSection
 from mlxtune.train.adamw8bit import AdamW8bit
 
@@ -52,6 +54,7 @@ def make_optimizer(
 
     Raises:
         ValueError: no optimizer has that name, or it has no such betas or epsilon.
+        RecipeError: it does not train the adapters of experts.
     """
     if name not in _MAKERS:
         raise ValueError(f"no optimizer is called {name!r}")
@@ -72,6 +75,13 @@ def make_optimizer(
         if name not in ("adamw", "adamw_8bit"):
             raise ValueError(f"{name} has no epsilon that can be chosen")
         options["eps"] = epsilon
+    if name == "muon" and any(a.ndim > 2 for a in flat(model.trainable_parameters()).values()):
+        # MLX's makes one matrix of all experts, and their updates orthogonal to each other.
+        raise RecipeError(
+            "muon is for matrices, and adapters of experts are many at once",
+            where="train.optimizer",
+            remedy="take adamw, or leave the experts out with lora.exclude_modules",
+        )
     optimizer = _MAKERS[name](0.0, weight_decay=weight_decay, **options)
     optimizer.init(model.trainable_parameters())
     return optimizer

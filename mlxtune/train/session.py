@@ -33,6 +33,7 @@ from mlxtune.models.resolve import ModelSource
 from mlxtune.recipe.load import dump_recipe
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.blocks import checkpoint_blocks
+from mlxtune.train.checkpoint import checkpoints
 from mlxtune.train.corpus import Corpus, check_sources, held_out_source, read_corpus, source_of
 from mlxtune.train.distributed import Workers, join
 from mlxtune.train.loop import Interrupted, Trainer
@@ -107,8 +108,9 @@ def _fine_tune(
         require_trackers(recipe.log.report_to)
     # What is wrong with adapter and data is told before a large model is fetched and loaded.
     initial = None
-    if (path_of_initial := recipe.lora.init_from) is not None and not resume:
-        # A checkpoint is further on.
+    # A checkpoint is further on; what other workers begin with is then the first one's.
+    further = resume and (run is None or bool(checkpoints(run.checkpoints)))
+    if (path_of_initial := recipe.lora.init_from) is not None and not further:
         initial = read_adapter(adapter_folder(Path(path_of_initial)))
     check_sources(recipe, rows=100)
     workers.barrier()
