@@ -6,9 +6,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from helpers import distance, random_samples, tiny, with_adapters
+from mlx_lm.models import gemma3
 
-from mlxtune.data.pack import pack
+from mlxtune.arrays import random_key
+from mlxtune.data.pack import pack, pad
 from mlxtune.errors import ModelError
+from mlxtune.models.heads import split_head
 from mlxtune.models.packed import enable_packs
 from mlxtune.train.blocks import checkpoint_blocks
 from mlxtune.train.memory import GB, blocks_to_checkpoint, memory_budget
@@ -86,3 +89,25 @@ def test_a_model_that_cannot_be_measured_says_so():
 def test_a_budget_is_given_or_taken_from_the_device():
     assert memory_budget(1.5) == 1_500_000_000
     assert GB < memory_budget(None) < 10**13
+
+
+def test_models_that_also_see_keep_no_logits_either_and_can_be_measured():
+    """mlx-lm holds their language model as a part."""
+    text = {"model_type": "gemma3_text", "hidden_size": 64, "num_hidden_layers": 6}
+    text |= {"intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text |= {"head_dim": 16, "vocab_size": 128, "sliding_window": 16}
+    text |= {"sliding_window_pattern": 2}
+    args = gemma3.ModelArgs.from_dict(
+        {"model_type": "gemma3", "text_config": text, "vocab_size": 128}
+    )
+    mx.random.seed(0)
+    model = gemma3.Model(args)
+    mx.eval(model.parameters())
+    body, head = split_head(model)
+    assert body is model.language_model.model and head.vocabulary == 128
+    tokens = mx.array([[1, 2, 3]])
+    assert distance(head(body(tokens)), model(tokens)) < 1e-6
+    model, key = with_adapters(model), random_key()
+    batch = pad(random_samples([30, 28]))
+    assert blocks_to_checkpoint(model, batch, 1) == 6  # no budget at all: every block
+    assert mx.array_equal(random_key(), key).item()

@@ -29,7 +29,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.lora import LoRASwitchLinear as MlxLoRASwitchLinear
 
 from mlxtune.data.pack import pack
-from mlxtune.errors import ModelError
+from mlxtune.errors import ModelError, RecipeError
 from mlxtune.fuse import fuse_run
 from mlxtune.layers.dense import dense_tensors
 from mlxtune.layers.inject import (
@@ -46,6 +46,7 @@ from mlxtune.models.targets import find_targets
 from mlxtune.recipe.load import parse_recipe
 from mlxtune.train.blocks import checkpoint_blocks
 from mlxtune.train.metrics import Silent
+from mlxtune.train.optim import make_optimizer
 from mlxtune.train.session import fine_tune, open_run
 from mlxtune.train.step import TrainStep
 
@@ -392,3 +393,13 @@ def test_a_compiled_step_with_packed_experts_is_the_plain_step():
         results.append([step([batch], 0.1).loss.item() for _ in range(3)])
     assert results[0] == pytest.approx(results[1], rel=1e-5)
     assert results[0][-1] < results[0][0]
+
+
+def test_an_optimizer_that_would_mix_experts_is_refused():
+    model = nn.Sequential(LoRASwitchLinear.from_base(experts(), rank=4, scale=2.0))
+    model.freeze()
+    model.layers[0].unfreeze(keys=["lora_a", "lora_b"])
+    assert {a.ndim for a in trainable(model).values()} == {3}
+    with pytest.raises(RecipeError, match="adapters of experts"):
+        make_optimizer("muon", model, weight_decay=0.0)
+    assert make_optimizer("adamw", model, weight_decay=0.0)

@@ -405,6 +405,40 @@ def test_resuming_with_another_recipe_or_other_data_is_refused(recipe, few, tmp_
         fine_tune(recipe(data), tmp_path / "run", Silent(), resume=True)
 
 
+def test_resuming_on_other_weights_another_tokenizer_or_fewer_files_is_refused(
+    recipe, few, tiny_folder, tmp_path
+):
+    model, data = tmp_path / "model", tmp_path / "data"
+    shutil.copytree(tiny_folder, model)
+    data.mkdir()
+    rows = few.read_text()
+    for name in ("a.jsonl", "b.jsonl"):
+        (data / name).write_text(rows)
+    settings = recipe(data, model={"path": str(model)})
+    with pytest.raises(Interrupted):
+        fine_tune(settings, tmp_path / "run", StopAt(1))
+
+    def refused(words):
+        with pytest.raises(RunError, match=words):
+            fine_tune(settings, tmp_path / "run", Silent(), resume=True)
+
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    other = weights.copy()
+    other[-1] ^= 1  # of the same shapes, and of another fine-tune
+    (model / "model.safetensors").write_bytes(other)
+    refused("model has changed")
+    (model / "model.safetensors").write_bytes(weights)
+    template = model / "chat_template.jinja"
+    text = template.read_text()
+    template.write_text("{# another #}" + text)
+    refused("tokenizer has changed")
+    template.write_text(text)
+    (data / "b.jsonl").unlink()
+    refused(r"b\.jsonl is no longer there")
+    (data / "b.jsonl").write_text(rows)
+    fine_tune(settings, tmp_path / "run", Silent(), resume=True)
+
+
 def test_a_loss_that_is_no_number_stops_the_run(recipe, few, tmp_path):
     with pytest.raises(TrainingDiverged, match=r"at step \d+, on records \d+, ") as caught:
         fine_tune(

@@ -5,11 +5,13 @@ The one place that knows the whole recipe; each room below is given its own part
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,8 @@ from mlxtune.train.model import (
 from mlxtune.train.neftune import add_embedding_noise
 from mlxtune.train.run import Run, adapter_folder
 from mlxtune.train.trackers import Trackers, require_trackers
+
+_ADAPTER_FILES = "adapter*.safetensors"
 
 # Is told the recipe, its records and how many workers train, and says what the run will take, in
 # figures for run.json and in lines for people; may refuse it by raising.
@@ -134,8 +138,8 @@ def _fine_tune(
         workers.rank,
         workers.size,
     )
-    facts = _facts(recipe, base.source, workers)
-    workers.require_same(_shared_facts(facts, renderer))
+    facts = _facts(recipe, base.source, renderer, workers)
+    workers.require_same(_shared_facts(facts))
     facts["quantized_matmul"] = adapted.routes
     facts["lengths"] = _lengths(corpus)
     if expected is not None:
@@ -286,7 +290,9 @@ def _flat_texts(recipe: Recipe) -> dict[str, str]:
     return _flat(recipe.model_dump(exclude_none=True), form=str)
 
 
-def _facts(recipe: Recipe, source: ModelSource, workers: Workers) -> dict[str, Any]:
+def _facts(
+    recipe: Recipe, source: ModelSource, renderer: Renderer, workers: Workers
+) -> dict[str, Any]:
     """What run.json says of the circumstances."""
     sources = [source_of(section) for section in recipe.data]
     if (held_out := held_out_source(recipe.eval)) is not None:
@@ -296,7 +302,7 @@ def _facts(recipe: Recipe, source: ModelSource, workers: Workers) -> dict[str, A
         files.append(Path(recipe.model.chat_template))
     if recipe.lora.init_from is not None:
         # When a run goes on from a checkpoint, what it began with may be gone.
-        files += adapter_folder(Path(recipe.lora.init_from)).glob("adapter*.safetensors")
+        files += adapter_folder(Path(recipe.lora.init_from)).glob(_ADAPTER_FILES)
     return {
         "versions": {
             "mlxtune": mlxtune.__version__,
@@ -308,6 +314,7 @@ def _facts(recipe: Recipe, source: ModelSource, workers: Workers) -> dict[str, A
         "seed": recipe.seed,
         "hashes": {
             "model": _fingerprint(source),
+            "tokenizer": hashlib.sha256(renderer.identity().encode()).hexdigest(),
             **{str(path): sha256(path) for path in files},
             **{s.path: s.fingerprint() for s in sources if s.path.startswith(HUB)},
         },
@@ -324,28 +331,38 @@ def _lengths(corpus: Corpus) -> dict[str, list[int]]:
     }
 
 
-def _shared_facts(facts: dict[str, Any], renderer: Renderer) -> dict[str, str]:
+def _shared_facts(facts: dict[str, Any]) -> dict[str, str]:
     """What all workers need to have alike, wherever it lies on their disks."""
-    model, *data = facts["hashes"].values()
+    model, tokenizer, *data = facts["hashes"].values()
     return {
         "versions of mlxtune, MLX and mlx-lm": str(facts["versions"]),
         "model": model,
-        "tokenizer": renderer.identity(),
+        "tokenizer": tokenizer,
         "data": " ".join(data),
     }
 
 
 def _fingerprint(source: ModelSource) -> str:
-    """SHA-256 of a GGUF, or of a folder's config with its weight files' sizes.
+    """SHA-256 of a GGUF, or of a folder's config and samples of its weights.
 
     Hashing tens of gigabytes at each start would take longer than loading them.
     """
     if source.is_gguf:
         return sha256(source.path)
-    sizes = ",".join(
-        f"{f.name}:{f.stat().st_size}" for f in sorted(source.path.glob("*.safetensors"))
-    )
-    return f"{sha256(source.path / 'config.json')} {sizes}"
+    files = sorted(source.path.glob("*.safetensors"))
+    weights = ",".join(f"{file.name}:{_sampled(file)}" for file in files)
+    return f"{sha256(source.path / 'config.json')} {weights}"
+
+
+def _sampled(path: Path, blocks: int = 64, size: int = 4096) -> str:
+    """SHA-256 of a file's length and of blocks from all over it, its header among them."""
+    length = path.stat().st_size
+    found = hashlib.sha256(str(length).encode())
+    with path.open("rb") as file:
+        for number in range(blocks):
+            file.seek(max(0, length - size) * number // (blocks - 1))
+            found.update(file.read(size))
+    return found.hexdigest()
 
 
 def _require_same(status: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -355,12 +372,19 @@ def _require_same(status: dict[str, Any], facts: dict[str, Any]) -> None:
             "steps would not be what they were",
             remedy=f"go on with {before}, or start anew with --overwrite",
         )
-    for name, value in facts["hashes"].items():
-        if status.get("hashes", {}).get(name) != value:
-            raise RunError(
-                f"{name} has changed since the run began, so it cannot go on as it would have",
-                remedy="put it back as it was, or start anew with --overwrite",
-            )
+    then, now = status.get("hashes", {}), facts["hashes"]
+    # What a run began with is no longer needed, and may be gone.
+    gone = [name for name in then.keys() - now.keys() if not _of_adapter(name)]
+    for name in [*(n for n in now if then.get(n) != now[n]), *sorted(gone)]:
+        what = "is no longer there" if name in gone else "has changed"
+        raise RunError(
+            f"{name} {what} since the run began, so it cannot go on as it would have",
+            remedy="put it back as it was, or start anew with --overwrite",
+        )
+
+
+def _of_adapter(name: str) -> bool:
+    return fnmatch(Path(name).name, _ADAPTER_FILES)
 
 
 def _version(package: str) -> str:
