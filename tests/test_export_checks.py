@@ -12,6 +12,7 @@ from conftest import SHELL_TRAIN, write_jsonl
 from gguf import GGUFReader
 from mlx.utils import tree_map
 
+from mlxtune.cli.export import verified_lines
 from mlxtune.errors import ExportError, OutputExists
 from mlxtune.export.adapter import export_adapter
 from mlxtune.export.bundle import export_run
@@ -57,6 +58,16 @@ def test_llama_cpp_is_believed_when_it_disagrees(written, model):
     model.update(tree_map(lambda a: a * mx.nan, model.parameters()))
     with pytest.raises(ExportError, match="divergence nan"):
         check_in_llamacpp(written, model, ROWS, "q4_k_m")
+
+
+def test_what_does_not_fit_beside_its_source_is_not_run(folder, tmp_path, monkeypatch):
+    pytest.importorskip("xllamacpp")
+    monkeypatch.setattr("mlxtune.export.convert.memory_budget", lambda _: 2_500_000)
+    small = convert(str(folder), tmp_path / "small.gguf", file_type="q8_0").verified
+    large = convert(str(folder), tmp_path / "large.gguf", file_type="f32").verified
+    assert (small.llamacpp is None, small.not_run) == (False, None)
+    assert large.llamacpp is None and "0.0 are there" in large.not_run
+    assert "not run in llama.cpp and MLX" in "".join(verified_lines(large))
 
 
 def test_a_run_outlives_its_data(folder, tmp_path):

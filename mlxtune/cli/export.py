@@ -208,6 +208,8 @@ def verified_lines(verified: Verified, *, runs: bool = True) -> list[str]:
             f"{run.top1:.0%} of {run.places} places"
         )
         lines.append(f"in llama.cpp: {compared} (of {verified.tried_on})")
+    elif verified.not_run is not None:
+        lines.append(f"not run in llama.cpp and MLX: {verified.not_run}")
     else:
         lines.append("not run: `pip install 'mlxtune[llamacpp]'` lets it be tried in llama.cpp")
     return [f"  {line}" for line in lines]

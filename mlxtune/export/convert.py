@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mlxtune.device import on_cpu
 from mlxtune.export.calibrate import importance_of
 from mlxtune.export.runtime import RuntimeCheck, check_in_llamacpp, installed
 from mlxtune.export.source import Convertible, open_source
@@ -21,6 +23,7 @@ from mlxtune.gguf.tensors import SourceTensor
 from mlxtune.gguf.writer import Importance, Written, write_gguf
 from mlxtune.models.folder import dense_pieces, packable, packed_pieces
 from mlxtune.models.safetensors import write_safetensors
+from mlxtune.train.memory import GB, memory_budget
 
 Progress = Callable[[str], None]
 
@@ -37,11 +40,13 @@ class Verified:
         readback: its tensors, tokenizer and template, read back.
         llamacpp: what it says there; None where that is not installed, and of folders.
         tried_on: `records` of the run, or `texts` that come with mlxtune; None if not tried.
+        not_run: why llama.cpp was not asked though it is installed; None where it was.
     """
 
     readback: Readback
     llamacpp: RuntimeCheck | None
     tried_on: str | None = None
+    not_run: str | None = None
 
 
 @dataclass(frozen=True)
@@ -174,11 +179,22 @@ def write_model(
     readback = read_back(written.files[0], model.tensors(), tokenizer, texts)
     if not installed():
         return written, Verified(readback, None)
+    needed, budget = _running_bytes(model, written), memory_budget(None)
+    if needed > budget:
+        why = f"it would take some {needed / GB:.1f} GB, and {budget / GB:.1f} are there"
+        return written, Verified(readback, None, not_run=why)
     progress("running it in llama.cpp")
     records = rows()
     tried = [tokenizer(text).input_ids for text in SAMPLE] if records is None else records
     check = check_in_llamacpp(written.files[0], model.load().model, tried, file_type)
     return written, Verified(readback, check, "texts" if records is None else "records")
+
+
+def _running_bytes(model: Convertible, written: Written) -> int:
+    """What the model takes in MLX and in llama.cpp at the same time."""
+    wide = 4 if on_cpu() else 2
+    weights = sum(math.prod(tensor.shape) for tensor in model.tensors())
+    return wide * weights + sum(file.stat().st_size for file in written.files)
 
 
 _PHI3 = re.compile(r"phi-?3", re.IGNORECASE)
