@@ -57,7 +57,8 @@ def _figures(result: Comparison) -> Table:
         if any(cell != "–" for cell in cells):
             table.add_row(label, *cells)
 
-    row("held-out loss", lambda f: f"{f.held_out_loss:.4f}{_half(f.loss_interval)}")
+    row("held-out loss", lambda f: f"{f.held_out_loss:.4f}")
+    row("± of the loss", lambda f: _half(f.loss_interval))
     row("perplexity", lambda f: f"{f.perplexity:.4g}")
     row("bits per byte", lambda f: _number(f.bits_per_byte))
     row("general text loss", lambda f: _number(f.general_loss))
@@ -121,7 +122,7 @@ def _share(interval: Interval | None) -> str:
 
 
 def _half(interval: Interval | None) -> str:
-    return "" if interval is None else f" ±{(interval.high - interval.low) / 2:.2g}"
+    return "–" if interval is None else f"{(interval.high - interval.low) / 2:.4f}"
 
 
 def _number(value: float | None) -> str:
