@@ -5,20 +5,17 @@ The one place that knows the whole recipe; each room below is given its own part
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 import numpy as np
 
-import mlxtune
 from mlxtune.adapters.store import load_adapter, read_adapter
 from mlxtune.arrays import flat
 from mlxtune.data.batches import Plan
@@ -28,16 +25,15 @@ from mlxtune.data.sources import HUB
 from mlxtune.data.store import lengths_of
 from mlxtune.device import device_name
 from mlxtune.errors import RecipeError, RunError
-from mlxtune.files import sha256
 from mlxtune.layers.dense import dense_tensors
 from mlxtune.models.load import LoadedModel
-from mlxtune.models.resolve import ModelSource
 from mlxtune.recipe.load import dump_recipe
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.blocks import checkpoint_blocks
 from mlxtune.train.checkpoint import checkpoints
-from mlxtune.train.corpus import Corpus, check_sources, held_out_source, read_corpus, source_of
+from mlxtune.train.corpus import Corpus, check_sources, read_corpus
 from mlxtune.train.distributed import Workers, join
+from mlxtune.train.facts import facts_of, require_same, shared_facts
 from mlxtune.train.loop import Interrupted, Trainer
 from mlxtune.train.memory import keep_within, memory_budget
 from mlxtune.train.metrics import Outline, Reporter, Several, Silent
@@ -52,8 +48,6 @@ from mlxtune.train.model import (
 from mlxtune.train.neftune import add_embedding_noise
 from mlxtune.train.run import Run, adapter_folder
 from mlxtune.train.trackers import Trackers, require_trackers
-
-_ADAPTER_FILES = "adapter*.safetensors"
 
 # Is told the recipe, its records and how many workers train, and says what the run will take, in
 # figures for run.json and in lines for people; may refuse it by raising.
@@ -138,8 +132,8 @@ def _fine_tune(
         workers.rank,
         workers.size,
     )
-    facts = _facts(recipe, base.source, renderer, workers)
-    workers.require_same(_shared_facts(facts))
+    facts = facts_of(recipe, base.source, renderer, workers)
+    workers.require_same(shared_facts(facts))
     facts["quantized_matmul"] = adapted.routes
     facts["lengths"] = _lengths(corpus)
     if expected is not None:
@@ -159,7 +153,7 @@ def _fine_tune(
     elif run is None:
         run = Run.create(path, recipe, facts, overwrite=overwrite)
     else:
-        _require_same(before, facts)
+        require_same(before, facts)
     trackers = Trackers(recipe.log.report_to if workers.first else (), run, _flat_texts(recipe))
     trainer = Trainer(
         base.model,
@@ -290,37 +284,6 @@ def _flat_texts(recipe: Recipe) -> dict[str, str]:
     return _flat(recipe.model_dump(exclude_none=True), form=str)
 
 
-def _facts(
-    recipe: Recipe, source: ModelSource, renderer: Renderer, workers: Workers
-) -> dict[str, Any]:
-    """What run.json says of the circumstances."""
-    sources = [source_of(section) for section in recipe.data]
-    if (held_out := held_out_source(recipe.eval)) is not None:
-        sources.append(held_out)
-    files = [file for s in sources for file in s.files()]
-    if recipe.model.chat_template is not None:
-        files.append(Path(recipe.model.chat_template))
-    if recipe.lora.init_from is not None:
-        # When a run goes on from a checkpoint, what it began with may be gone.
-        files += adapter_folder(Path(recipe.lora.init_from)).glob(_ADAPTER_FILES)
-    return {
-        "versions": {
-            "mlxtune": mlxtune.__version__,
-            "mlx": _version("mlx"),
-            "mlx-lm": _version("mlx-lm"),
-        },
-        "device": device_name(),
-        "workers": workers.size,
-        "seed": recipe.seed,
-        "hashes": {
-            "model": _fingerprint(source),
-            "tokenizer": hashlib.sha256(renderer.identity().encode()).hexdigest(),
-            **{str(path): sha256(path) for path in files},
-            **{s.path: s.fingerprint() for s in sources if s.path.startswith(HUB)},
-        },
-    }
-
-
 def _lengths(corpus: Corpus) -> dict[str, list[int]]:
     """Samples by tokens: bin i has `counts[i]` of `edges[i]` to `edges[i + 1] - 1`."""
     lengths = np.concatenate([lengths_of(part.samples) for part in corpus.parts])
@@ -329,68 +292,6 @@ def _lengths(corpus: Corpus) -> dict[str, list[int]]:
         "edges": [*(b.low for b in bins), bins[-1].high + 1],
         "counts": [b.count for b in bins],
     }
-
-
-def _shared_facts(facts: dict[str, Any]) -> dict[str, str]:
-    """What all workers need to have alike, wherever it lies on their disks."""
-    model, tokenizer, *data = facts["hashes"].values()
-    return {
-        "versions of mlxtune, MLX and mlx-lm": str(facts["versions"]),
-        "model": model,
-        "tokenizer": tokenizer,
-        "data": " ".join(data),
-    }
-
-
-def _fingerprint(source: ModelSource) -> str:
-    """SHA-256 of a GGUF, or of a folder's config and samples of its weights.
-
-    Hashing tens of gigabytes at each start would take longer than loading them.
-    """
-    if source.is_gguf:
-        return sha256(source.path)
-    files = sorted(source.path.glob("*.safetensors"))
-    weights = ",".join(f"{file.name}:{_sampled(file)}" for file in files)
-    return f"{sha256(source.path / 'config.json')} {weights}"
-
-
-def _sampled(path: Path, blocks: int = 64, size: int = 4096) -> str:
-    """SHA-256 of a file's length and of blocks from all over it, its header among them."""
-    length = path.stat().st_size
-    found = hashlib.sha256(str(length).encode())
-    with path.open("rb") as file:
-        for number in range(blocks):
-            file.seek(max(0, length - size) * number // (blocks - 1))
-            found.update(file.read(size))
-    return found.hexdigest()
-
-
-def _require_same(status: dict[str, Any], facts: dict[str, Any]) -> None:
-    if (before := status.get("workers", 1)) != facts["workers"]:
-        raise RunError(
-            f"the run was begun with {before} workers, and there are {facts['workers']} now: its "
-            "steps would not be what they were",
-            remedy=f"go on with {before}, or start anew with --overwrite",
-        )
-    then, now = status.get("hashes", {}), facts["hashes"]
-    # What a run began with is no longer needed, and may be gone.
-    gone = [name for name in then.keys() - now.keys() if not _of_adapter(name)]
-    for name in [*(n for n in now if then.get(n) != now[n]), *sorted(gone)]:
-        what = "is no longer there" if name in gone else "has changed"
-        raise RunError(
-            f"{name} {what} since the run began, so it cannot go on as it would have",
-            remedy="put it back as it was, or start anew with --overwrite",
-        )
-
-
-def _of_adapter(name: str) -> bool:
-    return fnmatch(Path(name).name, _ADAPTER_FILES)
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
 
 
 def _outline(
