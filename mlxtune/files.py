@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -146,6 +147,22 @@ def atomic_files(
         raise StorageError(error.what, where=str(path), remedy=error.remedy) from error
 
 
+def clear_unfinished(folder: Path) -> None:
+    """Put right what programs that were killed while writing into `folder` have left there.
+
+    What they had put aside comes back if nothing took its place; their unfinished work goes.
+    For a folder that nobody is writing into.
+    """
+    for path in folder.glob(".*"):
+        if not (match := _BESIDE.fullmatch(path.name)):
+            continue
+        place = folder / match["name"]
+        if match["kind"] == "replaced" and not (place.exists() or place.is_symlink()):
+            path.rename(place)
+        else:
+            _remove(path)
+
+
 def require_no_file(path: Path, overwrite: bool) -> None:
     """Say early that a file would be refused.
 
@@ -166,6 +183,9 @@ def _beside(path: Path, kind: str) -> Path:
     """A name in the same folder that nobody else uses; `.` has a name too."""
     path = path.absolute()
     return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+
+
+_BESIDE = re.compile(r"\.(?P<name>.+)\.\d+\.(?P<kind>partial|replaced)")
 
 
 def _require_free(path: Path, overwrite: bool, marker: str | None) -> None:

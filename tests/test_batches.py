@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from helpers import random_samples
@@ -106,3 +108,20 @@ def test_mixed_parts_are_the_same_steps_when_taken_up_anywhere():
     whole = list(mixed(2.0, 1.0, 0.5).steps(0, 15))
     for start in (1, 5, 6, 11):
         assert records(list(mixed(2.0, 1.0, 0.5).steps(start, 15))) == records(whole[start:])
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_no_pass_of_any_shuffle_is_larger_than_the_largest(packing):
+    """Also where the longest samples begin alike and some of the others do not."""
+    long, other = random_samples([140] * 9, prefix=100), random_samples([90] * 2, seed=1)
+    samples = [replace(s, record=n) for n, s in enumerate([*long, *other])]
+
+    def sized(seed: int) -> tuple[int, list[int]]:
+        schedule = Plan([Part(samples)], 3, 1, seed, Layout(packing))
+        steps = schedule.steps(0, 4 * schedule.steps_per_epoch)
+        return schedule.largest().tokens.size, [b.tokens.size for step in steps for b in step]
+
+    bounds, seen = zip(*(sized(seed) for seed in range(8)), strict=True)
+    sizes = {size for some in seen for size in some}
+    assert len(set(bounds)) == 1 and max(sizes) == bounds[0]
+    assert not packing or bounds[0] > 3 * 140 - 2 * 100 + 8  # more than the longest take

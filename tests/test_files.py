@@ -14,7 +14,7 @@ from conftest import ROOT, tiny_llama
 
 from mlxtune.arrays import flat
 from mlxtune.errors import OutputExists, StorageError
-from mlxtune.files import atomic_file, atomic_folder, write_json, write_text
+from mlxtune.files import atomic_file, atomic_folder, clear_unfinished, write_json, write_text
 from mlxtune.layers.inject import add_lora, lora_layers, projections
 from mlxtune.train.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint
 from mlxtune.train.optim import make_optimizer
@@ -293,3 +293,31 @@ except StorageError:
 """
     assert on_a_full_disk(code, limit=100) == "told"
     assert sorted(tree(tmp_path)) == ["run", "run/recipe.toml", "run/run.json"]
+
+
+def test_what_killed_programs_left_is_put_right(tmp_path):
+    """Killed between the two renames that replace a folder."""
+    script = """
+import os, sys
+from pathlib import Path
+from mlxtune.files import atomic_folder
+place, rename = Path(sys.argv[1]), Path.rename
+def dies(self, target):
+    if Path(target) == place:
+        os._exit(1)
+    return rename(self, target)
+Path.rename = dies
+with atomic_folder(place, overwrite=True) as folder:
+    (folder / "new").write_text("new")
+"""
+    place = tmp_path / "adapter.best"
+    place.mkdir()
+    (place / "old").write_text("old")
+    (tmp_path / ".hidden").write_text("not ours")
+    subprocess.run([sys.executable, "-c", script, str(place)], check=False)
+    names = [path.name for path in tmp_path.iterdir()]
+    assert place.name not in names
+    assert {name.rpartition(".")[2] for name in names} == {"hidden", "replaced", "partial"}
+    clear_unfinished(tmp_path)
+    old = {place.name: None, f"{place.name}/old": b"old"}
+    assert tree(tmp_path) == {".hidden": b"not ours", **old}

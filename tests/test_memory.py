@@ -63,6 +63,24 @@ def test_a_step_stays_within_the_budget_and_no_block_too_many_is_computed_twice(
     assert 1 <= counts[2] <= 6
 
 
+@pytest.mark.parametrize("pattern", [1, 4, 6])
+def test_padded_models_with_windows_are_measured_in_whole_turns(pattern):
+    """mlx-lm's Gemma 3 asks its last block of a turn for the mask of all like it."""
+    kind = {"num_hidden_layers": 12, "sliding_window_pattern": pattern, "sliding_window": 16}
+    model = with_adapters(tiny("gemma3_text", **kind))
+    batch = pad(random_samples([300, 280]))
+    assert blocks_to_checkpoint(model, batch, 10 * GB) == 0
+    assert blocks_to_checkpoint(model, batch, 1) == 12
+
+
+def test_what_the_optimizer_keeps_is_counted():
+    model = model_of()
+    _, most = loss_and_peak(model_of())
+    budget, state = int(1.2 * most), int(0.5 * most)
+    assert blocks_to_checkpoint(model, BATCH, budget) == 0
+    assert blocks_to_checkpoint(model, BATCH, budget, state) > 0
+
+
 def test_the_model_is_left_whole():
     model = model_of()
     before = model(mx.array([[1, 2, 3]]))

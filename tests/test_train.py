@@ -112,7 +112,14 @@ def test_accumulation_is_the_same_mathematics(recipe, few, tmp_path):
         {"lora": {"target_modules": ["*.self_attn.*"]}},
         {"lora": {"exclude_modules": ["down_proj"]}},
         {"lora": {"dora": True}},
+        {"train": {"optimizer": "adafactor"}},
+        {"train": {"optimizer": "lion"}},
+        {"train": {"optimizer": "muon"}},
+        {"train": {"optimizer": "sgd"}},
+        {"train": {"adam_bias_correction": False}},
+        {"train": {"lora_plus_ratio": 4.0}},
         {"train": {"lr_scheduler": "constant"}},
+        {"train": {"lr_scheduler": "warmup_stable_decay", "decay_ratio": 0.5}},
         {"train": {"lr_scheduler": "linear"}},
         {"train": {"warmup_ratio": 0.5}},
         {"train": {"warmup_steps": 4}},
@@ -130,6 +137,17 @@ def test_accumulation_is_the_same_mathematics(recipe, few, tmp_path):
 def test_each_option_has_an_effect(recipe, change, few, tmp_path, plain_adapter):
     other = fine_tune(recipe(few, **change), tmp_path / "other", Silent())
     assert not same_arrays(adapter(other), plain_adapter)
+
+
+def test_moments_of_a_byte_are_kept_in_bytes(recipe, few, tmp_path):
+    """Of matrices that are large enough to be worth it."""
+    settings = recipe(few, lora={"rank": 64}, train={"optimizer": "adamw_8bit", "max_steps": 2})
+    run = fine_tune(settings, tmp_path / "run", Silent())
+    [saved] = checkpoints(run.checkpoints)
+    arrays = load_arrays(saved / "optimizer.safetensors")
+    in_bytes = sum(array.nbytes for array in arrays.values() if array.dtype == mx.uint8)
+    trained = sum(array.nbytes for array in adapter(run).values())
+    assert in_bytes > 0.4 * trained  # both moments: two bytes for each weight of four
 
 
 @pytest.fixture(scope="module")
@@ -200,8 +218,21 @@ def test_dora_on_packed_weights_is_interrupted_resumed_and_fused(recipe, few, tm
     assert report.max_logit_difference < 1e-3 and report.top1_agreement == 1
 
 
-def test_gradient_checkpointing_changes_nothing(recipe, few, tmp_path, plain_adapter):
-    run = fine_tune(recipe(few, train={"gradient_checkpointing": True}), tmp_path / "run", Silent())
+@pytest.mark.parametrize(
+    ("change", "twice"),
+    [
+        ({"gradient_checkpointing": True}, [0, 1]),
+        ({"gradient_checkpointing": 2}, [0]),
+        ({"gradient_checkpointing": "auto", "memory_limit": 0.001}, [0, 1]),
+        ({"gradient_checkpointing": "auto"}, []),
+    ],
+    ids=str,
+)
+def test_gradient_checkpointing_changes_nothing(
+    recipe, few, tmp_path, plain_adapter, change, twice
+):
+    run = fine_tune(recipe(few, train=change), tmp_path / "run", Silent())
+    assert run.status()["checkpointed_blocks"] == twice
     got = adapter(run)
     for name, want in plain_adapter.items():
         assert mx.allclose(got[name], want, rtol=1e-3, atol=1e-5).item(), name
@@ -298,11 +329,13 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(recipe, few, tm
     class Told(Silent):
         def started(self, outline):
             self.outline = outline
+            self.found = [p.name for p in checkpoints(run.checkpoints)]
 
     told = Told()
     fine_tune(settings, tmp_path / "run", told, resume=True)
     assert told.outline.first_step == 2
     assert any("step-3 is damaged" in note for note in told.outline.notes)
+    assert told.found == ["step-1", "step-2"]
     assert losses(run) == losses(straight)
     assert same_arrays(adapter(run), adapter(straight))
 
@@ -485,7 +518,8 @@ def test_quantize_packs_while_loading(recipe, few, tmp_path, tiny_folder, plain_
     assert not same_arrays(adapter(run), plain_adapter)
 
 
-def test_the_cli_stops_on_ctrl_c_with_130_and_says_how_to_go_on(recipe, few, tmp_path):
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_the_cli_stops_when_asked_to_and_says_how_to_go_on(recipe, few, tmp_path, asked):
     file = tmp_path / "t.toml"
     from mlxtune.recipe.load import dump_recipe
 
@@ -501,9 +535,11 @@ def test_the_cli_stops_on_ctrl_c_with_130_and_says_how_to_go_on(recipe, few, tmp
     deadline = time.monotonic() + 120
     while not metrics.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(asked)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + asked
+    [saved] = checkpoints(tmp_path / "run/checkpoints")
+    assert str(saved) in errors
     assert "--resume" in errors and "Traceback" not in errors
 
 

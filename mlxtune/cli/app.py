@@ -212,8 +212,8 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(USER_ERROR)
     except Exception as error:
-        if _say_interrupted(error):
-            sys.exit(INTERRUPTED)
+        if (number := _say_interrupted(error)) is not None:
+            sys.exit(128 + number)
         if debug:
             raise
         print(
@@ -240,13 +240,14 @@ def _notes(error: Exception) -> str:
     return "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
 
 
-def _say_interrupted(error: Exception) -> bool:
-    """Tell how to go on after Ctrl-C, if that is what this is."""
+def _say_interrupted(error: Exception) -> int | None:
+    """If this is a stop asked for by a signal, tell how to go on; the signal's number."""
     loop: Any = sys.modules.get("mlxtune.train.loop")
     if loop is None or not isinstance(error, loop.Interrupted):
-        return False
+        return None
+    number = int(error.signal)
     if worker_rank():
-        return True  # the first worker tells it
+        return number  # the first worker tells the rest
     checkpoint = error.checkpoint
     run = checkpoint.parent.parent
     print(
@@ -254,7 +255,7 @@ def _say_interrupted(error: Exception) -> bool:
         f"  go on: mlxtune lora {run / 'recipe.toml'} -o {run} --resume",
         file=sys.stderr,
     )
-    return True
+    return number
 
 
 def _joined() -> AbstractContextManager[Workers | None]:

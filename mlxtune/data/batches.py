@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from mlxtune.data.pack import Batch
+from mlxtune.data.pack import Batch, common_prefix
 from mlxtune.data.passes import Layout, passes
 from mlxtune.data.render import Sample
 from mlxtune.data.store import lengths_of
@@ -89,13 +89,38 @@ class Plan:
             yield passes(chosen, self.batch_size, self.layout)
 
     def largest(self) -> Batch:
-        """A pass of the longest samples that there are: no other takes more memory."""
+        """A pass of the longest samples that there are: no other takes more memory.
+
+        If those begin alike, one that begins otherwise may take the place of one of them,
+        so that less is computed once for all.
+        """
         count = self.batch_size * self.accumulation
         lengths = [lengths_of(part.samples) for part in self.parts]
         places = [(p, at) for p, own in enumerate(lengths) for at in _longest(own, count)]
         places.sort(key=lambda place: -lengths[place[0]][place[1]])
         chosen = [self.parts[part].samples[at] for part, at in places[:count]]
-        return max(passes(chosen, self.batch_size, self.layout), key=lambda b: b.tokens.size)
+        found = self._largest_of(chosen)
+        if found.prefix and (other := self._parting(chosen)) is not None:
+            parted = self._largest_of([*chosen[:-1], other])
+            found = max(found, parted, key=lambda batch: batch.tokens.size)
+        return found
+
+    def _largest_of(self, samples: list[Sample]) -> Batch:
+        found = passes(samples, self.batch_size, self.layout)
+        return max(found, key=lambda batch: batch.tokens.size)
+
+    def _parting(self, chosen: list[Sample]) -> Sample | None:
+        """Of all samples the one that, in the place of the last of these, makes most tokens."""
+        shared, others = common_prefix(chosen), len(chosen) - 1
+        begin, last = chosen[0].tokens[:shared], len(chosen[-1].tokens)
+        best, found = 0, None
+        for sample in (sample for part in self.parts for sample in part.samples):
+            alike = begin[: len(sample.tokens)] == sample.tokens[:shared]
+            common = len(alike) if alike.all() else int(np.argmin(alike))
+            gain = len(sample.tokens) - last + others * (shared - common)
+            if gain > best:
+                best, found = gain, sample
+        return found
 
     def _order(self, epoch: int) -> Order:
         """(part, index in it) of each sample of an epoch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from mlxtune.data.batches import Plan
 from mlxtune.data.pack import Batch
 from mlxtune.data.render import Sample
 from mlxtune.errors import TrainingDiverged
-from mlxtune.files import atomic_folder
+from mlxtune.files import atomic_folder, clear_unfinished
 from mlxtune.recipe.schema import CheckpointSection, EvalSection, LogSection, TrainSection
 from mlxtune.train.checkpoint import (
     DamagedCheckpoint,
@@ -37,15 +38,21 @@ from mlxtune.train.metrics import Report, Reporter
 from mlxtune.train.optim import optimizer_of
 from mlxtune.train.run import Run
 from mlxtune.train.schedule import learning_rate
-from mlxtune.train.step import TrainStep
+from mlxtune.train.step import StepResult, TrainStep
 
 
 class Interrupted(Stopped):
-    """Training was stopped by the user; everything is saved in `checkpoint`."""
+    """Training was stopped from outside; everything is saved.
 
-    def __init__(self, checkpoint: Path) -> None:
+    Attributes:
+        checkpoint: where.
+        signal: what it was asked by.
+    """
+
+    def __init__(self, checkpoint: Path, by: signal.Signals = signal.SIGINT) -> None:
         super().__init__(str(checkpoint))
         self.checkpoint = checkpoint
+        self.signal = by
 
 
 class Trainer:
@@ -92,6 +99,7 @@ class Trainer:
         self._eval_every = evaluation.steps or plan.steps_per_epoch
         self._optimizer = optimizer_of(train, model)
         self._progress = Progress()
+        self._mark = 0.0  # until when the time of steps is counted
 
     def resume(self) -> tuple[int, list[str]]:
         """Go back to the latest whole checkpoint, if there is any.
@@ -107,6 +115,8 @@ class Trainer:
         if not self._workers.first:
             return 0, []
         notes = []
+        for folder in (self._run.path, self._run.checkpoints):
+            clear_unfinished(folder)
         found = checkpoints(self._run.checkpoints)
         for path in reversed(found):
             try:
@@ -118,6 +128,9 @@ class Trainer:
                 notes.append(
                     f"{path.name} is damaged, the checkpoint before it is used: {damaged.what}"
                 )
+        for path in found[len(found) - len(notes) :]:
+            # Or it would count among the latest, which are kept.
+            shutil.rmtree(path, ignore_errors=True)
         # What was measured before the first step is measured again.
         self._run.forget_after(self._progress.step or -1)
         return self._progress.step, notes
@@ -125,8 +138,11 @@ class Trainer:
     def __call__(self) -> None:
         """Train to the end and save the adapter.
 
+        While a step is computed the next one is prepared, and only then its loss is looked
+        at; whoever is told of a step, or keeps it, waits for it first.
+
         Raises:
-            Interrupted: after Ctrl-C, with everything saved.
+            Interrupted: after Ctrl-C or SIGTERM, with everything saved.
             TrainingDiverged: the loss or the gradient is not a number.
             StorageError: the disk refuses a checkpoint; the one before stands.
         """
@@ -143,22 +159,25 @@ class Trainer:
         first = self._progress.step
         if first == 0:
             self._measure()
-        with _stop_on_interrupt(self._workers):
+        with _stop_on_signals(self._workers) as asked:
             # A run that was stopped early may have been killed before it said so.
             left = first if self._enough() else self.total_steps
-            for batches in ahead(self._plan.steps(first, left)):
-                begun = time.perf_counter()
-                rate = self._rate(self._progress.step)
+            begun: _Begun | None = None
+            self._mark = time.perf_counter()
+            for step, batches in enumerate(ahead(self._plan.steps(first, left)), start=first + 1):
+                rate = self._rate(step - 1)
                 seen = self._seen(batches)
                 result = step_on(batches, rate, seen.weight)
-                mx.eval(self._model.state, self._optimizer.state, result.loss, result.grad_norm)
-                loss, norm = scalar(result.loss), scalar(result.grad_norm)
-                if not (math.isfinite(loss) and math.isfinite(norm)):
-                    raise self._diverged(batches, loss)
-                self._advance(seen, loss, time.perf_counter() - begun)
-                step = self._progress.step
-                last = step == self.total_steps
-                self._reporter.stepped(step)
+                mx.async_eval(
+                    self._model.state, self._optimizer.state, result.loss, result.grad_norm
+                )
+                if begun is not None:
+                    self._settle(begun)
+                begun = _Begun(batches, seen, result)
+                last, stop = step == self.total_steps, self._workers.stopping
+                if not (last or stop or self._is_due(step)):
+                    continue
+                norm, begun = self._settle(begun), None
                 if step % self._log.steps == 0 or last:
                     self._report(rate, norm)
                 if step % self._eval_every == 0 or last:
@@ -173,8 +192,25 @@ class Trainer:
                 if last:
                     break
                 if stop:
-                    raise Interrupted(self._run.checkpoints / f"step-{step}")
+                    by = signal.SIGTERM if signal.SIGTERM in asked else signal.SIGINT
+                    raise Interrupted(self._run.checkpoints / f"step-{step}", by)
+                self._mark = time.perf_counter()
         self._keep(self._run.adapter)
+
+    def _is_due(self, step: int) -> bool:
+        """Whether something is to be done after this step."""
+        every = self._log.steps, self._eval_every, self._checkpoint.steps
+        return any(step % count == 0 for count in every)
+
+    def _settle(self, begun: _Begun) -> float:
+        """Wait for a step and count it; the norm of its gradient."""
+        loss, norm = scalar(begun.result.loss), scalar(begun.result.grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise self._diverged(begun.batches, loss)
+        before, self._mark = self._mark, time.perf_counter()
+        self._advance(begun.seen, loss, self._mark - before)
+        self._reporter.stepped(self._progress.step)
+        return norm
 
     def _enough(self) -> bool:
         """Whether the held-out loss has stopped getting better (early stopping)."""
@@ -320,25 +356,39 @@ class _Seen:
     examples: int
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """A step that is being computed."""
+
+    batches: list[Batch]
+    seen: _Seen
+    result: StepResult
+
+
 @contextmanager
-def _stop_on_interrupt(workers: Workers) -> Iterator[None]:
+def _stop_on_signals(workers: Workers) -> Iterator[list[int]]:
     """The first Ctrl-C asks for a stop after this step; the second stops at once.
 
-    To workers on another machine Ctrl-C comes as the loss of their terminal (SIGHUP).
+    So does SIGTERM, which a machine that shuts down sends, or a queue whose time is up; to
+    one worker of several it means that another has ended. To workers on another machine
+    Ctrl-C comes as the loss of their terminal (SIGHUP).
+
+    Yields:
+        The signals that have come.
     """
-    asked = False
+    asked: list[int] = []
 
     def ask(number: int, _frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked and number == signal.SIGINT:
+        again = number == signal.SIGINT and signal.SIGINT in asked
+        asked.append(number)
+        if again:
             raise KeyboardInterrupt
-        asked = asked or number == signal.SIGINT
         workers.ask_to_stop()
 
-    numbers = [signal.SIGINT] if workers.size == 1 else [signal.SIGINT, signal.SIGHUP]
+    numbers = [signal.SIGINT, signal.SIGTERM if workers.size == 1 else signal.SIGHUP]
     before = [signal.signal(number, ask) for number in numbers]
     try:
-        yield
+        yield asked
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)

@@ -20,6 +20,8 @@ GB = 10**9
 _OTHERS = 0.2
 # A budget is not used to the last byte: buffers are reused at other sizes.
 _MARGIN = 0.95
+# mlx-lm's name for how blocks with a window and without one follow each other.
+_TURN = "sliding_window_pattern"
 
 
 def memory_budget(limit: float | None) -> int:
@@ -50,32 +52,42 @@ def keep_within(budget: int) -> None:
         mx.set_wired_limit(min(budget, allowed))
 
 
-def blocks_to_checkpoint(model: nn.Module, batch: Batch, budget: int) -> int:
+def blocks_to_checkpoint(model: nn.Module, batch: Batch, budget: int, state: int = 0) -> int:
     """The fewest blocks to compute twice so that a step on `batch` stays within `budget`.
 
-    What a block keeps is measured: what the peak of a pass rises by from two of the
-    model's blocks to six. Adapters, gradients and AdamW's two moments are counted in.
+    What a block keeps is measured: what the peak of a pass rises by from a few of the
+    model's blocks to a few more. Adapters, gradients and the optimizer are counted in.
 
     Args:
         model: with adapters in place.
         batch: the largest that will come.
         budget: bytes, of everything.
+        state: bytes that the optimizer keeps.
 
     Raises:
         ModelError: the model does not run with fewer blocks, so nothing can be measured.
     """
     count = len(model.layers)
-    few, more = min(2, count), min(6, count)
+    # Blocks that look through a window stand between others, and the model asks for one of
+    # each to make its masks: whole turns of them, or nothing is known of the rest.
+    turn = _turn(model)
+    few, more = (min(count, -(-blocks // turn) * turn) for blocks in (2, max(6, turn + 2)))
     least, most = (_peak(model, batch, blocks) for blocks in (few, more))
     kept = max(1, (most - least) // max(1, more - few))
     # A checkpointed block keeps its input alone; one of them at a time is computed again.
     saved = max(1, kept - _input_bytes(model, batch))
     trained = sum(a.nbytes for a in flat(model.trainable_parameters()).values())
-    without = mx.get_active_memory() + 3 * trained + least + (count - few) * kept
+    without = mx.get_active_memory() + trained + state + least + (count - few) * kept
     excess = without - _MARGIN * budget
     if excess <= 0:
         return 0
     return min(count, 1 + math.ceil(excess / saved))
+
+
+def _turn(model: nn.Module) -> int:
+    """After how many blocks windows and full sight begin anew: a number, or `LLLG`."""
+    named: Any = getattr(getattr(language_model(model), "args", None), _TURN, None)
+    return max(1, len(named) if isinstance(named, str) else int(named or 1))
 
 
 def _peak(model: nn.Module, batch: Batch, blocks: int) -> int:

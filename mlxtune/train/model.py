@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from mlxtune.adapters.saved import SavedAdapter
 from mlxtune.adapters.store import start_from
+from mlxtune.arrays import flat
 from mlxtune.data.batches import Plan
 from mlxtune.data.passes import Layout
 from mlxtune.device import on_cpu
@@ -31,6 +32,7 @@ from mlxtune.models.resolve import resolve_model
 from mlxtune.models.targets import find_targets
 from mlxtune.recipe.schema import LoraSection, ModelSection, Recipe, TrainSection
 from mlxtune.train.memory import GB, blocks_to_checkpoint
+from mlxtune.train.optim import optimizer_of
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ def blocks_computed_twice(
     if wish != "auto":
         return blocks[::wish]
     try:
-        count = blocks_to_checkpoint(model, plan.largest(), budget)
+        state = sum(a.nbytes for a in flat(optimizer_of(train, model).state).values())
+        count = blocks_to_checkpoint(model, plan.largest(), budget, state)
     except ModelError as error:
         notes.append(f"no gradient checkpointing: {error.what}")
         return []
