@@ -127,28 +127,29 @@ def test_no_more_than_a_chunk_of_logits_exists_at_once():
     assert peak(1024, chunked=True) < peak(512, chunked=True) + 2 * chunk
 
 
-@pytest.mark.parametrize(
-    "made",
-    [
-        lambda: tiny_llama(tied=True),
-        lambda: tiny_llama(tied=False),
-        lambda: tiny("gemma2", num_key_value_heads=4, final_logit_softcapping=5.0),
-    ],
-    ids=["tied", "untied", "capped"],
-)
-@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-def test_a_models_loss_is_that_of_each_sample_alone(made, trained, monkeypatch):
-    """In chunks, and for a head that is trained itself without them, exactly."""
+MODELS = {
+    "tied": lambda: tiny_llama(tied=True),
+    "untied": lambda: tiny_llama(tied=False),
+    "capped": lambda: tiny("gemma2", num_key_value_heads=4, final_logit_softcapping=5.0),
+}
+
+
+@pytest.mark.parametrize("trained", [None, "all", "lora", "dora"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_models_loss_is_that_of_each_sample_alone(kind, trained, monkeypatch):
+    """Also where the head is trained, itself or by an adapter."""
     monkeypatch.setattr(step, "LOGITS_AT_ONCE", 1)
     monkeypatch.setattr(step, "LEAST_ROWS", 32)
-    model = made()
+    model = MODELS[kind]()
     enable_packs(model)
-    with_adapters(model, [p for p in projections(model) if p != "lm_head"])
+    paths, of_head = projections(model), trained in ("lora", "dora")
+    if of_head and kind != "untied":
+        return  # an embedding takes no adapter
+    with_adapters(model, [p for p in paths if of_head or p != "lm_head"], dora=trained == "dora")
     _, head = split_head(model)
-    assert head.frozen
-    if trained:
+    if trained == "all":
         head.module.unfreeze()
-        assert not head.frozen
+    assert bool(head.trained) == bool(trained)
     samples = random_samples((40, 12, 31, 19, 50, 22, 14, 61), prefix=9, untrained=10)
     model.train()
     loss, arrays = LossFunction(model), batch_arrays(batch := pack(samples))
@@ -159,3 +160,42 @@ def test_a_models_loss_is_that_of_each_sample_alone(made, trained, monkeypatch):
     assert gradients.keys() == wanted.keys()
     for name, gradient in gradients.items():
         assert distance(gradient, wanted[name]) < 1e-4, name
+        assert mx.abs(wanted[name]).max().item() > 0, name
+
+
+def test_no_more_than_a_chunk_of_logits_exists_at_once_where_the_head_is_trained():
+    words, width, count, rows = 20_000, 16, 1024, 16
+    weight, hidden = mx.random.normal((words, width)), mx.random.normal((count, width))
+    targets, weights = mx.zeros((count,), mx.int32), mx.ones((count,))
+    mx.eval(weight, hidden, targets, weights)
+
+    def loss(x, w):
+        project = lambda part, own: part @ own.T  # noqa: E731
+        return chunked_cross_entropy(project, x, targets, weights, rows=rows, trained=[w])
+
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(mx.value_and_grad(loss, argnums=[0, 1])(hidden, weight))
+    assert mx.get_peak_memory() - before < 0.3 * (4 * words * count)
+
+
+def test_a_trained_head_drops_the_same_in_both_directions():
+    """What it drops for the loss it drops for the gradient."""
+    mx.random.seed(0)
+    dropout = nn.Dropout(0.5)
+    weight, hidden = mx.random.normal((WORDS, WIDTH)), mx.ones((ROWS, WIDTH))
+    targets, weights = mx.zeros((ROWS,), mx.int32), mx.ones((ROWS,))
+    kept = []
+
+    def head(x, w):
+        kept.append(dropout(x))
+        return kept[-1] @ w.T
+
+    def loss(w):
+        return chunked_cross_entropy(head, hidden, targets, weights, rows=32, trained=[w])
+
+    gradient = mx.grad(loss)(weight)
+    assert len(kept) == -(-ROWS // 32)
+    logits = mx.concatenate(kept) @ weight.T
+    above = mx.softmax(logits, axis=-1) - (mx.arange(WORDS) == 0)
+    assert distance(gradient, above.T @ mx.concatenate(kept)) < 1e-5

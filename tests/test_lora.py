@@ -227,7 +227,7 @@ def test_patterns_match_whole_paths():
         p for p in targets("all-linear") if ".1.mlp." in p or p.endswith("k_proj")
     ]
     # `q*` would be all paths that begin so, and none does.
-    for pattern in ("q*", "*.SELF_ATTN.*", "lm_*"):
+    for pattern in ("q*", "*.SELF_ATTN.*", "embed_*"):
         with pytest.raises(TargetError, match="no layer of this model") as caught:
             targets(pattern)
         assert "paths such as model.layers.0." in caught.value.remedy
@@ -277,7 +277,19 @@ def test_names_and_layers_that_leave_nothing_to_adapt_are_refused():
         targets("0.self_attn.v_proj", layers=1)
 
 
-@pytest.mark.parametrize("name", ["q_prj", "attn.q_proj", "proj", "lm_head"])
+def test_the_output_layer_is_adapted_where_it_is_named():
+    blocks = targets("all-linear")
+    assert sorted(targets("all-linear", "lm_head")) == sorted([*blocks, "lm_head"])
+    assert targets("lm_*") == ["lm_head"]
+    assert set(targets("v_proj", "lm_head", layers=1)) == {
+        *targets("1.self_attn.v_proj"),
+        "lm_head",
+    }
+    with pytest.raises(TargetError, match="no layer of this model is called 'lm_head'"):
+        find_targets(dict(projections(tiny_llama(tied=True))), ["lm_head"], layer_count=2)
+
+
+@pytest.mark.parametrize("name", ["q_prj", "attn.q_proj", "proj", "head"])
 def test_a_name_that_matches_nothing_is_refused_with_the_names_there_are(name):
     with pytest.raises(TargetError) as caught:
         targets("v_proj", name)

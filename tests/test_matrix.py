@@ -294,13 +294,15 @@ def test_quantized_files_say_the_same(source, tmp_path, file_type):
     assert np.mean(same_in_mlx) >= least
 
 
-@pytest.mark.parametrize("name", ["llama-3-rope", "qwen3", "gemma3_text", "gemma4", "qwen3_5"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama-3-rope", "qwen3", "gemma3_text", "gemma4", "qwen3_5"]
+)
 def test_an_adapter_as_gguf_does_in_llama_cpp_what_it_does_in_mlx(name, tokenizer, tmp_path):
     folder, tokens = written(name, tokenizer, tmp_path)
     base = convert(str(folder), tmp_path / "m.gguf", file_type="f32", verify=False).path
     loaded = load_model(ModelSource(str(folder), folder)).model
     plain = logprobs(loaded, tokens)
-    paths = [path for path in projections(loaded) if ".layers." in path]
+    paths = [path for path in projections(loaded) if ".layers." in path or path == "lm_head"]
     adapted = with_adapters(loaded, paths)
     save_adapter(tmp_path / "adapter", adapted, base=str(folder))
     made = export_adapter(tmp_path / "adapter", "gguf", output=tmp_path / "out")

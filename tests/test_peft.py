@@ -204,6 +204,7 @@ NAMES = {
     "two": (("q_proj", "mlp.down_proj"), None),
     "the last block": (("all-linear",), 1),
     "one of one block": (("0.self_attn.v_proj",), None),
+    "the head too": (("all-linear", "lm_head"), None),
 }
 
 

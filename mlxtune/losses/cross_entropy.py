@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
@@ -48,60 +50,97 @@ def chunked_token_losses(
 
 
 def chunked_cross_entropy(
-    head: Callable[[mx.array], mx.array],
+    head: Callable[..., mx.array],
     hidden: mx.array,
     targets: mx.array,
     weights: mx.array,
     *,
     rows: int,
+    trained: Sequence[mx.array] = (),
     gradient: bool = True,
 ) -> mx.array:
-    """`weighted_cross_entropy(head(hidden), targets, weights)` without keeping logits.
+    """`weighted_cross_entropy(head(hidden, *trained), targets, weights)`, no logits kept.
 
-    The head is frozen, so all that the backward pass needs is the gradient for the hidden
-    states, which is computed with the loss, `rows` rows at a time: logits of one chunk
-    exist at once, and each is exponentiated once. The idea is that of Liger Kernel's fused
-    linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989).
+    All that the backward pass needs is computed with the loss, `rows` rows at a time: the
+    gradient for the hidden states and, added up, those for what is trained of the head. So
+    logits of one chunk exist at once. The idea is that of Liger Kernel's fused linear
+    cross-entropy (Hsu et al. 2024, arXiv:2410.10989).
 
     Args:
-        head: (n, width) to (n, vocabulary), row by row; not differentiated for its own
-            weights.
+        head: (n, width), and what is trained of it, to (n, vocabulary), row by row. Without
+            `trained` it is called with the hidden states alone.
         hidden: (m, width) of any float type.
         targets: int (m,).
         weights: float32 (m,).
         rows: in a chunk.
+        trained: arrays of the head to differentiate for; its others are taken as constants.
         gradient: whether the loss will be differentiated. Without it, nothing but the
             loss is computed.
 
     Returns:
         A float32 scalar.
     """
-
     if not gradient:
-        return (weights * chunked_token_losses(head, hidden, targets, rows=rows)).sum()
+        bound = partial(_bound, head, trained)
+        return (weights * chunked_token_losses(bound, hidden, targets, rows=rows)).sum()
     parts = [slice(start, start + rows) for start in range(0, hidden.shape[0], rows)]
 
     def backward(
-        _hidden: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
-    ) -> mx.array:
-        return (cotangents[0] * outputs[1]).astype(outputs[1].dtype)
+        _primals: Any, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+    ) -> Any:
+        gradients = [(cotangents[0] * output).astype(output.dtype) for output in outputs[1:]]
+        return gradients if trained else gradients[0]
 
     @custom_gradient(backward)
-    def total(hidden: mx.array) -> tuple[mx.array, mx.array]:
+    def total(hidden: mx.array, *trained: mx.array) -> tuple[mx.array, ...]:
         losses: list[mx.array] = []
-        gradients: list[mx.array] = []
+        for_hidden: list[mx.array] = []
+        for_trained: list[mx.array] = []
         for part in parts:
             chunk = hidden[part]
             if losses:
                 # Not before the last chunk is done with its logits.
-                [chunk] = mx.depends([chunk], [losses[-1], gradients[-1]])
-            loss, for_chunk = _with_gradient(head, chunk, targets[part], weights[part])
+                [chunk] = mx.depends([chunk], [losses[-1], for_hidden[-1], *for_trained])
+            given = chunk, targets[part], weights[part]
+            if trained:
+                loss, for_chunk, *own = _with_all_gradients(head, trained, *given)
+                for_trained = _added(for_trained, own)
+            else:
+                loss, for_chunk = _with_gradient(head, *given)
             losses.append(loss)
-            gradients.append(for_chunk)
-        return mx.stack(losses).sum(), mx.concatenate(gradients)
+            for_hidden.append(for_chunk)
+        return mx.stack(losses).sum(), mx.concatenate(for_hidden), *for_trained
 
-    loss: mx.array = total(hidden)[0]
+    loss: mx.array = total(hidden, *trained)[0]
     return loss
+
+
+def _added(total: list[mx.array], more: list[mx.array]) -> list[mx.array]:
+    return [a + b for a, b in zip(total, more, strict=True)] if total else more
+
+
+def _bound(head: Callable[..., mx.array], trained: Sequence[mx.array], x: mx.array) -> mx.array:
+    return head(x, *trained)
+
+
+def _with_all_gradients(
+    head: Callable[..., mx.array],
+    trained: Sequence[mx.array],
+    hidden: mx.array,
+    targets: mx.array,
+    weights: mx.array,
+) -> tuple[mx.array, ...]:
+    """Loss of some rows, and its gradients for their hidden states and what is trained.
+
+    The head is called once, so that what it draws (dropout) is the same for all of them.
+    """
+
+    def loss(hidden: mx.array, *trained: mx.array) -> mx.array:
+        return weighted_cross_entropy(head(hidden, *trained), targets, weights)
+
+    each = list(range(1 + len(trained)))
+    value, gradients = mx.value_and_grad(loss, argnums=each)(hidden, *trained)
+    return value, *gradients
 
 
 def _with_gradient(

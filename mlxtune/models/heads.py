@@ -6,13 +6,14 @@ the two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
 from mlxtune.arrays import flat
 
@@ -37,15 +38,29 @@ class Head:
     @property
     def vocabulary(self) -> int:
         """How many logits a hidden state has."""
-        return int(self.module.weight.shape[0])
+        base: Any = getattr(self.module, "linear", self.module)  # of one with an adapter
+        return int(base.weight.shape[0])
 
     @property
-    def frozen(self) -> bool:
-        """Whether none of its weights are trained."""
-        return not flat(self.module.trainable_parameters())
+    def trained(self) -> dict[str, mx.array]:
+        """Those of its weights that are trained."""
+        return flat(self.module.trainable_parameters())
 
     def __call__(self, hidden: mx.array) -> mx.array:
         return self.finish(self.project(hidden))
+
+    def taking(self, names: Iterable[str]) -> Callable[..., mx.array]:
+        """The same as a function of the hidden states and of the weights so named."""
+
+        def call(hidden: mx.array, *arrays: mx.array) -> mx.array:
+            before = self.trained
+            self.module.update(tree_unflatten(list(zip(names, arrays, strict=True))))
+            try:
+                return self(hidden)
+            finally:
+                self.module.update(tree_unflatten(list(before.items())))
+
+        return call
 
 
 def language_model(model: nn.Module) -> nn.Module:

@@ -2,7 +2,8 @@
 
 A name is the last part of a path (`q_proj`), a longer end of one (`mlp.up_proj`), or a
 shell pattern of whole paths (`*.self_attn.*`), in which `*` stands for anything, dots
-too, `?` for one character and `[…]` for one of several. Capitals count.
+too, `?` for one character and `[…]` for one of several. Capitals count. Beside the blocks'
+projections that is the output layer, `lm_head`, where it is no embedding's other side.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import mlx.nn as nn
 from mlxtune.errors import TargetError
 
 ALL_LINEAR = "all-linear"
+OUTPUT = "lm_head"
 
 
 def find_targets(
@@ -44,19 +46,17 @@ def find_targets(
             blocks.
     """
     chosen = _chosen_blocks(layers, layer_count)
-    in_blocks = {path: block for path in projections if (block := _block_of(path)) is not None}
-    usual = in_blocks.keys() - routers(projections)
+    block_of = {path: _block_of(path) for path in projections}
+    in_blocks = [path for path, block in block_of.items() if block is not None]
+    able = [*in_blocks, *(path for path in block_of if f".{path}".endswith(f".{OUTPUT}"))]
+    usual = {*in_blocks} - routers(projections)
 
     def meant(name: str, key: str) -> list[str]:
-        return (
-            [path for path in in_blocks if path in usual]
-            if name == ALL_LINEAR
-            else _matching(name, in_blocks, key)
-        )
+        return list(usual) if name == ALL_LINEAR else _matching(name, able, key)
 
     found = {path for name in names for path in meant(name, "target_modules")}
     out = {path for name in exclude for path in meant(name, "exclude_modules")}
-    if not (found := {path for path in found if in_blocks[path] in chosen}):
+    if not (found := {path for path in found if block_of[path] in chosen | {None}}):
         where = f"the last {layers} layers" if isinstance(layers, int) else "the layers asked for"
         raise TargetError(
             f"{', '.join(names)} lie in none of {where}",
@@ -68,10 +68,10 @@ def find_targets(
             f"{', '.join(exclude)} leave nothing of {', '.join(names)}",
             where="lora.exclude_modules",
         )
-    return [path for path in in_blocks if path in found]
+    return [path for path in able if path in found]
 
 
-def _matching(name: str, paths: dict[str, int], key: str) -> list[str]:
+def _matching(name: str, paths: list[str], key: str) -> list[str]:
     """Those of the paths that a name means; there is at least one."""
     if any(sign in name for sign in "*?["):
         matching = [path for path in paths if fnmatchcase(path, name)]
@@ -82,7 +82,7 @@ def _matching(name: str, paths: dict[str, int], key: str) -> list[str]:
     have = sorted({path.rsplit(".", 1)[-1] for path in paths})
     close = get_close_matches(name, have, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
-    example = f", in paths such as {next(iter(paths))}" if paths else ""
+    example = f", in paths such as {paths[0]}" if paths else ""
     raise TargetError(
         f"no layer of this model is called {name!r}",
         where=f"lora.{key}",

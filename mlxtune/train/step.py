@@ -73,14 +73,14 @@ class LossFunction:
         targets, weights = arrays["targets"], arrays["weights"]
         if head is None:  # the body gave logits already
             return weighted_cross_entropy(chosen, targets, weights)
-        if not head.frozen:
-            return weighted_cross_entropy(head(chosen), targets, weights)
+        trained = head.trained
         return chunked_cross_entropy(
-            head,
+            head.taking(trained) if trained else head,
             chosen,
             targets,
             weights,
             rows=rows_to_a_chunk(head.vocabulary),
+            trained=list(trained.values()),
             gradient=self._model.training,
         )
 
