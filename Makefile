@@ -1,7 +1,8 @@
 # Everything runs in .venv, which the first target to need it makes.
 #
 #   make quickstart   fine-tune a real model on data/shell, export a GGUF, show before/after
-#   make test         run the tests
+#   make test         run the tests but the slow ones
+#   make test-all     run all tests, as CI does
 #   make check        style, types, direction of imports
 #   make bench        measure training on this machine against mlx-lm; PAIRS=FILE for other data
 
@@ -15,7 +16,7 @@ PAIRS ?= data/shell/train.jsonl
 EXTRAS := $(if $(filter Linux,$(shell uname -s)),cpu,)
 comma := ,
 
-.PHONY: quickstart test check bench clean
+.PHONY: quickstart test test-all check bench clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/mlxtune lora recipes/quickstart.toml --overwrite
@@ -23,6 +24,9 @@ quickstart: $(VENV)/.installed
 	$(BIN)/mlxtune export runs/quickstart --overwrite
 
 test: $(VENV)/.tested
+	$(BIN)/python -m mlxtune.device $(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.tested
 	$(BIN)/python -m mlxtune.device $(BIN)/python -m pytest
 
 check: $(VENV)/.tested

@@ -257,6 +257,7 @@ def test_a_compiled_step_is_the_plain_step():
 # ------------------------------------------------------------------------ a real run
 
 
+@pytest.mark.slow
 def test_a_real_fine_tune_tracks_adamw(nl2bash, tmp_path):
     lines = sorted(nl2bash.read_text().splitlines()[:240], key=len)[:120]
     data = write_jsonl(tmp_path / "pairs.jsonl", map(json.loads, lines))

@@ -134,6 +134,7 @@ def test_bfloat16_rounds_as_mlx_rounds():
     assert np.isnan(from_bfloat16(to_bfloat16(np.array([np.nan], np.float32)))).all()
 
 
+@pytest.mark.slow
 def test_a_real_model_through_types_that_mlx_holds_and_those_it_does_not(tmp_path):
     text = "The largest planet of the solar system is Jupiter, and the smallest is Mercury."
     source = load_model(resolve_model(SMOLLM2))

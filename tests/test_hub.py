@@ -118,6 +118,7 @@ def program(hub, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_before_its_weights_are_fetched(hub, program, tmp_path):
     refused = program("lora", "r.toml", "--set", "train.memory_limit=0.001")
     assert refused.returncode == 1 and "memory" in refused.stderr, refused.stderr

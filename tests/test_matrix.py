@@ -315,6 +315,7 @@ def test_an_adapter_as_gguf_does_in_llama_cpp_what_it_does_in_mlx(name, tokenize
 
 
 # What mistral.rs reads of GGUF among these; docs/export.md says what keeps it from others.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "phi3", "smollm3", "gemma2", "gemma3_text"],

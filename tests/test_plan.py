@@ -122,6 +122,7 @@ def test_two_shallow_models_say_what_a_deep_one_takes():
         assert got.peak == pytest.approx(peak_memory(whole), rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_checkpointed_block_keeps_its_input_and_nothing_else():
     recipe, batch, peaks = recipe_of(lora={"rank": 1}), pack(samples_of((1000,))), []
     for blocks in (6, 14):
@@ -203,6 +204,7 @@ def test_workers_share_the_steps():
 FILES = sorted((ROOT / "recipes").glob("*.toml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_recipe_fits_the_mac_that_it_is_for(path):
     head = path.read_text(encoding="utf-8").split("\n\n")[0]
@@ -232,6 +234,7 @@ def test_seventy_billion_weights_are_planned_from_their_config_alone(tmp_path):
     assert plan.blocks == 80 and plan.fits and plan.seconds_per_step > 1
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_gets_advice_and_a_recipe_that_does():
     recipe = recipe_of(train={"max_seq_length": 512}, lora={"rslora": True})
     facts = ModelFacts(LLAMA, None, None, "a test")

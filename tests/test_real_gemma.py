@@ -16,6 +16,7 @@ from mlxtune.train.metrics import Silent
 from mlxtune.train.session import fine_tune
 
 pytest.importorskip("xllamacpp")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

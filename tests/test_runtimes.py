@@ -131,7 +131,7 @@ def test_tokens_of_a_whole_conversation_agree(llamacpp, fused):
     assert got == renderer.encode(text)
 
 
-@pytest.fixture(scope="module", params=["f16", "q8_0"])
+@pytest.fixture(scope="module", params=[pytest.param("f16", marks=pytest.mark.slow), "q8_0"])
 def mistralrs(request, bundles):
     module = pytest.importorskip("mistralrs")
     which = module.Which.GGUF(

@@ -270,9 +270,10 @@ def test_interrupted_and_resumed_is_the_uninterrupted_run(recipe, few, tmp_path)
     assert [p.name for p in sorted(stopped.checkpoints.iterdir())] == ["step-4", "step-6"]
 
 
-def test_killed_and_resumed_is_the_uninterrupted_run(recipe, few, tmp_path):
-    """SIGKILL at random moments; MLXTUNE_KILLS=20 for more of them."""
-    kills = int(os.environ.get("MLXTUNE_KILLS", "3"))
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_and_resumed_is_the_uninterrupted_run(recipe, few, tmp_path, kills):
+    """SIGKILL at random moments; MLXTUNE_KILLS=100 for more of them."""
+    kills = int(os.environ.get("MLXTUNE_KILLS", kills))
     path, file = tmp_path / "killed", tmp_path / "t.toml"
     settings = recipe(
         few,
