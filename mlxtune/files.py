@@ -115,8 +115,8 @@ def atomic_files(
     Args:
         path: the file to be; the folder's other files are left alone.
         overwrite: replace files that are there.
-        parts: pattern of the names that its parts have; those of an earlier time are refused
-            or replaced with it, however many they were.
+        parts: pattern of the names that its parts have; what is there of an earlier time,
+            whole or in parts, is refused or replaced, however many they were.
 
     Raises:
         OutputExists: a file exists and may not be replaced.
@@ -138,7 +138,7 @@ def atomic_files(
                     require_no_file(path.parent / file.name, overwrite)
                 for file in files:
                     file.replace(path.parent / file.name)
-                for old in {*earlier} - {path.parent / file.name for file in files}:
+                for old in {path, *earlier} - {path.parent / file.name for file in files}:
                     old.unlink(missing_ok=True)
             finally:
                 _remove(temporary)

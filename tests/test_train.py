@@ -9,16 +9,19 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from cli_tools import PROGRAM, environment
 from conftest import SHELL_HELDOUT, SHELL_TRAIN, SMOLLM2, write_jsonl
+from helpers import QWEN3_5, tiny
 
 from mlxtune.adapters.peft import write_peft
 from mlxtune.adapters.saved import load_arrays
 from mlxtune.adapters.store import read_adapter
+from mlxtune.arrays import flat
 from mlxtune.errors import OutputExists, RecipeError, RunError, TrainingDiverged
 from mlxtune.fuse import fuse_run
 from mlxtune.recipe.load import parse_recipe
@@ -517,6 +520,46 @@ def test_quantize_packs_while_loading(recipe, few, tmp_path, tiny_folder, plain_
     run = fine_tune(recipe(few, model={"quantize": 4}), tmp_path / "run", Silent())
     assert losses(run)[-1] < losses(run)[0]
     assert not same_arrays(adapter(run), plain_adapter)
+
+
+HYBRID = QWEN3_5 | {"head_dim": 16, "tie_word_embeddings": True}
+RECURRENT = {
+    "num_heads": 8,
+    "state_size": 16,
+    "layer_norm_epsilon": 1e-5,
+    "conv_kernel": 4,
+    "n_groups": 1,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "tie_word_embeddings": True,
+    "time_step_limit": [0.0, 100.0],
+    "time_step_rank": "auto",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [("qwen3_5", HYBRID), ("mamba2", RECURRENT)], ids=["hybrid", "recurrent"]
+)
+def test_models_that_remember_otherwise_are_padded_and_say_so(
+    recipe, few, tmp_path, tiny_folder, kind, sizes
+):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    model = tiny(kind, vocab_size=vocabulary, **sizes)
+    config = {k: v for k, v in asdict(model.args).items() if v is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(folder / "model.safetensors"), flat(model.parameters()))
+
+    class Told(Silent):
+        def started(self, outline):
+            self.outline = outline
+
+    told = Told()
+    settings = recipe(few, model={"path": str(folder)}, train={"max_steps": 12})
+    run = fine_tune(settings, tmp_path / "run", told)
+    assert not told.outline.packed
+    assert any("batches are padded, not packed" in note for note in told.outline.notes)
+    assert losses(run)[-1] < losses(run)[0]
 
 
 @pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])

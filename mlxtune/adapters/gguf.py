@@ -18,7 +18,7 @@ from mlxtune.files import atomic_files
 from mlxtune.gguf.architectures import Architecture, Config, for_config
 from mlxtune.gguf.heads import reordering
 from mlxtune.gguf.metadata import text_config
-from mlxtune.models.resolve import is_hub_id
+from mlxtune.models.resolve import public_name
 
 _FUSE = "fuse it into the model instead: mlxtune export RUN, without --adapter-only"
 
@@ -55,19 +55,13 @@ def write_gguf_adapter(path: Path, adapter: SavedAdapter, config: Config) -> Non
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", adapter.scale * adapter.rank)
-        writer.add_string("general.base_model.0.name", _public(adapter.base))
+        writer.add_string("general.base_model.0.name", public_name(adapter.base))
         for name, values in tensors.items():
             writer.add_tensor(name, values)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-
-
-def _public(base: str) -> str:
-    """A model's name without the folders above it, which are nobody's business."""
-    named = base.startswith(("pkg:", "ollama:")) or is_hub_id(base)
-    return base if named else Path(base).name
 
 
 def _tensor(entry: Architecture, target: str, adapter: SavedAdapter, *, tied: bool) -> str:

@@ -21,6 +21,7 @@ from mlxtune.files import atomic_folder, write_json, write_text
 from mlxtune.fuse import require_outside
 from mlxtune.gguf.architectures import for_config
 from mlxtune.models.load import LoadedModel
+from mlxtune.models.resolve import is_hub_id, public_name
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.corpus import read_corpus
 from mlxtune.train.run import Run
@@ -156,17 +157,17 @@ def model_card(
     train = [entry for entry in run.metrics() if "loss" in entry]
     held_out = [entry["held_out_loss"] for entry in run.metrics() if "held_out_loss" in entry]
     method = "DoRA" if recipe.lora.dora else "LoRA"
+    base = public_name(recipe.model.path)
     lines = [
         "---",
-        f"base_model: {recipe.model.path}",
+        *([f"base_model: {base}"] if is_hub_id(base) else []),
         "library_name: gguf",
         f"tags: [mlxtune, {method.lower()}]",
         "---",
         "",
         f"# {recipe.name}",
         "",
-        f"A {method} fine-tune of `{recipe.model.path}`, fused and converted to GGUF "
-        f"({file_type.upper()}).",
+        f"A {method} fine-tune of `{base}`, fused and converted to GGUF ({file_type.upper()}).",
         "",
         "## How it was made",
         "",

@@ -88,6 +88,12 @@ def is_hub_id(name: str) -> bool:
     return not local and _HUB_ID.match(name) is not None and not name.endswith(".gguf")
 
 
+def public_name(name: str) -> str:
+    """A model's name without the folders above it, which are nobody's business."""
+    named = name.startswith(("pkg:", "ollama:")) or is_hub_id(name)
+    return name if named else Path(name).name
+
+
 def _where_hint(path: Path) -> str:
     return f"looked in {path.expanduser().absolute().parent}"
 
