@@ -26,6 +26,7 @@ from mlxtune.bench.memory import peak_memory
 from mlxtune.bench.plan import ModelFacts, Planner, with_changes
 from mlxtune.bench.step import StepModel
 from mlxtune.bench.workloads import Workload
+from mlxtune.cli.bench import rates_text
 from mlxtune.cli.plan import plan as plan_command
 from mlxtune.cli.plan import summary_lines
 from mlxtune.data.batches import Part
@@ -383,6 +384,11 @@ def test_what_is_measured_takes_the_place_of_an_estimate(tmp_path, monkeypatch):
     assert row["seconds"] > 0 and row["peak_bytes"] > 0
     assert row["planned_peak_bytes"] == pytest.approx(row["peak_bytes"] - others, rel=0.1)
     assert 0 < row["model_flops_utilisation"] < 2
+    said = rates_text(figures["rates"]).split()
+    assert said[0] == "products" and said[3] == "attention" and said.count("rows") == 3
+    best = max(figures["rates"]["products"].values())
+    shown = float(said[1]) * {"GFLOP/s": 1e9, "TFLOP/s": 1e12}[said[2]]
+    assert shown == pytest.approx(best, rel=0.05)
     as_mac = figures | {"device": "Apple M2 Pro", "gpu_cores": 19}
     assert write_figures(as_mac, tmp_path).name == "bench-m2-pro-19-core-gpu.json"
     page = renewed("a " + BEGIN + END + " c", read_figures(tmp_path), where="page.md")

@@ -55,6 +55,7 @@ def bench(folder: Path, everything: bool, compare: bool, as_json: bool) -> None:
     from rich.console import Console
 
     Console().print(_table(figures))
+    click.echo(rates_text(figures["rates"]))
     for row in figures["workloads"]:
         if "left_out" in row:
             click.echo(f"left out: {row['workload']}: {row['left_out']}")
@@ -79,3 +80,18 @@ def _table(figures: Figures) -> Table:
                 f"{row['model_flops_utilisation']:.0%}",
             )
     return table
+
+
+def rates_text(rates: Figures) -> str:
+    """What the machine does, without a model: best product, packed products, attention."""
+    best, packed = max(rates["products"].values()), rates["packed_products"]
+    return (
+        f"products {_flops(best)}  attention {_flops(rates['attention'])}"
+        f"  memory {rates['bytes'] / 1e9:.1f} GB/s\n4-bit products: "
+        + "  ".join(f"{rows} rows {_flops(rate)}" for rows, rate in packed.items())
+    )
+
+
+def _flops(rate: float) -> str:
+    """A rate as people write it: 352 GFLOP/s."""
+    return f"{rate / 1e12:.1f} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:.0f} GFLOP/s"
