@@ -212,6 +212,7 @@ def test_a_pre_tokenizer_not_known_is_refused_by_name():
 # ------------------------------------------------------------------------ to GGUF
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HUB)
 def test_a_hub_tokenizer_is_written_so_that_llama_cpp_tokenizes_alike(name, llama_cpp):
     hub, vocab = from_hub(name), llama_cpp(written(name))
@@ -310,6 +311,7 @@ OLD = {  # of old converters, that did not mark padding as unused or wrote needl
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DISTINCT)
 def test_a_vocabulary_read_and_written_is_the_same_metadata(name):
     want = {k: v for k, v in metadata(name).items() if k.startswith("tokenizer.")}

@@ -224,7 +224,12 @@ def written(name: str, tokenizer, place: Path, *, plain=False) -> tuple[Path, li
     return folder, tokens
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+# One of each form; CI runs them all.
+FEW = ("llama", "qwen3", "gemma3_text", "phi3")
+ALL = [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+
+
+@pytest.fixture(scope="module", params=ALL)
 def source(request, tokenizer, tmp_path_factory):
     return written(request.param, tokenizer, tmp_path_factory.mktemp(request.param))
 

@@ -18,7 +18,7 @@ from mlxtune.train.memory import GB, blocks_to_checkpoint, memory_budget
 from mlxtune.train.step import LossFunction, batch_arrays
 
 BATCH = pack(random_samples([300, 280, 310, 290]))
-KINDS = ("llama", "gemma3_text")
+KINDS = ("llama", pytest.param("gemma3_text", marks=pytest.mark.slow))
 
 
 def model_of(kind: str = "llama") -> nn.Module:

@@ -74,6 +74,10 @@ def recipe_of(**sections):
     return parse_recipe(given, where="test")
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("config", "sections"),
     [
@@ -81,10 +85,10 @@ def recipe_of(**sections):
         (LLAMA, {"train": {"gradient_checkpointing": True}}),
         (LLAMA, {"model": {"quantize": 4}, "train": {"optimizer": "adamw_8bit"}}),
         (LLAMA, {"model": {"quantize": "nf4"}, "lora": {"dora": True}}),
-        (LLAMA, {"lora": {"rank": 64, "dropout": 0.1}, "train": {"packing": False}}),
-        (LLAMA, {"lora": {"layers": 2}, "train": {"optimizer": "muon"}}),
+        slow(LLAMA, {"lora": {"rank": 64, "dropout": 0.1}, "train": {"packing": False}}),
+        slow(LLAMA, {"lora": {"layers": 2}, "train": {"optimizer": "muon"}}),
         (GEMMA, {}),
-        (QWEN, {"train": {"gradient_checkpointing": True, "optimizer": "adafactor"}}),
+        slow(QWEN, {"train": {"gradient_checkpointing": True, "optimizer": "adafactor"}}),
     ],
     ids=["plain", "twice", "qlora", "dora", "padded", "last-blocks", "windows", "qwen"],
 )

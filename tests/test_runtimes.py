@@ -22,6 +22,7 @@ PROMPTS = 20
 BOUND = 2e-2  # of F16's log-probabilities
 MAX_TOKENS = 24
 LEAST_EQUAL = {"f16": PROMPTS, "q8_0": 18}
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ def test_tokens_of_a_whole_conversation_agree(llamacpp, fused):
     assert got == renderer.encode(text)
 
 
-@pytest.fixture(scope="module", params=[pytest.param("f16", marks=pytest.mark.slow), "q8_0"])
+@pytest.fixture(scope="module", params=["f16", "q8_0"])
 def mistralrs(request, bundles):
     module = pytest.importorskip("mistralrs")
     which = module.Which.GGUF(
