@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -81,8 +80,8 @@ def chunked_cross_entropy(
         A float32 scalar.
     """
     if not gradient:
-        bound = partial(_bound, head, trained)
-        return (weights * chunked_token_losses(bound, hidden, targets, rows=rows)).sum()
+        losses = chunked_token_losses(lambda x: head(x, *trained), hidden, targets, rows=rows)
+        return (weights * losses).sum()
     parts = [slice(start, start + rows) for start in range(0, hidden.shape[0], rows)]
 
     def backward(
@@ -117,10 +116,6 @@ def chunked_cross_entropy(
 
 def _added(total: list[mx.array], more: list[mx.array]) -> list[mx.array]:
     return [a + b for a, b in zip(total, more, strict=True)] if total else more
-
-
-def _bound(head: Callable[..., mx.array], trained: Sequence[mx.array], x: mx.array) -> mx.array:
-    return head(x, *trained)
 
 
 def _with_all_gradients(
