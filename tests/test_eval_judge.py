@@ -7,9 +7,16 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from cli_tools import mlxtune, save_tiny_model
+from conftest import write_jsonl
 
+from mlxtune.evaluate.compare import compare_run
 from mlxtune.evaluate.judge import Judge
-from mlxtune.evaluate.suite import JudgeSection
+from mlxtune.evaluate.suite import Suite
+from mlxtune.recipe.judge import JudgeSection
+from mlxtune.recipe.load import parse_recipe
+from mlxtune.train.metrics import Silent
+from mlxtune.train.session import fine_tune
 
 
 class Endpoint(ThreadingHTTPServer):
@@ -180,3 +187,49 @@ def test_a_reply_of_another_kind_is_told(endpoint, judge, reply):
 def test_a_grade_after_thoughts_is_found(endpoint, judge):
     endpoint.script = [good(3, 'I would say {{"grade": 1}} but: ```{{"grade": "{}"}}```')]
     assert judge().grade("q", "ls", "a") == 0.5
+
+
+def test_a_recipe_names_its_suite_and_its_judge(endpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    save_tiny_model(tmp_path / "model")
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "list", "expected_command": "ls"}] * 4)
+    (tmp_path / "mine.toml").write_text('metrics = ["edit"]\n')
+    judge = {"endpoint": endpoint.url, "model": "grader", "rubric": "Is it short?"}
+    recipe = {
+        "name": "judged",
+        "model": {"path": "model"},
+        "data": [{"path": str(data)}],
+        "train": {"max_steps": 1, "batch_size": 2},
+        "eval": {"val_size": 1, "suite": "mine.toml"},
+        "judge": judge,
+    }
+    fine_tune(parse_recipe(recipe, where="-"), tmp_path / "runs/judged", Silent())
+    monkeypatch.chdir(tmp_path / "runs")  # the run's recipe has whole paths
+
+    result = compare_run(tmp_path / "runs/judged", max_tokens=2)
+    assert result.suite == "mine" and list(result.tuned.metrics) == ["edit", "judge"]
+    assert result.judge["model"] == "grader"
+    assert "Is it short?" in endpoint.seen[0][2]["messages"][0]["content"]
+
+    other = Suite(name="other", metrics=("exact",))
+    result = compare_run(tmp_path / "runs/judged", suite=other, max_tokens=2)
+    assert result.suite == "other" and result.judge["model"] == "grader"
+    own = other.model_copy(update={"judge": JudgeSection(**judge | {"model": "another"})})
+    result = compare_run(tmp_path / "runs/judged", suite=own, max_tokens=2)
+    assert result.judge["model"] == "another"
+
+
+def test_a_suite_that_is_not_there_is_told_before_training(tmp_path):
+    (tmp_path / "model").mkdir()
+    save_tiny_model(tmp_path / "model")
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "list", "expected_command": "ls"}])
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        f'[model]\npath = "{tmp_path}/model"\n[[data]]\npath = "{data}"\n'
+        f'[eval]\nval_size = 1\nsuite = "{tmp_path}/nope.toml"\n'
+    )
+    for verb in (("validate",), ("lora", "-o", str(tmp_path / "run"))):
+        result = mlxtune(*verb, str(recipe), cwd=tmp_path)
+        assert result.returncode == 1 and "there is no such suite" in result.stderr
+    assert not (tmp_path / "run").exists()

@@ -10,14 +10,14 @@ from conftest import SHELL_HELDOUT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxtune.evaluate import shell
+from mlxtune.evaluate import shell, syntax
 from mlxtune.evaluate.shell import (
     command_score,
-    parses,
     read_command,
     same_flags,
     same_programs,
 )
+from mlxtune.evaluate.syntax import SHELLS, parses
 
 
 def compared(a: str, b: str) -> tuple[bool, bool, float]:
@@ -132,7 +132,7 @@ def test_nothing_is_executed(tmp_path, monkeypatch):
     startup.write_text(f"touch {marker}\n")
     monkeypatch.setenv("BASH_ENV", str(startup))
     monkeypatch.setenv("ENV", str(startup))
-    for name in shell.SHELLS:
+    for name in SHELLS:
         for text in (f"touch {marker}", f"set +n\ntouch {marker}", f"echo $(touch {marker})"):
             parses(text, name)
     assert not marker.exists()
@@ -144,7 +144,7 @@ def test_a_missing_or_slow_shell_is_none(monkeypatch):
     def slow(*_arguments, **_kw):
         raise subprocess.TimeoutExpired("bash", 5)
 
-    monkeypatch.setattr(shell.subprocess, "run", slow)
+    monkeypatch.setattr(syntax.subprocess, "run", slow)
     assert parses("ls a-command-not-seen-before", "bash") is None
 
 

@@ -11,7 +11,7 @@ import cli_tools
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT, SHELL_TRAIN, write_jsonl
+from conftest import ROOT, SHELL_TRAIN, SMOLLM2, write_jsonl
 
 from mlxtune.arrays import custom_gradient
 from mlxtune.bench import machine
@@ -325,6 +325,19 @@ def test_fit_keeps_comments_and_writes_what_loads(recipe_file, tmp_path):
     assert Planner(load_recipe(output), this_machine(remembered=True))().fits
     refused = mlxtune("plan", recipe_file, "--fit", output, ok=False)
     assert "exists already" in refused.stderr
+
+
+def test_a_run_peaks_where_its_plan_said(tmp_path):
+    # As many records as a step takes: each step is the largest that they can make.
+    (tmp_path / "r.toml").write_text(
+        f'[model]\npath = "{SMOLLM2}"\n[[data]]\npath = "{SHELL_TRAIN}"\nmax_samples = 8\n'
+        "[train]\nbatch_size = 8\nmax_steps = 2\n[log]\nsteps = 1\n"
+    )
+    cli_tools.mlxtune_afresh("lora", "r.toml", cwd=tmp_path).check_returncode()
+    planned = json.loads((tmp_path / "runs/r/run.json").read_text())["plan"]["peak_memory_bytes"]
+    lines = (tmp_path / "runs/r/metrics.jsonl").read_text().splitlines()
+    measured = max(json.loads(line).get("peak_memory_bytes", 0) for line in lines)
+    assert planned == pytest.approx(measured, rel=0.1)
 
 
 def test_records_are_counted_beyond_those_whose_lengths_are_estimated(tmp_path):

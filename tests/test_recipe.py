@@ -97,7 +97,9 @@ DEFAULTS = {
         "val_size": 0.0,
         "steps": None,
         "patience": None,
+        "suite": None,
     },
+    "judge": None,
     "checkpoint": {"steps": 100, "keep": 2},
     "log": {"steps": 5, "report_to": ()},
     "export": {

@@ -69,10 +69,12 @@ def init(output: Path, preset: str, list_presets: bool, overwrite: bool) -> None
 @SET
 def validate(recipe: Path, overrides: tuple[str, ...]) -> None:
     """Check a recipe and its data files, without loading a model."""
+    from mlxtune.evaluate.suite import suite_of
     from mlxtune.recipe.load import load_recipe
     from mlxtune.train.corpus import check_sources
 
     checked = load_recipe(recipe, overrides)
+    suite_of(checked)
     for number, (path, count) in enumerate(check_sources(checked)):
         held_out = "held-out " if number == len(checked.data) else ""
         click.echo(f"{path}: {count} {held_out}records")
@@ -95,12 +97,14 @@ def lora(
     force: bool,
 ) -> None:
     """Train an adapter as a recipe says: LoRA or DoRA, on a packed model too (QLoRA)."""
+    from mlxtune.evaluate.suite import suite_of
     from mlxtune.recipe.load import load_recipe
 
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
     with _joined() as workers:
         checked = load_recipe(recipe, overrides)
+        suite_of(checked)  # not first looked for when the training is done
         prepare()
         from mlxtune.cli.display import training_display
         from mlxtune.cli.plan import forecast

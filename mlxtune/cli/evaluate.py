@@ -11,13 +11,18 @@ import click
 from mlxtune.cli.shared import ADAPTER, PATH, prepare
 
 if TYPE_CHECKING:
-    from mlxtune.evaluate.compare import Comparison, Options
+    from mlxtune.evaluate.compare import Options
+    from mlxtune.evaluate.comparison import Comparison
 
 
 @click.command(name="eval")
 @click.argument("model", metavar="RUN|MODEL")
 @ADAPTER
-@click.option("--suite", type=PATH, help="A file that says what is measured, and on what.")
+@click.option(
+    "--suite",
+    type=PATH,
+    help="A file that says what is measured, and on what.  [default: the recipe's eval.suite]",
+)
 @click.option("--data", type=PATH, help="Records to use instead of the held-out ones.")
 @click.option(
     "--with",
@@ -74,12 +79,12 @@ def evaluate(
         raise click.UsageError("--task-path goes with --tasks")
     prepare()
     from mlxtune.cli.display import status_line
-    from mlxtune.evaluate.compare import DEFAULT_SUITE, Options
+    from mlxtune.evaluate.compare import Options
     from mlxtune.evaluate.suite import load_suite
 
     with status_line("loading") as progress:
         options = Options(
-            suite=load_suite(suite) if suite is not None else DEFAULT_SUITE,
+            suite=load_suite(suite) if suite is not None else None,
             data=data,
             limit=limit,
             max_tokens=max_tokens,

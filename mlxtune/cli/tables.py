@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlxtune.evaluate.bootstrap import Interval
-from mlxtune.evaluate.compare import Comparison, Figures
+from mlxtune.evaluate.comparison import Comparison, Figures
 from mlxtune.evaluate.results import METRIC_NAMES, described, figures_json, task_rows
 
 

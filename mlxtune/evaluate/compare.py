@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,13 @@ from mlxtune.adapters.store import fitted, put_adapter, read_adapter
 from mlxtune.data.records import Conversation
 from mlxtune.data.render import Renderer
 from mlxtune.errors import DataError, MlxtuneError
-from mlxtune.evaluate.bootstrap import (
-    Interval,
-    mean_interval,
-    paired_difference,
-    ratio_interval,
-)
+from mlxtune.evaluate.bootstrap import mean_interval, paired_difference, ratio_interval
+from mlxtune.evaluate.comparison import BASE, TUNED, Answered, Comparison, Figures, Source
 from mlxtune.evaluate.judge import Judge
 from mlxtune.evaluate.measure import Measured, RecordLoss, measure, read_records
 from mlxtune.evaluate.sandbox import sandbox
-from mlxtune.evaluate.scores import Scorer, Scores
-from mlxtune.evaluate.suite import Suite
+from mlxtune.evaluate.scores import Scorer
+from mlxtune.evaluate.suite import Suite, suite_of
 from mlxtune.evaluate.text import bits_per_byte, perplexity
 from mlxtune.layers.inject import fuse_lora
 from mlxtune.models.load import LoadedModel
@@ -35,12 +31,8 @@ from mlxtune.train.model import load_base
 from mlxtune.train.run import STATUS, Run, adapter_folder
 from mlxtune.train.session import open_run
 
-BASE, TUNED = "base", "tuned"
 # A model alone has no recipe that limits its records.
 _NO_LIMIT = 1 << 20
-
-
-DEFAULT_SUITE = Suite(name="heldout")
 
 
 @dataclass(frozen=True)
@@ -48,7 +40,7 @@ class Options:
     """How to evaluate.
 
     Attributes:
-        suite: what is measured.
+        suite: what is measured; by default what the run's recipe says.
         data: a file of records instead of the suite's or the recipe's.
         limit: use the first so many records.
         max_tokens: cut answers off there, whatever the suite says.
@@ -57,7 +49,7 @@ class Options:
         progress: is told what is being done.
     """
 
-    suite: Suite = DEFAULT_SUITE
+    suite: Suite | None = None
     data: Path | None = None
     limit: int | None = None
     max_tokens: int | None = None
@@ -69,124 +61,7 @@ class Options:
         """The records named; none to take those that the recipe holds out."""
         if self.data is not None:
             return [DataSource(path=str(self.data))]
-        return [section.source() for section in self.suite.data]
-
-
-@dataclass(frozen=True)
-class Figures:
-    """One model's figures.
-
-    Attributes:
-        held_out_loss: nats a supervised token.
-        loss_interval: the same with its confidence interval, records drawn whole.
-        perplexity: exp of it.
-        bits_per_byte: the loss over the bytes of the supervised text, end of turn counted
-            in the loss: comparable between tokenizers.
-        tokens: supervised tokens.
-        general_loss: nats a token of the suite's plain text.
-        metrics: mean of each metric with its confidence interval.
-        gains: difference of each metric from the first model's, record by record.
-    """
-
-    held_out_loss: float
-    loss_interval: Interval | None
-    perplexity: float
-    bits_per_byte: float | None
-    tokens: int
-    general_loss: float | None
-    metrics: dict[str, Interval | None]
-    gains: dict[str, Interval | None]
-
-    @property
-    def exact_match(self) -> float | None:
-        """Share of answers equal to the expected one, white space around both removed."""
-        interval = self.metrics.get("exact")
-        return interval.mean if interval is not None else None
-
-
-@dataclass(frozen=True)
-class Answered:
-    """One record, what each model said, and what that is worth."""
-
-    prompt: str
-    expected: str
-    category: str
-    said: dict[str, str]
-    scores: dict[str, Scores]
-
-    @property
-    def base(self) -> str:
-        """The base model's answer."""
-        return self.said[BASE]
-
-    @property
-    def tuned(self) -> str:
-        """The tuned model's answer."""
-        return self.said[TUNED]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the figures are from.
-
-    Attributes:
-        data: paths of the records; none for those that the recipe holds out.
-        own: whether they are the suite's or the recipe's; another file was named otherwise.
-        limit: only the first so many were used.
-        adapter: used instead of the run's own.
-        models: name to model, of those beside the subject's.
-    """
-
-    data: tuple[str, ...] = ()
-    own: bool = True
-    limit: int | None = None
-    adapter: str | None = None
-    models: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Models side by side.
-
-    Attributes:
-        subject: the run or model that was named.
-        suite: name of the suite.
-        records: how many.
-        figures: of each model; the first is what others are compared with.
-        answers: of records that ask for one.
-        notes: what could not be measured.
-        judge: what the judge did and cost; None without one.
-        source: which records they are, and which models.
-    """
-
-    subject: str
-    suite: str
-    records: int
-    figures: dict[str, Figures]
-    answers: tuple[Answered, ...]
-    notes: tuple[str, ...] = ()
-    judge: dict[str, Any] | None = None
-    source: Source = field(default_factory=Source)
-
-    @property
-    def base(self) -> Figures:
-        """The base model's figures."""
-        return self.figures[BASE]
-
-    @property
-    def tuned(self) -> Figures:
-        """The tuned model's figures."""
-        return self.figures[TUNED]
-
-    def by_category(self, metric: str = "exact") -> dict[str, tuple[float | int | None, ...]]:
-        """Category to the number of records and each model's mean of a metric."""
-        groups: dict[str, list[Answered]] = {}
-        for answer in self.answers:
-            groups.setdefault(answer.category, []).append(answer)
-        return {
-            category: (len(group), *(_mean(group, name, metric) for name in self.figures))
-            for category, group in sorted(groups.items())
-        }
+        return [section.source() for section in self.suite.data] if self.suite else []
 
 
 def compare_run(
@@ -265,13 +140,14 @@ Models = Callable[[], Iterator[tuple[str, LoadedModel]]]
 def _compare(
     subject: str, recipe: Recipe, models: Models, options: Options, adapter: Path | None = None
 ) -> Comparison:
-    suite, others = options.suite, options.others or {}
+    suite, others = suite_of(recipe, options.suite), options.others or {}
+    options = replace(options, suite=suite)
     for model in others.values():
         _require_model(model)  # before minutes are spent on the first
     judge = Judge(suite.judge) if suite.judge is not None else None
     with sandbox() if options.execute else nullcontext() as box:
         scorer = Scorer(suite, box)
-        several = _Several(subject, recipe, options)
+        several = _Several(subject, recipe, suite, options)
         for name, loaded in models():
             several.add(name, loaded)
             del loaded  # two models at once may not fit
@@ -314,8 +190,9 @@ def _compare(
 class _Several:
     """Models measured one after the other, so that one is in memory at a time."""
 
-    def __init__(self, subject: str, recipe: Recipe, options: Options) -> None:
-        self._subject, self._recipe, self._options = subject, recipe, options
+    def __init__(self, subject: str, recipe: Recipe, suite: Suite, options: Options) -> None:
+        self._subject, self._recipe = subject, recipe
+        self._suite, self._options = suite, options
         self._records: dict[int, Conversation] | None = None
         self.measured: dict[str, Measured] = {}
         self.notes: list[str] = []
@@ -341,7 +218,7 @@ class _Several:
         records = records.first(options.limit) if before is None else records.only(before)
         if not records.conversations:
             raise DataError("none of the records is left in its tokens", where=name)
-        suite = options.suite
+        suite = self._suite
         self.measured[name] = measure(
             loaded,
             renderer,
@@ -428,9 +305,3 @@ def _figures(
             gains={} if name == first else gains,
         )
     return figures
-
-
-def _mean(group: Sequence[Answered], model: str, metric: str) -> float | None:
-    values = [answer.scores[model].get(metric) for answer in group]
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None

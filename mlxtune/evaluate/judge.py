@@ -21,8 +21,8 @@ from typing import Any
 import httpx
 
 from mlxtune.errors import StorageError
-from mlxtune.evaluate.suite import JudgeSection
 from mlxtune.files import cache_folder, write_json
+from mlxtune.recipe.judge import JudgeSection
 
 _LONGEST_PAUSE = 30.0
 _INSTRUCTION = """You grade answers. {rubric}

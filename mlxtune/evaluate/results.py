@@ -14,7 +14,7 @@ from mlxtune.files import atomic_files, write_json, write_text
 
 if TYPE_CHECKING:
     # What was kept is read without MLX.
-    from mlxtune.evaluate.compare import Answered, Comparison
+    from mlxtune.evaluate.comparison import Answered, Comparison
 
 # What people call the metrics.
 METRIC_NAMES = {

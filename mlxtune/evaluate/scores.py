@@ -7,15 +7,14 @@ from collections.abc import Callable, Sequence
 
 from mlxtune.evaluate.sandbox import Sandbox
 from mlxtune.evaluate.shell import (
-    SHELLS,
     command_score,
-    parses,
     read_command,
     require_bashlex,
     same_flags,
     same_programs,
 )
 from mlxtune.evaluate.suite import Suite
+from mlxtune.evaluate.syntax import SHELLS, parses
 from mlxtune.evaluate.text import NORMALISATIONS, edit_similarity, exact_match, token_f1
 
 Scores = dict[str, float | None]

@@ -1,9 +1,8 @@
-"""Shell commands compared as commands: do they parse, and do they say the same.
+"""Shell commands compared as commands: whether they say the same.
 
-Nothing is executed here. Whether a command parses is what `bash -n` and `dash -n` say,
-which read it and stop. What it says is read by bashlex and broken into facts: programs in
-their order, what stands between them, and each program's flags, operands, assignments
-and redirections. Two commands of the same facts are the same command, however they are
+Nothing is executed here. What a command says is read by bashlex and broken into facts:
+programs in their order, what stands between them, and each program's flags, operands,
+assignments and redirections. Two commands of the same facts are the same command, however they are
 quoted and in whatever order their flags come.
 
 A flag's value has to be told from an operand, and only the program knows which of its
@@ -13,8 +12,6 @@ none, and what follows it is an operand.
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -27,14 +24,10 @@ from typing import Any
 
 from mlxtune.errors import MlxtuneError
 
-SHELLS = ("bash", "dash")
 # Nobody asks for a longer command, and a parser in Python would take its time over it.
 MAX_LENGTH = 4000
-_SECONDS = 5.0
 # Of Python, in reading one command: a hundred times what a long one takes.
 _LINES = 1_000_000
-# Without a start-up file, and whatever the caller's environment holds.
-_ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C"}
 
 # Letters of short options that take a value: `-n5`, `-n 5`.
 TAKES_VALUE: dict[str, str] = {
@@ -153,43 +146,6 @@ class Script:
         return facts
 
 
-def parses(text: str, shell: str) -> bool | None:
-    """Whether a shell can read this text; it is never executed.
-
-    Prose often can be read as a command and its operands. An empty text is no command.
-
-    Args:
-        text: the command.
-        shell: `bash` or `dash`.
-
-    Returns:
-        None where the shell is not installed, or takes longer than 5 seconds.
-    """
-    path = shutil.which(shell)
-    return None if path is None else _reads(path, text.strip())
-
-
-@lru_cache(maxsize=10_000)
-def _reads(shell: str, text: str) -> bool | None:
-    if not text or "\0" in text:
-        return False
-    # Through stdin: a text may be longer than an argument, or begin with a dash.
-    try:
-        done = subprocess.run(
-            [shell, "-n"],
-            input=text.encode("utf-8", "replace") + b"\n",
-            env=_ENVIRONMENT,
-            cwd="/",
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            timeout=_SECONDS,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    # A here-document that lacks its end is a warning to bash, and exits 0.
-    return done.returncode == 0 and b"delimited by end-of-file" not in done.stderr
-
-
 def require_bashlex() -> None:
     """See that commands can be compared.
 
@@ -211,7 +167,7 @@ def read_command(text: str) -> Script | None:
 
     Returns:
         None where bashlex cannot read it: a syntax error, or syntax it doesn't know, such
-        as `case`, `[[`, arithmetic and `time`. Use `parses` to tell the two apart.
+        as `case`, `[[`, arithmetic and `time`. Use `syntax.parses` to tell the two apart.
 
     Raises:
         MlxtuneError: bashlex is not installed.

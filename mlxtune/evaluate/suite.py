@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import httpx
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
 from mlxtune.data.sources import HUB
+from mlxtune.recipe.judge import JudgeSection
 from mlxtune.recipe.load import read_toml, validated
-from mlxtune.recipe.schema import Columns, DataSource, FormatName, PositiveInt, Section
+from mlxtune.recipe.schema import Columns, DataSource, FormatName, Recipe
+from mlxtune.recipe.section import PositiveInt, Section
 
 Metric = Literal["exact", "normalised", "f1", "edit", "shell"]
 DEFAULT_METRICS: tuple[Metric, ...] = ("exact", "normalised", "f1", "edit")
@@ -31,45 +32,6 @@ class SuiteData(Section):
         return DataSource(**self.model_dump())
 
 
-class JudgeSection(Section):
-    """`[judge]`: a model that grades answers, behind an OpenAI-compatible endpoint.
-
-    `endpoint` is the base URL, such as `http://localhost:11434/v1`. The key is read from
-    the environment variable `api_key_env`. `rubric` says what a good answer is; grades go
-    from `lowest` to `highest`. Prices are per million tokens, in whatever currency. A
-    request is tried again `retries` times, with growing pauses.
-    """
-
-    endpoint: str = Field(pattern=r"^https?://\S+$")
-    model: str = Field(min_length=1)
-    rubric: str = Field(min_length=1)
-    api_key_env: str | None = Field(default=None, min_length=1)
-    lowest: int = 1
-    highest: int = 5
-    max_tokens: PositiveInt = 256
-    timeout: float = Field(default=60.0, gt=0)
-    retries: int = Field(default=4, ge=0)
-    price_input: float = Field(default=0.0, ge=0)
-    price_output: float = Field(default=0.0, ge=0)
-
-    @field_validator("endpoint")
-    @classmethod
-    def _an_address(cls, endpoint: str) -> str:
-        try:
-            host = httpx.URL(endpoint).host
-        except httpx.InvalidURL as error:
-            raise ValueError(f"this is no URL: {error}") from None
-        if not host:
-            raise ValueError("this URL names no host")
-        return endpoint
-
-    @model_validator(mode="after")
-    def _a_scale(self) -> JudgeSection:
-        if self.lowest >= self.highest:
-            raise ValueError("lowest is a grade below highest")
-        return self
-
-
 class Suite(Section):
     """A suite of measurements.
 
@@ -88,6 +50,25 @@ class Suite(Section):
     max_tokens: PositiveInt | None = None
     general_text: str | None = Field(default=None, min_length=1)
     judge: JudgeSection | None = None
+
+
+DEFAULT_SUITE = Suite(name="heldout")
+
+
+def suite_of(recipe: Recipe, suite: Suite | None = None) -> Suite:
+    """What is measured of a recipe's run.
+
+    Args:
+        recipe: its `[judge]` grades answers where the suite has none.
+        suite: instead of the one that `eval.suite` names.
+
+    Raises:
+        RecipeError: as `load_suite`.
+    """
+    if suite is None:
+        named = recipe.eval.suite
+        suite = load_suite(Path(named).expanduser()) if named is not None else DEFAULT_SUITE
+    return suite.model_copy(update={"judge": suite.judge or recipe.judge})
 
 
 def load_suite(path: Path) -> Suite:

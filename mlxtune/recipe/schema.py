@@ -5,20 +5,15 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainValidator,
     field_validator,
     model_validator,
 )
 
-# Strict: a quoted number is a mistake to be told about, not to be guessed at.
-_CONFIG = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-PositiveInt = Annotated[int, Field(ge=1)]
-Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+from mlxtune.recipe.judge import JudgeSection
+from mlxtune.recipe.section import Names, PositiveInt, Section
 
 
 def _whole_above_one(value: float) -> float:
@@ -45,12 +40,6 @@ def _blocks(value: object) -> object:
 
 
 Blocks = Annotated[int | tuple[int | str, ...] | None, PlainValidator(_blocks)]
-
-
-class Section(BaseModel):
-    """Base of all tables of a recipe."""
-
-    model_config = _CONFIG
 
 
 class ModelSection(Section):
@@ -136,7 +125,7 @@ class DataSource(Section):
 
     path: str = Field(min_length=1)
     format: FormatName = "auto"
-    columns: Columns = {}
+    columns: Columns = Field(default={})
     split: str | None = None
     subset: str | None = None
     max_samples: PositiveInt | None = None
@@ -266,17 +255,19 @@ class EvalSection(Section):
     `steps` is left out; training stops after `patience` measurements without a better one.
     `format`, `columns`, `split`, `subset` and `max_samples` of the
     file are as in `[[data]]`; what becomes of a record is what the first source says.
+    `suite` is the file that says what `mlxtune eval` measures.
     """
 
     path: str | None = None
     format: FormatName = "auto"
-    columns: Columns = {}
+    columns: Columns = Field(default={})
     split: str | None = None
     subset: str | None = None
     max_samples: PositiveInt | None = None
     val_size: float = Field(default=0.0, ge=0)
     steps: PositiveInt | None = None
     patience: PositiveInt | None = None
+    suite: str | None = Field(default=None, min_length=1)
 
     @field_validator("val_size")
     @classmethod
@@ -370,6 +361,7 @@ class Recipe(Section):
     data: Annotated[tuple[DataSource, ...], Field(strict=False, min_length=1)]
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
+    judge: JudgeSection | None = None
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
     export: ExportSection = ExportSection()

@@ -227,9 +227,9 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
         return path if path.startswith(HUB) else str(Path(path).expanduser().absolute())
 
     data = tuple(s.model_copy(update={"path": absolute(s.path)}) for s in recipe.data)
-    held_out = recipe.eval.path
+    named = {"path": recipe.eval.path, "suite": recipe.eval.suite}
     evaluation = recipe.eval.model_copy(
-        update={"path": absolute(held_out) if held_out is not None else None}
+        update={key: absolute(path) if path is not None else None for key, path in named.items()}
     )
     model = recipe.model
     if Path(model.path).expanduser().exists():
