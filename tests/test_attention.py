@@ -16,17 +16,18 @@ from mlxtune.models.attention import attention, blocks
 from mlxtune.models.packed import OwnAttention, PackCache, PackedRope, enable_packs, pack_kind
 from mlxtune.train.step import LossFunction, batch_arrays
 
-SHAPES = [(1, 40, 0), (3, 17, 9), (2, 64, 30), (5, 8, 0)]
+SHAPES = [(1, 40, 0), (3, 17, 9), (2, 64, 30), (5, 8, 0), (5, 8, 20), (6, 8, 32)]
 WINDOWS = [None, 3, 20]
 DIM = 16
 
 
 def cache_of(rows: int, width: int, prefix: int) -> PackCache:
-    """A grid with two samples in each row, and padding at the end of the last."""
+    """A prefix at the front, two samples in each row, and padding at the end of the last."""
     half = width // 2
     position = np.concatenate([np.arange(half), np.arange(width - half)]) + prefix
     segment = np.concatenate([np.full(half, 1), np.full(width - half, 2)])
     positions, segments = np.tile(position, (rows, 1)), np.tile(segment, (rows, 1))
+    positions.flat[:prefix], segments.flat[:prefix] = np.arange(prefix), 0
     segments[-1, -2:] = -1
     return PackCache(mx.array(positions), mx.array(segments), prefix)
 
@@ -84,6 +85,13 @@ def test_blocks_cover_each_query_once_and_leave_out_what_none_of_them_sees():
         seen[part.rows, part.queries] += 1
         assert part.keys == slice(0, 50 + part.queries.stop)
     assert (seen == 1).all()
+    # Rows full of a prefix see what of it is before them.
+    for part in blocks(10, 1000, 3100, 8, window=None):
+        row, end = part.rows.start, part.queries.stop
+        assert part.keys == slice(0, 1000 * row + end if row < 3 else 3100 + end)
+    for part in blocks(10, 1000, 3100, 8, window=100):
+        row, start = part.rows.start, part.queries.start
+        assert part.keys.start == (max(0, 1000 * row + start - 99) if row < 3 else 0)
     for part in blocks(2, 4000, 0, 8, window=100):
         assert part.keys == slice(max(0, part.queries.start - 99), part.queries.stop)
         assert part.seen < 200

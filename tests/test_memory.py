@@ -14,7 +14,7 @@ from mlxtune.errors import ModelError
 from mlxtune.models.heads import split_head
 from mlxtune.models.packed import enable_packs
 from mlxtune.train.blocks import checkpoint_blocks
-from mlxtune.train.memory import GB, blocks_to_checkpoint, memory_budget
+from mlxtune.train.memory import GB, blocks_to_checkpoint, keep_freed_buffers, memory_budget
 from mlxtune.train.step import LossFunction, batch_arrays
 
 BATCH = pack(random_samples([300, 280, 310, 290]))
@@ -107,6 +107,17 @@ def test_a_model_that_cannot_be_measured_says_so():
 def test_a_budget_is_given_or_taken_from_the_device():
     assert memory_budget(1.5) == 1_500_000_000
     assert GB < memory_budget(None) < 10**13
+
+
+def test_as_much_is_kept_of_what_was_freed_as_a_step_needs(monkeypatch):
+    limits = []
+    monkeypatch.setattr(mx, "set_cache_limit", limits.append)
+    held = mx.zeros((1 << 20,))
+    mx.eval(held)
+    mx.reset_peak_memory()
+    mx.eval(mx.zeros((3 << 20,)) + 1)  # gone again
+    keep_freed_buffers()
+    assert 3 << 22 <= limits[0] < (7 << 22) - held.nbytes
 
 
 def test_models_that_also_see_keep_no_logits_either_and_can_be_measured():

@@ -164,6 +164,15 @@ def test_the_same_recipe_gives_the_same_bits(recipe, few, tmp_path, plain_adapte
     assert same_arrays(adapter(again), plain_adapter)
 
 
+def test_what_mlx_keeps_of_freed_memory_is_bounded_by_a_step(recipe, few, tmp_path, monkeypatch):
+    limits = []
+    monkeypatch.setattr(mx, "set_cache_limit", limits.append)
+    run = fine_tune(recipe(few, log={"steps": 1}), tmp_path / "run", Silent())
+    peaks = [entry["peak_memory_bytes"] for entry in run.metrics() if "loss" in entry]
+    assert len(limits) == len(peaks) > 1
+    assert all(0 < limit < peak for limit, peak in zip(limits, peaks, strict=True))
+
+
 def test_a_run_begins_where_an_adapter_is(recipe, few, tmp_path):
     first = fine_tune(recipe(few, lora={"dora": True}), tmp_path / "first", Silent())
     # Of the run, and of its adapter in PEFT's layout; a rate of almost nothing keeps it.

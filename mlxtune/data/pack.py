@@ -4,7 +4,8 @@ Two layouts share one form. *Padded*: a row holds one sample, as everyone does i
 *Packed*: the tokens that all samples of the batch begin with (a system prompt, the
 template's header) stand once at the front, and rows hold the rest, several short samples
 to a row. Positions count as if each sample stood alone. Attention in a packed grid costs
-rows x width x (prefix + width), not the square of all its tokens.
+rows x width x (prefix + width), not the square of all its tokens, and half of that in rows
+full of the prefix.
 """
 
 from __future__ import annotations
@@ -116,12 +117,18 @@ def grid_of(samples: Sequence[Sample], *, few_shapes: bool = False) -> Grid:
     while width <= 4 * longest:
         rounded = _rounded(width, WIDTH_STEP, few_shapes)
         rows = _best_fit(lengths, rounded, prefix)
-        cost = len(rows) * rounded * (1 + (prefix + rounded) / 1000)
+        cost = rounded * (len(rows) + _keys_seen(len(rows), rounded, prefix) / 1000)
         if best is None or cost < best.cost:
             best = Grid(prefix, rounded, rows, cost, few_shapes)
         width += max(WIDTH_STEP, _round_up(width // 32, WIDTH_STEP))
     assert best is not None
     return best
+
+
+def _keys_seen(rows: int, width: int, prefix: int) -> int:
+    """Keys that a token of each row may see: in rows full of the prefix, none after it."""
+    full = prefix // width
+    return width * full * (full + 1) // 2 + (rows - full) * (prefix + width)
 
 
 def pad(samples: Sequence[Sample], *, few_shapes: bool = False) -> Batch:

@@ -26,7 +26,7 @@ _LEAST_QUERIES = 32
 class Block:
     """Some rows of a grid, some queries of them, and the keys that these may see.
 
-    Keys are counted from the first of the prefix; all of a prefix are among them.
+    Keys are counted from the first of the prefix, which stands in front of each row's own.
     """
 
     rows: slice
@@ -46,7 +46,11 @@ Bias = Callable[[Block], mx.array]
 def blocks(
     rows: int, width: int, prefix: int, heads: int, window: int | None = None
 ) -> Iterator[Block]:
-    """The blocks of a grid of `rows` x `width` queries, each row with `prefix` keys in front."""
+    """The blocks of a grid of `rows` x `width` queries, each row with `prefix` keys in front.
+
+    The first `prefix` queries of the grid are the prefix itself: rows full of them see what
+    stands before them in it, and none of their own keys.
+    """
     limit = _CPU_SCORES if on_cpu() else _GPU_SCORES
     # No more queries than a window holds: they see twice as many keys at most.
     sight = width if window is None else min(width, max(window, _LEAST_QUERIES))
@@ -54,12 +58,19 @@ def blocks(
     queries = min(sight, max(_LEAST_QUERIES, limit // (heads * seen)))
     queries = -(-width // -(-width // queries))  # all blocks of a row alike
     group = max(1, limit // (heads * queries * seen)) if queries == width else 1
-    for row in range(0, rows, group):
-        for start in range(0, width, queries):
-            end = min(width, start + queries)
-            first = 0 if window is None or prefix else max(0, start - window + 1)
-            keys = slice(first, prefix + end)
-            yield Block(slice(row, min(rows, row + group)), slice(start, end), keys)
+    full = prefix // width  # rows of nothing but the prefix
+    for begin, stop in ((0, full), (full, rows)):
+        for row in range(begin, stop, group):
+            last = min(stop, row + group)
+            for start in range(0, width, queries):
+                end = min(width, start + queries)
+                if row < full:
+                    first, seen_to = row * width + start, (last - 1) * width + end
+                else:
+                    # Where its samples begin is not known here: behind a prefix they see all.
+                    first, seen_to = 0 if prefix else start, prefix + end
+                seen_from = 0 if window is None else max(0, first - window + 1)
+                yield Block(slice(row, last), slice(start, end), slice(seen_from, seen_to))
 
 
 def attention(
@@ -80,7 +91,7 @@ def attention(
         scale: on the scores.
         prefix: keys in front of a row's own.
         bias: who sees whom, block by block; a query sees no key of its row after itself.
-        window: how many keys of its row a query sees at most, itself among them.
+        window: how many keys a query sees at most, itself among them.
 
     Returns:
         As `queries`.
@@ -127,8 +138,8 @@ def attention(
             for_q.append(((ds @ k_seen) * scale).reshape(*p.shape[:-1], dim))
             before = [
                 for_q[-1],
-                _add(for_k, block, ds.swapaxes(-1, -2) @ own),
-                _add(for_v, block, flat.astype(v.dtype).swapaxes(-1, -2) @ above),
+                _add(for_k, block, ds.swapaxes(-1, -2) @ own, prefix + width),
+                _add(for_v, block, flat.astype(v.dtype).swapaxes(-1, -2) @ above, prefix + width),
             ]
         for_q.reverse()
         return (
@@ -169,17 +180,14 @@ def _joined(parts: list[Block], arrays: list[mx.array]) -> mx.array:
     return mx.concatenate(whole, axis=0) if len(whole) > 1 else whole[0]
 
 
-def _add(total: dict[int, mx.array], block: Block, more: mx.array) -> mx.array:
-    """Add the gradient for the keys that a block sees to that of all keys of its rows.
-
-    The first block of some rows that is given is their last, which sees the last key.
-    """
+def _add(total: dict[int, mx.array], block: Block, more: mx.array, length: int) -> mx.array:
+    """Add the gradient for the keys that a block sees to that of all `length` of its rows."""
     row, keys = block.rows.start, block.keys
     if row in total:
         before, seen, rest = mx.split(total[row], [keys.start, keys.stop], axis=2)
         parts = [part for part in (before, seen + more, rest) if part.shape[2]]
         more = mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
-    elif keys.start:
-        more = mx.pad(more, [(0, 0), (0, 0), (keys.start, 0), (0, 0)])
+    elif keys.start or keys.stop < length:
+        more = mx.pad(more, [(0, 0), (0, 0), (keys.start, length - keys.stop), (0, 0)])
     total[row] = more
     return more

@@ -120,23 +120,24 @@ class PackCache:
         """
         width = self.positions.shape[1]
         block = block or Block(slice(None), slice(0, width), slice(0, self.prefix + width))
-        # Of the rows' own keys; where there is a prefix, a block sees all of it.
-        keys = slice(max(0, block.keys.start - self.prefix), block.keys.stop - self.prefix)
         segments, positions = self.segments[block.rows], self.positions[block.rows]
         segment = segments[:, None, block.queries, None]
         position = positions[:, None, block.queries, None]
+        # The block's keys: of the prefix, and of the rows' own.
+        ends = block.keys.start, block.keys.stop
+        ahead = mx.arange(*(min(end, self.prefix) for end in ends))
+        keys = slice(*(max(0, end - self.prefix) for end in ends))
         index = mx.arange(width)
         own = (
             (segment == segments[:, None, None, keys])
             & (index[None, keys] <= index[block.queries, None])
             & ((segment != 0) | (self.prefix == 0))
         )
-        ahead = mx.arange(self.prefix)
         front = (segment >= 0) & (ahead <= position)
         if window_size is not None:
             own = own & (position - positions[:, None, None, keys] < window_size)
             front = front & (position - ahead < window_size)
-        return mx.concatenate([mx.broadcast_to(front, (*own.shape[:-1], self.prefix)), own], -1)
+        return mx.concatenate([mx.broadcast_to(front, (*own.shape[:-1], ahead.size)), own], -1)
 
     def _bias(self, window: int | None, block: Block) -> mx.array:
         """The mask of a block for its scores, made once for all layers alike."""

@@ -34,6 +34,7 @@ from mlxtune.train.checkpoint import (
 )
 from mlxtune.train.distributed import Stopped, Workers
 from mlxtune.train.heldout import held_out_loss
+from mlxtune.train.memory import keep_freed_buffers
 from mlxtune.train.metrics import Report, Reporter
 from mlxtune.train.optim import optimizer_of
 from mlxtune.train.run import Run
@@ -266,6 +267,7 @@ class Trainer:
             reported_seconds=now.seconds,
         )
         seconds = max(now.seconds - now.reported_seconds, 1e-9)
+        keep_freed_buffers()
         peak = self._workers.largest(mx.get_peak_memory())
         if not self._workers.first:
             return

@@ -44,12 +44,24 @@ def keep_within(budget: int) -> None:
     """Make MLX free its caches before it takes more than `budget` bytes.
 
     On Metal the memory is also wired, up to what the device allows, so that weights are not
-    paged out between steps; freed buffers are kept for the next step, never cleared.
+    paged out between steps; freed buffers are kept for the next step, never cleared
+    (`keep_freed_buffers` says how many).
     """
     mx.set_memory_limit(budget)
     if mx.metal.is_available():
         allowed = int(mx.device_info()["max_recommended_working_set_size"])
         mx.set_wired_limit(min(budget, allowed))
+
+
+def keep_freed_buffers() -> None:
+    """Let MLX keep as many freed bytes as the steps so far have needed, and no more.
+
+    To be called between steps, when nothing is being computed: then what is held stays held,
+    and the peak above it is what a step needs. MLX itself keeps all that the memory limit
+    leaves room for, and batches of other shapes seldom fit into what is kept, so that in a long
+    run it would be most of the machine (ml-explore/mlx issue 3350). CPUs keep nothing.
+    """
+    mx.set_cache_limit(max(0, mx.get_peak_memory() - mx.get_active_memory()))
 
 
 def blocks_to_checkpoint(model: nn.Module, batch: Batch, budget: int, state: int = 0) -> int:
