@@ -95,7 +95,7 @@ def tiny_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def shell_run(tmp_path_factory) -> Path:
-    """A finished real run: SmolLM2 on 28 intents of the shell data, 40 steps of 6."""
+    """A finished real run: SmolLM2 on 28 intents of the shell data, 30 steps of 6."""
     from mlxtune.recipe.load import load_recipe
     from mlxtune.train.metrics import Silent
     from mlxtune.train.session import fine_tune
@@ -108,7 +108,7 @@ def shell_run(tmp_path_factory) -> Path:
             f"data.path={SHELL_TRAIN}",
             "data.max_samples=168",
             f"eval.path={SHELL_HELDOUT}",
-            "train.max_steps=40",
+            "train.max_steps=30",
             "train.batch_size=6",
             "log.steps=10",
             "eval.max_samples=28",

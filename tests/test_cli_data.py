@@ -95,7 +95,9 @@ def test_inspect_tells_of_each_source_and_of_one_that_is_not_there(folder):
     assert done.stderr.startswith("error: rows.jsonl: there is no such file\n")
 
 
-@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "kill", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_inspect_that_is_stopped_takes_its_processes_with_it(folder, kill):
     """As a terminal's Ctrl-C reaches all of them; whoever is left would keep stderr open."""
     write_jsonl(folder / "rows.jsonl", [GOOD | {"prompt": f"list {n}"} for n in range(60_000)])

@@ -37,6 +37,13 @@ HUB = ("qwen3", "llama3_1", "gemma3", "gemma4", "nemo", "phi3")
 FILES = (*GOLDEN, *UNTOLD, "gemma-3")
 # Without those of the same tokens as another, which take seconds each.
 DISTINCT = tuple(name for name in FILES if name not in ("qwen35", "mpt"))
+
+
+def each(names):
+    """Those of 262,144 tokens take seconds each: CI runs them."""
+    return [pytest.param(n, marks=pytest.mark.slow) if "gemma" in n else n for n in names]
+
+
 HARD = [
     fingerprints.TEXT,
     "a   b\n\n\n\tc  ",
@@ -132,7 +139,7 @@ def differing(tokenizer: PreTrainedTokenizerFast, vocab: LlamaVocab, texts: list
 # ------------------------------------------------------------------------ from GGUF
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", each(GOLDEN))
 def test_golden_texts_have_llama_cpps_ids(name):
     ours = tokenizer(name) if metadata(name) else None
     texts, expected = real_tokenizers.golden(name)
@@ -140,20 +147,20 @@ def test_golden_texts_have_llama_cpps_ids(name):
     assert [ids(ours, text) for text in texts] == expected
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", each(FILES))
 def test_a_vocabulary_read_tokenizes_as_llama_cpp_does(name, llama_cpp):
     vocab = llama_cpp(metadata(name))
     assert differing(tokenizer(name), vocab, pages() + HARD) == []
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", each(FILES))
 def test_marks_around_a_text_are_llama_cpps(name, llama_cpp):
     vocab = llama_cpp(metadata(name))
     for text in ("a", " b c"):
         assert tokenizer(name)(text).input_ids == vocab(text, add_special=True)
 
 
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("name", each(DISTINCT))
 def test_text_is_decoded_as_it_was(name):
     for text in pages()[:100]:
         assert tokenizer(name).decode(ids(tokenizer(name), text)) == text
@@ -213,7 +220,7 @@ def test_a_pre_tokenizer_not_known_is_refused_by_name():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", HUB)
+@pytest.mark.parametrize("name", each(HUB))
 def test_a_hub_tokenizer_is_written_so_that_llama_cpp_tokenizes_alike(name, llama_cpp):
     hub, vocab = from_hub(name), llama_cpp(written(name))
     texts = pages() + HARD
@@ -224,7 +231,7 @@ def test_a_hub_tokenizer_is_written_so_that_llama_cpp_tokenizes_alike(name, llam
     assert differing(hub, vocab, texts) == []
 
 
-@pytest.mark.parametrize("name", HUB)
+@pytest.mark.parametrize("name", each(HUB))
 def test_marks_put_around_a_text_are_those_of_the_hub_tokenizer(name, llama_cpp):
     hub, vocab = from_hub(name), llama_cpp(written(name))
     for text in ("a", " b c"):
@@ -239,7 +246,7 @@ CHAT = [
 ]
 
 
-@pytest.mark.parametrize("name", HUB)
+@pytest.mark.parametrize("name", each(HUB))
 def test_a_chat_has_the_same_ids_and_stops_where_its_answers_end(name, llama_cpp):
     hub, vocab = from_hub(name), llama_cpp(written(name))
     text = hub.apply_chat_template(CHAT, tokenize=False)
@@ -250,7 +257,7 @@ def test_a_chat_has_the_same_ids_and_stops_where_its_answers_end(name, llama_cpp
     assert vocab.ends(after_answer[0])
 
 
-@pytest.mark.parametrize("name", HUB)
+@pytest.mark.parametrize("name", each(HUB))
 def test_a_hub_tokenizer_written_and_read_is_the_same_tokenizer(name):
     hub, back = from_hub(name), read_tokenizer(written(name), where=name)
     for text in pages()[:300] + HARD:
@@ -312,7 +319,7 @@ OLD = {  # of old converters, that did not mark padding as unused or wrote needl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("name", each(DISTINCT))
 def test_a_vocabulary_read_and_written_is_the_same_metadata(name):
     want = {k: v for k, v in metadata(name).items() if k.startswith("tokenizer.")}
     got = rewritten(name)
@@ -331,7 +338,7 @@ def test_a_vocabulary_read_and_written_is_the_same_metadata(name):
             assert PRE_TOKENIZERS[got[key]].rules == PRE_TOKENIZERS[want[key]].rules
 
 
-@pytest.mark.parametrize("name", ["gemma-3", "llama-spm", "baichuan"])
+@pytest.mark.parametrize("name", each(["gemma-3", "llama-spm", "baichuan"]))
 def test_scores_are_in_the_same_order(name):
     """Only the order counts, and only of tokens that two others make."""
     got, want = rewritten(name)[f"{GGML}scores"], metadata(name)[f"{GGML}scores"]
@@ -348,7 +355,7 @@ COMMON = st.sampled_from("  aAbBzZeéÄß'sS012389.,!?-_/<>\n\t\r\u00a0\u3000日
 any_text = st.text(st.one_of(COMMON, COMMON, ASSIGNED), max_size=40)
 
 
-@pytest.mark.parametrize("name", ["llama-bpe", "qwen2", "phi-3", "gemma-3"])
+@pytest.mark.parametrize("name", each(["llama-bpe", "qwen2", "phi-3", "gemma-3"]))
 def test_any_text_read(name, llama_cpp):
     vocab = llama_cpp(metadata(name))
     ours = tokenizer(name)
@@ -361,7 +368,7 @@ def test_any_text_read(name, llama_cpp):
     check()
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama3_1", "gemma3"])
+@pytest.mark.parametrize("name", each(["qwen3", "llama3_1", "gemma3"]))
 def test_any_text_written(name, llama_cpp):
     vocab = llama_cpp(written(name))
     hub = from_hub(name)

@@ -226,7 +226,13 @@ def written(name: str, tokenizer, place: Path, *, plain=False) -> tuple[Path, li
 
 # One of each form; CI runs them all.
 FEW = ("llama", "qwen3", "gemma3_text", "phi3")
-ALL = [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+
+
+def each(names):
+    return [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+ALL = each(MODELS)
 
 
 @pytest.fixture(scope="module", params=ALL)
@@ -300,7 +306,7 @@ def test_quantized_files_say_the_same(source, tmp_path, file_type):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "llama-3-rope", "qwen3", "gemma3_text", "gemma4", "qwen3_5"]
+    "name", each(["llama", "llama-3-rope", "qwen3", "gemma3_text", "gemma4", "qwen3_5"])
 )
 def test_an_adapter_as_gguf_does_in_llama_cpp_what_it_does_in_mlx(name, tokenizer, tmp_path):
     folder, tokens = written(name, tokenizer, tmp_path)

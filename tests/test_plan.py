@@ -82,9 +82,9 @@ def slow(*values):
     ("config", "sections"),
     [
         (LLAMA, {}),
-        (LLAMA, {"train": {"gradient_checkpointing": True}}),
+        slow(LLAMA, {"train": {"gradient_checkpointing": True}}),
         (LLAMA, {"model": {"quantize": 4}, "train": {"optimizer": "adamw_8bit"}}),
-        (LLAMA, {"model": {"quantize": "nf4"}, "lora": {"dora": True}}),
+        slow(LLAMA, {"model": {"quantize": "nf4"}, "lora": {"dora": True}}),
         slow(LLAMA, {"lora": {"rank": 64, "dropout": 0.1}, "train": {"packing": False}}),
         slow(LLAMA, {"lora": {"layers": 2}, "train": {"optimizer": "muon"}}),
         (GEMMA, {}),
@@ -116,6 +116,7 @@ def test_nothing_is_computed_for_a_plan():
     assert mx.get_peak_memory() - before < 50e6
 
 
+@pytest.mark.slow
 def test_two_shallow_models_say_what_a_deep_one_takes():
     config = LLAMA | {"num_hidden_layers": 24}
     batch = pack(samples_of((300, 200, 100)))
@@ -227,6 +228,7 @@ def test_a_recipe_fits_the_mac_that_it_is_for(path):
     assert plan.seconds_per_step is None or plan.seconds_per_step > 0
 
 
+@pytest.mark.slow
 def test_seventy_billion_weights_are_planned_from_their_config_alone(tmp_path):
     config = LLAMA | {"hidden_size": 8192, "num_hidden_layers": 80, "intermediate_size": 28672}
     config |= {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256}
@@ -389,6 +391,7 @@ def test_the_page_of_benchmarks_is_what_its_results_say():
     assert "M2 Pro" in estimated
 
 
+@pytest.mark.slow
 def test_what_is_measured_takes_the_place_of_an_estimate(tmp_path, monkeypatch):
     """Of this machine, under the name of a Mac."""
     smollm2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
