@@ -27,6 +27,7 @@ from mlx_lm.models import llama
 
 from mlxtune.data.pack import Batch, pack, pad
 from mlxtune.data.passes import Layout, passes
+from mlxtune.data.render import Sample
 from mlxtune.losses.cross_entropy import weighted_cross_entropy
 from mlxtune.models.heads import split_head
 from mlxtune.models.packed import enable_packs
@@ -66,17 +67,40 @@ def test_weighted_cross_entropy_is_mlx_own_in_value_and_gradient(dtype):
     assert distance(mx.grad(ours)(logits), mx.grad(theirs)(logits)) < 1e-5
 
 
-def test_batch_arrays_divides_the_weights_and_nothing_else():
+def test_the_sum_over_a_batch_and_its_weight_make_the_mean():
     batch = pack(RAGGED)
     model = packable_llama()
     whole = loss_of_batch(model, batch).item()
     arrays = batch_arrays(batch, batch.weight)
-    mean = LossFunction(model)(arrays, batch.prefix, batch.packed).item()
+    mean = (LossFunction(model)(arrays, batch.prefix, batch.packed) / arrays["total"]).item()
     assert mean == pytest.approx(whole / batch.weight, rel=1e-5)
     assert mean == pytest.approx(
         loss_of_each_alone(model, RAGGED).item() / sum(float(s.weights.sum()) for s in RAGGED),
         rel=1e-5,
     )
+
+
+def test_float16_holds_the_gradient_of_a_mean_over_thousands_of_tokens():
+    """Each token's share of it is below what float16 can hold."""
+    words, generator = 8192, np.random.default_rng(0)
+    samples = [
+        Sample(generator.integers(0, words, 512).astype(np.int32), np.ones(512, np.float32), record)
+        for record in range(12)
+    ]
+    batch = pack(samples)
+    assert batch.weight > 6000
+
+    def moved(dtype: mx.Dtype) -> mx.array:
+        model = tiny("llama", vocab_size=words, tie_word_embeddings=True)
+        model.set_dtype(dtype)
+        enable_packs(with_adapters(model))
+        before = trainable(model)
+        TrainStep(model, optim.SGD(1.0), max_grad_norm=0.0)([batch], 1.0)
+        after = trainable(model)
+        return mx.concatenate([(after[name] - before[name]).reshape(-1) for name in before])
+
+    want, got = moved(mx.float32), moved(mx.float16)
+    assert mx.linalg.norm(got - want).item() < 0.005 * mx.linalg.norm(want).item()
 
 
 HEADS: dict[str, Callable[[], nn.Module]] = {
@@ -238,7 +262,7 @@ def test_the_gradient_is_that_of_the_features_that_were_dropped(lay_out, recompu
 
     def loss() -> mx.array:
         mx.random.seed(13)
-        return loss_of(arrays, batch.prefix, batch.packed)
+        return loss_of(arrays, batch.prefix, batch.packed) / arrays["total"]
 
     start = trainable(model)
     _, gradients = value_and_gradients(model, loss)

@@ -571,7 +571,7 @@ def test_models_that_remember_otherwise_are_padded_and_say_so(
     assert losses(run)[-1] < losses(run)[0]
 
 
-@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_cli_stops_when_asked_to_and_says_how_to_go_on(recipe, few, tmp_path, asked):
     file = tmp_path / "t.toml"
     from mlxtune.recipe.load import dump_recipe

@@ -6,11 +6,9 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -39,6 +37,7 @@ from mlxtune.train.metrics import Report, Reporter
 from mlxtune.train.optim import optimizer_of
 from mlxtune.train.run import Run
 from mlxtune.train.schedule import learning_rate
+from mlxtune.train.signals import stop_on_signals
 from mlxtune.train.step import StepResult, TrainStep
 
 
@@ -143,7 +142,7 @@ class Trainer:
         at; whoever is told of a step, or keeps it, waits for it first.
 
         Raises:
-            Interrupted: after Ctrl-C or SIGTERM, with everything saved.
+            Interrupted: after Ctrl-C, SIGTERM or SIGHUP, with everything saved.
             TrainingDiverged: the loss or the gradient is not a number.
             StorageError: the disk refuses a checkpoint; the one before stands.
         """
@@ -160,7 +159,7 @@ class Trainer:
         first = self._progress.step
         if first == 0:
             self._measure()
-        with _stop_on_signals(self._workers) as asked:
+        with stop_on_signals(self._workers) as asked:
             # A run that was stopped early may have been killed before it said so.
             left = first if self._enough() else self.total_steps
             begun: _Begun | None = None
@@ -176,9 +175,10 @@ class Trainer:
                     self._settle(begun)
                 begun = _Begun(batches, seen, result)
                 last, stop = step == self.total_steps, self._workers.stopping
-                if not (last or stop or self._is_due(step)):
+                if not (last or stop or step == first + 1 or self._is_due(step)):
                     continue
                 norm, begun = self._settle(begun), None
+                keep_freed_buffers()
                 if step % self._log.steps == 0 or last:
                     self._report(rate, norm)
                 if step % self._eval_every == 0 or last:
@@ -193,7 +193,9 @@ class Trainer:
                 if last:
                     break
                 if stop:
-                    by = signal.SIGTERM if signal.SIGTERM in asked else signal.SIGINT
+                    # What asks one of several workers comes to the others as no signal.
+                    alone = asked and self._workers.size == 1
+                    by = signal.Signals(asked[0]) if alone else signal.SIGINT
                     raise Interrupted(self._run.checkpoints / f"step-{step}", by)
                 self._mark = time.perf_counter()
         self._keep(self._run.adapter)
@@ -267,7 +269,6 @@ class Trainer:
             reported_seconds=now.seconds,
         )
         seconds = max(now.seconds - now.reported_seconds, 1e-9)
-        keep_freed_buffers()
         peak = self._workers.largest(mx.get_peak_memory())
         if not self._workers.first:
             return
@@ -300,6 +301,13 @@ class Trainer:
             workers=self._workers,
         )
         now = self._progress
+        if not math.isfinite(loss):
+            raise TrainingDiverged(
+                f"the held-out loss is {loss} after step {now.step}",
+                where=str(self._run.path),
+                remedy='lower train.learning_rate; with model.dtype = "float16" take "bfloat16" or '
+                '"float32"',
+            )
         best = now.best_loss is None or loss < now.best_loss
         if not best:
             self._progress = replace(now, no_better=now.no_better + 1)
@@ -365,32 +373,3 @@ class _Begun:
     batches: list[Batch]
     seen: _Seen
     result: StepResult
-
-
-@contextmanager
-def _stop_on_signals(workers: Workers) -> Iterator[list[int]]:
-    """The first Ctrl-C asks for a stop after this step; the second stops at once.
-
-    So does SIGTERM, which a machine that shuts down sends, or a queue whose time is up; to
-    one worker of several it means that another has ended. To workers on another machine
-    Ctrl-C comes as the loss of their terminal (SIGHUP).
-
-    Yields:
-        The signals that have come.
-    """
-    asked: list[int] = []
-
-    def ask(number: int, _frame: FrameType | None) -> None:
-        again = number == signal.SIGINT and signal.SIGINT in asked
-        asked.append(number)
-        if again:
-            raise KeyboardInterrupt
-        workers.ask_to_stop()
-
-    numbers = [signal.SIGINT, signal.SIGTERM if workers.size == 1 else signal.SIGHUP]
-    before = [signal.signal(number, ask) for number in numbers]
-    try:
-        yield asked
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)

@@ -29,14 +29,16 @@ def memory_budget(limit: float | None) -> int:
 
     Args:
         limit: GB, as the recipe says; None for what the device recommends: its working set
-            on Metal, four fifths of the memory elsewhere.
+            on Metal, four fifths of the GPU's memory or of the machine's elsewhere.
     """
     if limit is not None:
         return int(limit * GB)
     info = mx.device_info()
     if recommended := info.get("max_recommended_working_set_size"):
         return int(recommended)
-    total = info.get("memory_size") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # CUDA says how much memory the GPU has.
+    total = info.get("total_memory") or info.get("memory_size")
+    total = total or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int((1 - _OTHERS) * int(total))
 
 

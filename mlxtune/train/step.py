@@ -114,12 +114,13 @@ def rows_to_a_chunk(vocabulary: int) -> int:
 
 
 def batch_arrays(batch: Batch, weight: float = 1.0) -> Arrays:
-    """A batch's arrays on the device, with loss weights divided by `weight`."""
+    """A batch's arrays on the device, with the sum of its step's loss weights, `weight`."""
     arrays = {
         "tokens": mx.array(batch.tokens),
         "sources": mx.array(batch.sources),
         "targets": mx.array(batch.targets),
-        "weights": mx.array(batch.weights / weight),
+        "weights": mx.array(batch.weights),
+        "total": mx.array(weight),
         "noise": mx.array(noise_sizes(batch)),
     }
     if batch.packed:
@@ -133,8 +134,10 @@ def batch_arrays(batch: Batch, weight: float = 1.0) -> Arrays:
 class TrainStep:
     """Forward, backward, clip, update; compiled over model, optimizer and RNG state.
 
-    The weights of all batches of a step are divided by their sum over the whole step, so
-    8 x 1 and 1 x 8 are the same mathematics whatever the lengths, on one worker or many.
+    Loss and gradients of a step are divided by the sum of the loss weights of all its
+    batches, so 8 x 1 and 1 x 8 are the same mathematics whatever the lengths, on one worker or
+    many. Not before the backward pass: what a token has of a mean over thousands is less than
+    float16 can hold.
 
     Args:
         model: with its adapters in place and all else frozen.
@@ -194,31 +197,34 @@ class TrainStep:
             (batch,) = batches
             loss, norm = self._whole(batch_arrays(batch, weight), batch.prefix, batch.packed)
             return StepResult(loss, norm)
+        total = mx.array(weight)
         loss, gradients = mx.array(0.0), None
         with self._workers.own_randomness():
             for batch in batches:
-                more, of_batch = self._one(batch_arrays(batch, weight), batch.prefix, batch.packed)
+                more, of_batch = self._one(batch_arrays(batch), batch.prefix, batch.packed)
                 loss, gradients = loss + more, _sum(gradients, of_batch)
                 # Each batch's activations are released before the next is begun.
                 mx.eval(loss, gradients)
         if gradients is None:
             gradients = tree_map(mx.zeros_like, self._model.trainable_parameters())
         loss, gradients = self._workers.sum((loss, gradients))
-        return StepResult(loss, self._finish(gradients))
+        return StepResult(loss / total, self._finish(gradients, total))
 
     # ------------------------------------------------------------------ the step itself
 
     def whole(self, arrays: Arrays, prefix: int, packed: bool) -> tuple[mx.array, mx.array]:
         """A step of one batch, uncompiled: its loss and the norm of its gradient."""
         loss, gradients = self._gradient(arrays, prefix, packed)
-        return loss, self._update(gradients)
+        return loss / arrays["total"], self._update(gradients, arrays["total"])
 
-    def _update(self, gradients: Any) -> mx.array:
+    def _update(self, gradients: Any, total: mx.array) -> mx.array:
+        """Update with gradients of a sum over the weight `total`; the norm of their mean."""
         squares = [g.astype(mx.float32).square().sum() for g in flat(gradients).values()]
-        norm = mx.sqrt(sum(squares[1:], squares[0]))
+        norm = mx.sqrt(sum(squares[1:], squares[0])) / total
+        factor = 1 / total
         if self._max_grad_norm:
-            factor = mx.minimum(self._max_grad_norm / (norm + 1e-6), 1.0)
-            gradients = tree_map(lambda g: g * factor, gradients)
+            factor = factor * mx.minimum(self._max_grad_norm / (norm + 1e-6), 1.0)
+        gradients = tree_map(lambda g: g * factor, gradients)
         update(self._optimizer, self._model, gradients, lora_plus_ratio=self._lora_plus_ratio)
         return norm
 
