@@ -208,6 +208,22 @@ def _require_free(path: Path, overwrite: bool, marker: str | None) -> None:
         )
 
 
+def require_writable(path: Path) -> None:
+    """See that a file or folder could be made at `path`, before anything is worked on.
+
+    Raises:
+        StorageError: one of the folders above it is none, or nothing may be made in it.
+    """
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        what = f"{above} is a file, not a folder"
+    elif not os.access(above, os.W_OK | os.X_OK):
+        what = f"nothing may be written in {above}"
+    else:
+        return
+    raise StorageError(what, where=str(path), remedy="choose another place with --output")
+
+
 @contextmanager
 def _parents_of(path: Path) -> Iterator[None]:
     """Make the folders above `path`; those that were missing go again on failure."""
@@ -273,7 +289,8 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise StorageError(
             f"could not write: {error.strerror or error}",
             where=str(path),
-            remedy="free some space or choose another place; what was there before is unharmed",
+            remedy=f"{'free some space or ' * (error.errno in _FULL)}choose another place; what "
+            "was there before is unharmed",
         ) from error
 
 

@@ -117,3 +117,32 @@ def shell_run(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "shell"
     fine_tune(recipe, path, Silent())
     return path
+
+
+@pytest.fixture(scope="session")
+def recipe(tiny_folder):
+    """A recipe for a short run of the tiny model, with some of it changed."""
+    from mlxtune.recipe.load import parse_recipe
+
+    def make(data, **sections):
+        values = {
+            "name": "t",
+            "model": {"path": str(tiny_folder)},
+            "lora": {"rank": 4},
+            "data": [{"path": str(data)}],
+            "train": {"batch_size": 4, "max_steps": 6, "learning_rate": 1e-2},
+            "log": {"steps": 1},
+        }
+        for name, section in sections.items():
+            old = values.get(name, {})
+            values[name] = {**old, **section} if isinstance(section, dict) else section
+        return parse_recipe(values, where="test")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def few(tmp_path_factory) -> Path:
+    """Some of the shell data's records."""
+    lines = SHELL_TRAIN.read_text().splitlines()[::21]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "few.jsonl", map(json.loads, lines))

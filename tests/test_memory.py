@@ -109,6 +109,19 @@ def test_a_budget_is_given_or_taken_from_the_device():
     assert GB < memory_budget(None) < 10**13
 
 
+@pytest.mark.parametrize(
+    ("told", "budget"),
+    [
+        # As MLX describes a Mac and a GPU of NVIDIA's.
+        ({"max_recommended_working_set_size": 11 * GB, "memory_size": 16 * GB}, 11 * GB),
+        ({"total_memory": 24 * GB, "free_memory": 20 * GB}, int(0.8 * 24 * GB)),
+    ],
+)
+def test_the_budget_is_that_of_the_device_that_computes(monkeypatch, told, budget):
+    monkeypatch.setattr(mx, "device_info", lambda: told)
+    assert memory_budget(None) == pytest.approx(budget)
+
+
 def test_as_much_is_kept_of_what_was_freed_as_a_step_needs(monkeypatch):
     limits = []
     monkeypatch.setattr(mx, "set_cache_limit", limits.append)

@@ -10,6 +10,7 @@ import sys
 import traceback
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -256,7 +257,7 @@ def _say_interrupted(error: Exception) -> int | None:
     run = checkpoint.parent.parent
     print(
         f"interrupted; saved in {checkpoint}\n"
-        f"  go on: mlxtune lora {run / 'recipe.toml'} -o {run} --resume",
+        f"  go on: mlxtune lora {quote(str(run / 'recipe.toml'))} -o {quote(str(run))} --resume",
         file=sys.stderr,
     )
     return number

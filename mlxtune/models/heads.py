@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlxtune.arrays import flat
+from mlxtune.arrays import flat, scalar
 
 Body = Callable[..., mx.array]
 Finish = Callable[[mx.array], mx.array]
@@ -98,10 +98,13 @@ def split_head(model: nn.Module, *, proven: bool = False) -> tuple[Body, Head] |
     probe = mx.array([[1, 2]])
     with evaluating(model):  # dropout would tell two equal passes apart
         try:
-            same = mx.allclose(head(body(probe)), model(probe), rtol=1e-3, atol=1e-3).item()
+            got, want = head(body(probe)), model(probe)
+            error = scalar(mx.abs(got - want).max() / mx.abs(want).max())
         except Exception:  # an architecture of another form
             return None
-    return (body, head) if same else None
+    # The two compute the same in the same order; a cap of 30 on small logits shows in the
+    # fourth digit.
+    return (body, head) if error < (1e-5 if want.dtype == mx.float32 else 1e-2) else None
 
 
 @contextmanager

@@ -30,6 +30,7 @@ class Progress:
     Attributes:
         step: steps done; with the seed it fixes the place in the data.
         best_loss: lowest held-out loss so far; None before the first.
+        best_step: steps done when it was measured.
         no_better: measurements of it since then.
         tokens, supervised_tokens, examples: seen so far.
         seconds: time spent training so far.
@@ -39,6 +40,7 @@ class Progress:
 
     step: int = 0
     best_loss: float | None = None
+    best_step: int = 0
     no_better: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
@@ -65,6 +67,8 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/step-N`, whole or not at all; then drop all but the latest `keep`.
 
+    The one of the lowest held-out loss, if it was measured where one was written, stays too.
+
     Raises:
         StorageError: the disk refuses the write; earlier checkpoints stand.
     """
@@ -78,7 +82,8 @@ def save_checkpoint(
         values = asdict(progress)
         write_json(temporary / STATE, values | {"hashes": hashes | {STATE: _digest(values)}})
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old.name != f"step-{progress.best_step}":
+            shutil.rmtree(old, ignore_errors=True)
     return path
 
 
@@ -92,7 +97,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: mlx.optimizers.Opti
     Raises:
         DamagedCheckpoint: a file is missing, or is not what was written; nothing was put
             back.
-        RunError: it belongs to another model.
+        RunError: it belongs to another model, or cannot be read now.
     """
     try:
         values: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
@@ -101,9 +106,15 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: mlx.optimizers.Opti
         found = {name: sha256(path / name) for name in (ADAPTER, OPTIMIZER)}
         found[STATE] = _digest(asdict(progress))
         changed = [name for name, digest in found.items() if digest != hashes[name]]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedCheckpoint(
             f"this checkpoint cannot be read: {error}", where=str(path)
+        ) from None
+    except OSError as error:  # rights, or a disk that is away: it may be whole all the same
+        raise RunError(
+            f"this checkpoint cannot be read: {error}",
+            where=str(path),
+            remedy="make it readable, or remove it to go on from the one before",
         ) from None
     if changed:
         raise DamagedCheckpoint(f"its {changed[0]} is not what was written", where=str(path))

@@ -190,7 +190,7 @@ class Workers:
         self._depth -= 1
         if self._depth or self.size == 1:
             return
-        _end_in_peace()
+        end_in_peace()
         if isinstance(error, WorkerLost | KeyboardInterrupt):
             return
         told = None
@@ -360,8 +360,8 @@ def _end_when_told() -> None:
     threading.Thread(target=watch, args=[wakened], daemon=True).start()
 
 
-def _end_in_peace() -> None:
-    """What is left is to say what happened; the launcher's signal would interrupt that."""
+def end_in_peace() -> None:
+    """What is left is to say and keep what happened: the launcher's signal interrupts no more."""
     if threading.current_thread() is threading.main_thread():
         # Not ignored: whoever hangs is still ended after `GRACE` seconds.
         signal.signal(signal.SIGTERM, lambda _signal, _frame: None)

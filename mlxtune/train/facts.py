@@ -67,7 +67,8 @@ def shared_facts(facts: dict[str, Any]) -> dict[str, str]:
 def _fingerprint(source: ModelSource) -> str:
     """SHA-256 of a GGUF, or of a folder's config and samples of its weights.
 
-    Hashing tens of gigabytes at each start would take longer than loading them.
+    Hashing tens of gigabytes at each start would take longer than loading them; up to one
+    gigabyte of each file all is read.
     """
     if source.is_gguf:
         return sha256(source.path)
@@ -76,9 +77,14 @@ def _fingerprint(source: ModelSource) -> str:
     return f"{sha256(source.path / 'config.json')} {weights}"
 
 
+_ALL = 1 << 30
+
+
 def _sampled(path: Path, blocks: int = 64, size: int = 4096) -> str:
     """SHA-256 of a file's length and of blocks from all over it, its header among them."""
     length = path.stat().st_size
+    if length <= _ALL:
+        return sha256(path)
     found = hashlib.sha256(str(length).encode())
     with path.open("rb") as file:
         for number in range(blocks):
@@ -87,12 +93,15 @@ def _sampled(path: Path, blocks: int = 64, size: int = 4096) -> str:
     return found.hexdigest()
 
 
-def require_same(status: dict[str, Any], facts: dict[str, Any]) -> None:
+def require_same(status: dict[str, Any], facts: dict[str, Any]) -> list[str]:
     """Refuse to go on where a run was begun in other circumstances.
 
     Args:
         status: what run.json says.
         facts: from `facts_of`, of now.
+
+    Returns:
+        What has changed that may change the last bits of what comes.
 
     Raises:
         RunError: something has changed; it is named.
@@ -112,6 +121,13 @@ def require_same(status: dict[str, Any], facts: dict[str, Any]) -> None:
             f"{name} {what} since the run began, so it cannot go on as it would have",
             remedy="put it back as it was, or start anew with --overwrite",
         )
+    then, now = ({"device": s.get("device")} | s.get("versions", {}) for s in (status, facts))
+    return [
+        f"begun with {name} {then.get(name)}, goes on with {now[name]}: losses may differ in "
+        "their last digits"
+        for name in now
+        if then.get(name) != now[name]
+    ]
 
 
 def _of_adapter(name: str) -> bool:

@@ -124,7 +124,11 @@ class Trainer:
                 break
             except DamagedCheckpoint as damaged:
                 if path == found[0]:
-                    raise
+                    raise DamagedCheckpoint(
+                        f"no checkpoint of this run is whole; {path.name}: {damaged.what}",
+                        where=str(self._run.path),
+                        remedy="start anew with --overwrite",
+                    ) from None
                 notes.append(
                     f"{path.name} is damaged, the checkpoint before it is used: {damaged.what}"
                 )
@@ -312,7 +316,7 @@ class Trainer:
         if not best:
             self._progress = replace(now, no_better=now.no_better + 1)
         else:
-            self._progress = replace(now, best_loss=loss, no_better=0)
+            self._progress = replace(now, best_loss=loss, best_step=now.step, no_better=0)
             if now.step:
                 self._keep(self._run.best_adapter)
         if not self._workers.first:

@@ -10,14 +10,23 @@ adapter-best/   the adapter with the lowest held-out loss
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlxtune.errors import OutputExists, RecipeError, RunError
-from mlxtune.files import atomic_folder, storage_errors, write_json, write_text
+from mlxtune.files import (
+    atomic_folder,
+    require_writable,
+    storage_errors,
+    write_json,
+    write_text,
+)
 from mlxtune.recipe.load import dump_recipe, load_recipe
 from mlxtune.recipe.schema import Recipe
 
@@ -43,8 +52,12 @@ class Run:
         Raises:
             OutputExists: the folder exists and `overwrite` is false, or it exists and is
                 no run, which is never overwritten.
+            RunError: somebody is training in it.
             StorageError: the disk refuses the write; a run that was there still is.
         """
+        if overwrite and (path / STATUS).is_file():
+            with cls(path).held():
+                pass  # nobody trains in what is replaced
         with atomic_folder(path, overwrite=overwrite, marker=STATUS) as folder:
             write_text(folder / RECIPE, dump_recipe(recipe))
             cls(folder).write_status(status="running", **facts)
@@ -55,13 +68,16 @@ class Run:
         """Say early that `create` would refuse.
 
         Raises:
-            OutputExists: as `create`.
+            OutputExists, RunError: as `create`.
+            StorageError: nothing can be written there.
         """
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            require_writable(path)
             return
         is_run = (path / STATUS).is_file()
         if is_run and overwrite:
-            return
+            with Run(path).held():
+                return
         raise OutputExists(
             f"this {'run' if is_run else 'place'} exists already; nothing was written",
             where=str(path),
@@ -85,6 +101,30 @@ class Run:
                 remedy="`mlxtune lora recipe.toml` makes one, in runs/<name>",
             )
         return cls(path)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep others from training in this folder.
+
+        Raises:
+            RunError: somebody does.
+        """
+        # A lock on the folder itself: it leaves no file behind, and ends with its process.
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(
+                    "another process is training in this run",
+                    where=str(self.path),
+                    remedy="wait for it or stop it, or give the recipe another name",
+                ) from None
+            except OSError:
+                pass  # a filesystem without locks
+            yield
+        finally:
+            os.close(descriptor)
 
     @property
     def adapter(self) -> Path:
@@ -127,6 +167,10 @@ class Run:
             raise RunError(
                 f"the run's recipe cannot be read: {error}", where=str(self.path / RECIPE)
             ) from None
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Keep another recipe with the run."""
+        write_text(self.path / RECIPE, dump_recipe(recipe))
 
     def status(self) -> dict[str, Any]:
         """What run.json says.

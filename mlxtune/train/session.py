@@ -26,13 +26,14 @@ from mlxtune.data.store import lengths_of
 from mlxtune.device import device_name
 from mlxtune.errors import RecipeError, RunError
 from mlxtune.layers.dense import dense_tensors
+from mlxtune.models.heads import split_head
 from mlxtune.models.load import LoadedModel
 from mlxtune.recipe.load import dump_recipe
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.blocks import checkpoint_blocks
 from mlxtune.train.checkpoint import checkpoints
 from mlxtune.train.corpus import Corpus, check_sources, read_corpus
-from mlxtune.train.distributed import Workers, join
+from mlxtune.train.distributed import Workers, end_in_peace, join
 from mlxtune.train.facts import facts_of, require_same, shared_facts
 from mlxtune.train.loop import Interrupted, Trainer
 from mlxtune.train.memory import keep_within, memory_budget
@@ -46,7 +47,7 @@ from mlxtune.train.model import (
     tokenizer_of,
 )
 from mlxtune.train.neftune import add_embedding_noise
-from mlxtune.train.run import Run, adapter_folder
+from mlxtune.train.run import RECIPE, Run, adapter_folder
 from mlxtune.train.trackers import Trackers, require_trackers
 
 # Is told the recipe, its records and how many workers train, and says what the run will take, in
@@ -121,7 +122,9 @@ def _fine_tune(
     if forecast is not None and workers.first and not resume:
         expected, said = forecast(recipe, corpus, workers.size)
     workers.barrier()
-    adapted = adapted_model(recipe, initial, before.get("quantized_matmul"))
+    # Packed and expanded products round differently: all workers take the ways they took.
+    routes = json.loads(workers.texts(json.dumps(before.get("quantized_matmul")))[0])
+    adapted = adapted_model(recipe, initial, routes)
     base, notes = adapted.base, [*corpus.notes(), *adapted.notes]
     plan = Plan(
         corpus.parts,
@@ -132,6 +135,11 @@ def _fine_tune(
         workers.rank,
         workers.size,
     )
+    if split_head(base.model) is None:
+        notes.append(
+            "logits of all tokens: this architecture's head does not come apart in a known way, "
+            "which takes memory"
+        )
     facts = facts_of(recipe, base.source, renderer, workers)
     workers.require_same(shared_facts(facts))
     facts["quantized_matmul"] = adapted.routes
@@ -153,7 +161,7 @@ def _fine_tune(
     elif run is None:
         run = Run.create(path, recipe, facts, overwrite=overwrite)
     else:
-        require_same(before, facts)
+        notes += require_same(before, facts)
     trackers = Trackers(recipe.log.report_to if workers.first else (), run, _flat_texts(recipe))
     trainer = Trainer(
         base.model,
@@ -168,21 +176,22 @@ def _fine_tune(
         reporter=Several([reporter, trackers]),
         workers=workers,
     )
-    first = 0
-    if resume:
-        first, damaged = trainer.resume()
-        notes += damaged
-    outline = _outline(recipe, run, adapted, corpus, notes, first, trainer.total_steps, workers)
-    outline = replace(outline, plan=said)
-    reporter.started(outline)
-    with _status_kept(run, trackers) if workers.first else nullcontext():
-        trackers.started(outline)
-        trainer()
+    with run.held() if workers.first else nullcontext():
+        first = 0
+        if resume:
+            first, damaged = trainer.resume()
+            notes += damaged
+        outline = _outline(recipe, run, adapted, corpus, notes, first, trainer.total_steps, workers)
+        outline = replace(outline, plan=said)
+        reporter.started(outline)
+        with _status_kept(run, trackers, workers) if workers.first else nullcontext():
+            trackers.started(outline)
+            trainer()
     return run
 
 
 @contextmanager
-def _status_kept(run: Run, trackers: Trackers) -> Iterator[None]:
+def _status_kept(run: Run, trackers: Trackers, workers: Workers) -> Iterator[None]:
     """run.json says how it went, and the trackers are told."""
     with trackers.closed() as tell:
         run.write_status(status="running")
@@ -193,6 +202,8 @@ def _status_kept(run: Run, trackers: Trackers) -> Iterator[None]:
             tell("interrupted")
             raise
         except Exception:
+            if workers.size > 1:
+                end_in_peace()
             run.write_status(status="failed")
             raise
         run.write_status(status="finished")
@@ -248,23 +259,33 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
 
 def _resumable(path: Path, recipe: Recipe) -> Run:
     run = Run.open(path)
+    with run.held():
+        pass  # nobody else trains in it
     if run.adapter.is_dir():
+        if run.status()["status"] != "finished":  # it was killed before it could say so
+            run.write_status(status="finished")
         raise RunError(
             "this run has finished; there is nothing to go on with",
             where=str(path),
             remedy="start anew with --overwrite, or under another name",
         )
-    before, now = run.recipe().model_dump(), recipe.model_dump()
-    changed = sorted(_flat(before).items() ^ _flat(now).items(), key=lambda item: item[0])
-    if changed:
-        key = changed[0][0]
+    before, now = (_flat(r.model_dump(exclude_none=True)) for r in (run.recipe(), recipe))
+    changed = sorted(key for key, _ in before.items() ^ now.items())
+    if fixed := [key for key in dict.fromkeys(changed) if not key.startswith(_FREE)]:
+        told = (f"{key} was {before.get(key)} and is {now.get(key)}" for key in fixed)
         raise RecipeError(
-            f"the recipe has changed since the run began: {key} was {_flat(before).get(key)} "
-            f"and is {_flat(now).get(key)}",
+            f"the recipe has changed since the run began: {', '.join(told)}",
             where=str(path),
-            remedy="resume with the recipe as it was (runs/<name>/recipe.toml), or start anew",
+            remedy=f"resume with the recipe as it was ({path / RECIPE}), or start anew with "
+            "--overwrite",
         )
+    if changed:
+        run.write_recipe(recipe)
     return run
+
+
+# What may change while a run is interrupted: nothing of it reaches the weights.
+_FREE = ("checkpoint.", "log.", "export.", "prep.", "judge.", "eval.suite")
 
 
 def _flat(values: dict[str, Any], form: Callable[[object], str] = repr) -> dict[str, str]:
