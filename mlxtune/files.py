@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlxtune.errors import OutputExists, StorageError
+from mlxtune.errors import MlxtuneError, OutputExists, StorageError
 
 # The disk has no room for a write, or the path cannot be written to at all.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -99,9 +99,9 @@ def atomic_folder(
             finally:
                 _remove(temporary)
             _sync_folder(path.parent)
-    except StorageError as error:
-        # A file inside knows the temporary name only.
-        raise StorageError(error.what, where=str(path), remedy=error.remedy) from error
+    except MlxtuneError as error:
+        _tell_place(error, temporary, path)
+        raise
 
 
 @contextmanager
@@ -143,8 +143,15 @@ def atomic_files(
             finally:
                 _remove(temporary)
             _sync_folder(path.parent)
-    except StorageError as error:
-        raise StorageError(error.what, where=str(path), remedy=error.remedy) from error
+    except MlxtuneError as error:
+        _tell_place(error, temporary, path)
+        raise
+
+
+def _tell_place(error: MlxtuneError, temporary: Path, path: Path) -> None:
+    """Have an error about something in a temporary folder name what that was to become."""
+    if isinstance(error, StorageError) or str(temporary) in (error.where or ""):
+        error.where = str(path)
 
 
 def clear_unfinished(folder: Path) -> None:

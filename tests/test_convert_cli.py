@@ -185,11 +185,14 @@ def test_what_is_there_is_not_replaced_unasked_and_nothing_half_written_stays(
         (["mamba", "out.gguf"], "'mamba' cannot be written as GGUF yet"),
         (["short", "out.gguf"], "truncated"),
         (["holes", "out.gguf"], "not a finite number"),
+        (["lacking", "out.gguf"], "tensors are missing, such as model.layers.1.mlp.up_proj.weight"),
+        (["lacking", "out"], "tensors are missing, such as model.layers.1.mlp.up_proj.weight"),
+        (["wide", "out.gguf"], "config asks for (2000000000, "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_cannot_be_converted_is_told_in_a_block(folder, tmp_path, arguments, said):
-    for name in ("model", "mamba", "short", "holes"):
+    for name in ("model", "mamba", "short", "holes", "lacking", "wide"):
         shutil.copytree(folder, tmp_path / name)
     config = json.loads((tmp_path / "mamba/config.json").read_text())
     (tmp_path / "mamba/config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
@@ -198,10 +201,56 @@ def test_what_cannot_be_converted_is_told_in_a_block(folder, tmp_path, arguments
     holes = mx.load(str(tmp_path / "holes/model.safetensors"))
     holes["model.layers.0.mlp.up_proj.weight"][0, 0] = mx.nan
     mx.save_safetensors(str(tmp_path / "holes/model.safetensors"), holes)
-    done = mlxtune("convert", *arguments, "--quantize=q8_0", cwd=tmp_path)
+    lacking = mx.load(str(tmp_path / "lacking/model.safetensors"))
+    del lacking["model.layers.1.mlp.up_proj.weight"]
+    mx.save_safetensors(str(tmp_path / "lacking/model.safetensors"), lacking)
+    (tmp_path / "wide/config.json").write_text(json.dumps(config | {"vocab_size": 2_000_000_000}))
+    options = ["--quantize=q8_0"] if arguments[1].endswith(".gguf") else []
+    done = mlxtune("convert", *arguments, *options, cwd=tmp_path)
     assert done.returncode == 1
     assert said in done.stderr and "Traceback" not in done.stderr
-    assert not (tmp_path / "out.gguf").exists()
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_model_that_lacks_a_shard_is_not_converted(folder, tmp_path):
+    """As a download that was cut off leaves it, index and all."""
+    shutil.copytree(folder, tmp_path / "m")
+    arrays = mx.load(str(tmp_path / "m/model.safetensors"))
+    names = sorted(arrays)
+    half = {name: arrays[name] for name in names[: len(names) // 2]}
+    (tmp_path / "m/model.safetensors").unlink()
+    mx.save_safetensors(str(tmp_path / "m/model-00001-of-00002.safetensors"), half)
+    for output, write in (("g.gguf", convert), ("f", convert_to_folder)):
+        with pytest.raises(ModelError, match="tensors are missing"):
+            write(str(tmp_path / "m"), tmp_path / output, verify=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("dtype", ["f16", "float16"])
+def test_what_float16_cannot_hold_is_not_written(folder, tmp_path, dtype):
+    shutil.copytree(folder, tmp_path / "m")
+    arrays = mx.load(str(tmp_path / "m/model.safetensors"))
+    arrays["model.layers.0.mlp.up_proj.weight"] = arrays[
+        "model.layers.0.mlp.up_proj.weight"
+    ].astype(mx.float32)
+    arrays["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e6
+    mx.save_safetensors(str(tmp_path / "m/model.safetensors"), arrays)
+    with pytest.raises(ExportError, match=r"1e\+06 is more than float16 holds"):
+        if dtype == "f16":
+            convert(str(tmp_path / "m"), tmp_path / "g.gguf", file_type="f16", verify=False)
+        else:
+            convert_to_folder(str(tmp_path / "m"), tmp_path / "f", dtype=dtype, verify=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_suffix_is_read_in_any_case_and_not_guessed_at(folder, tmp_path):
+    assert mlxtune("convert", str(folder), "m.GGUF", "--no-verify", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "m.GGUF").read_bytes()[:4] == b"GGUF"
+    again = mlxtune("convert", "m.GGUF", "back", "--no-verify", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    wrong = mlxtune("convert", str(folder), "m.ggfu", cwd=tmp_path)
+    assert wrong.returncode == 2 and "did you mean .gguf?" in wrong.stderr
+    assert not (tmp_path / "m.ggfu").exists()
 
 
 def test_a_file_that_differs_from_its_source_is_an_error(folder, tmp_path, monkeypatch):

@@ -238,6 +238,20 @@ except StorageError as error:
     assert said.startswith(str(tmp_path / "checkpoints/step-2"))
 
 
+def test_a_conversion_on_a_full_disk_says_so(tiny_folder, tmp_path, on_a_full_disk):
+    code = f"""
+from mlxtune.export.convert import convert
+fill_the_disk()
+try:
+    convert({str(tiny_folder)!r}, folder / "m.gguf", file_type="f32", pre="gpt-2")
+except StorageError as error:
+    print(error.where, error.what)
+"""
+    said = on_a_full_disk(code, limit=20_000)
+    assert str(tmp_path / "m.gguf") in said and "could not write" in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_checkpoint_brings_everything_back(tmp_path):
     model, optimizer = trained_tiny()
     for _, layer in lora_layers(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -37,6 +38,17 @@ def split(folder, tmp_path_factory) -> Path:
     made = convert(str(folder), place / "small.gguf", file_type="q8_0", split_max_bytes=40_000)
     assert len(made.files) > 2 and made.verified.readback.tensors == 20
     return place
+
+
+def test_no_part_is_larger_than_it_may_be(folder, whole, tmp_path):
+    infos = GGUFFile(whole).tensors.values()
+    head = whole.stat().st_size - sum(info.nbytes for info in infos)
+    limit = head + max(4 * math.prod(info.shape) for info in infos) + 10_000
+    made = convert(
+        str(folder), tmp_path / "m.gguf", file_type="f32", split_max_bytes=limit, verify=False
+    )
+    sizes = [(tmp_path / name).stat().st_size for name in made.files]
+    assert len(sizes) > 1 and limit // 2 < max(sizes) <= limit
 
 
 @pytest.fixture

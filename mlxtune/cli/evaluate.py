@@ -129,7 +129,7 @@ def _compared(model: str, adapter: Path | None, options: Options) -> Comparison:
     from mlxtune.evaluate.compare import compare_models, compare_run
 
     path = Path(model).expanduser()
-    is_model = path.suffix == ".gguf" or (path / "config.json").is_file()
+    is_model = path.suffix.lower() == ".gguf" or (path / "config.json").is_file()
     if _is_run(model) or adapter is not None or not (is_model or options.sources()):
         return compare_run(path, adapter=adapter, options=options)
     return compare_models(model, options=options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,11 +37,12 @@ FILE_TYPES = [
     "q3_k_m",
     "q2_k",
 ]
+FILE_TYPE = click.Choice(FILE_TYPES, case_sensitive=False)
 # Of `export.handover` and `export.adapter`, for the same reason.
 RUNTIMES = ("ollama", "llamacpp", "mistralrs")
 LAYOUTS = ("peft", "mlx-lm", "gguf")
 IMATRIX = click.option(
-    "--imatrix", type=PATH, help="llama.cpp's importance matrix, for the types below 6 bits."
+    "--imatrix", type=PATH, help="llama.cpp's importance matrix, for the types below 8 bits."
 )
 PRE = click.option(
     "--pre", help="llama.cpp's name of the pre-tokenizer, where it is not recognised."
@@ -65,8 +67,9 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print what was w
 @click.argument("output", type=PATH)
 @click.option(
     "--quantize",
-    type=click.Choice(FILE_TYPES, case_sensitive=False),
-    help="Type of a GGUF's weights.  [default: f16]",
+    type=FILE_TYPE,
+    metavar="TYPE",
+    help=f"Type of a GGUF's weights: {', '.join(FILE_TYPES)}.  [default: f16]",
 )
 @click.option(
     "--mlx-bits",
@@ -105,9 +108,12 @@ def convert(
 ) -> None:
     """Write a model as GGUF (OUTPUT ends in .gguf), or as a folder.
 
-    SOURCE is a run, a folder of Hugging Face's or MLX's layout, a .gguf file, a hub id.
+    SOURCE is a run, a folder of Hugging Face's or MLX's layout, a .gguf file, a hub id,
+    ollama:NAME of a model that Ollama has, or pkg:PACKAGE/FILE.
     """
-    to_gguf = output.suffix == ".gguf"
+    to_gguf = output.suffix.lower() == ".gguf"
+    if not to_gguf and get_close_matches(output.suffix.lower(), [".gguf"], cutoff=0.75):
+        raise click.UsageError(f"OUTPUT ends in {output.suffix}: did you mean .gguf?")
     of_folders = {"--mlx-bits": mlx_bits, "--group-size": group_size, "--dtype": dtype}
     of_ggufs = {
         "--quantize": quantize,
@@ -190,7 +196,7 @@ def _told(made: Conversion) -> str:
     if len(made.files) > 1:
         lines.append(f"  in {len(made.files)} files; runtimes are given the first")
     if made.verified is not None:
-        folder = made.path.suffix != ".gguf"
+        folder = made.path.suffix.lower() != ".gguf"
         lines += verified_lines(made.verified, runs=not folder)
     return "\n".join(lines)
 
@@ -230,8 +236,9 @@ def _readback_line(readback: Readback) -> str:
 @click.option("-o", "--output", type=PATH, help="Folder.  [default: RUN/export/<type>]")
 @click.option(
     "--quantize",
-    type=click.Choice(FILE_TYPES, case_sensitive=False),
-    help="Type of the weights.  [default: as the recipe says]",
+    type=FILE_TYPE,
+    metavar="TYPE",
+    help=f"Type of the weights: {', '.join(FILE_TYPES)}.  [default: as the recipe says]",
 )
 @IMATRIX
 @PRE

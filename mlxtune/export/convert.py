@@ -14,7 +14,7 @@ from pathlib import Path
 from mlxtune.device import on_cpu
 from mlxtune.export.calibrate import importance_of
 from mlxtune.export.runtime import RuntimeCheck, check_in_llamacpp, installed
-from mlxtune.export.source import Convertible, open_source
+from mlxtune.export.source import Convertible, open_source, require_whole
 from mlxtune.export.verify import SAMPLE, Readback, read_back, read_back_folder
 from mlxtune.files import atomic_files, atomic_folder, write_json
 from mlxtune.fuse import dense_config
@@ -109,6 +109,7 @@ def convert(
     progress("opening")
     model = open_source(source)
     for_config(model.config)
+    require_whole(model, source)
     parts = f"{glob.escape(output.stem)}-?????-of-?????.gguf" if split_max_bytes else None
     with atomic_files(output, overwrite=overwrite, parts=parts) as folder:
         importance = importance_of(
@@ -243,6 +244,7 @@ def convert_to_folder(
     """
     progress("opening")
     model = open_source(source)
+    require_whole(model, source)
     dtype = dtype or model.dtype
     config = dense_config(model.config, dtype)
 

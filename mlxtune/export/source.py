@@ -10,7 +10,8 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlxtune.errors import ExportError
+from mlxtune.arrays import flat
+from mlxtune.errors import ExportError, ModelError
 from mlxtune.gguf.architectures import for_config
 from mlxtune.gguf.metadata import text_config
 from mlxtune.gguf.model import read_config
@@ -23,6 +24,7 @@ from mlxtune.models.folder import CODES, folder_tensors, weight_files
 from mlxtune.models.load import LoadedModel, load_model, load_tokenizer, model_config
 from mlxtune.models.resolve import ModelSource, resolve_model
 from mlxtune.models.safetensors import read_safetensors
+from mlxtune.models.skeleton import built
 from mlxtune.train.run import STATUS
 from mlxtune.train.session import open_run
 
@@ -69,6 +71,37 @@ def open_source(name: str) -> Convertible:
         return from_loaded(run.recipe().name, model)
     source = resolve_model(name)
     return _from_gguf(source) if source.is_gguf else _from_folder(source)
+
+
+def require_whole(model: Convertible, where: str) -> None:
+    """See that a model has the tensors that its config speaks of, before hours are spent on it.
+
+    Args:
+        model: opened.
+        where: what the user called it.
+
+    Raises:
+        ModelError: one is missing, or is of another shape.
+    """
+    try:
+        arrays = flat(built(model.config).parameters())
+    except ModelError:  # mlx-lm cannot build it, and llama.cpp may know it all the same
+        return
+    wanted = {path: array.shape for path, array in arrays.items()}
+    found = {tensor.name: tuple(tensor.shape) for tensor in model.tensors()}
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise ModelError(
+            f"{len(missing)} of the {len(wanted)} tensors are missing, such as {missing[0]}",
+            where=where,
+            remedy="a file of it may be missing: download or export it again",
+        )
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise ModelError(
+                f"{name} is of shape {found[name]}, and the model's config asks for {shape}",
+                where=where,
+                remedy="download or export the model again",
+            )
 
 
 def from_loaded(name: str, model: LoadedModel) -> Convertible:

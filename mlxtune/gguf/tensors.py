@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType as Type
 
-from mlxtune.errors import ModelError
+from mlxtune.errors import ExportError, ModelError
 from mlxtune.gguf.architectures import Architecture, Config
 from mlxtune.gguf.heads import reordering
 from mlxtune.gguf.reader import GGUFFile
@@ -115,3 +115,19 @@ def expanded(data: npt.NDArray[np.generic], type_: Type) -> npt.NDArray[np.float
     if type_ in PLAIN:
         return data.astype(np.float32, copy=False)
     return np.asarray(gguf.quants.dequantize(data, type_), np.float32)
+
+
+def to_float16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
+    """Values in float16.
+
+    Raises:
+        ExportError: one of them is too large for it.
+    """
+    with np.errstate(over="ignore"):
+        narrow = values.astype(np.float16)
+    if np.isinf(narrow).any() and not np.isinf(values).any():
+        raise ExportError(
+            f"{np.abs(values).max():.3g} is more than float16 holds",
+            remedy="write bf16, or f32",
+        )
+    return narrow

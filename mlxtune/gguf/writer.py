@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -26,8 +28,11 @@ from mlxtune.gguf.kquants import quantize
 from mlxtune.gguf.metadata import metadata, mistral_window
 from mlxtune.gguf.mixing import FILE_TYPES, tensor_types
 from mlxtune.gguf.rope import rope_metadata, rope_tensors
-from mlxtune.gguf.tensors import SourceTensor
+from mlxtune.gguf.tensors import SourceTensor, to_float16
 
+# Of a tensor in a file's header, beside its name: lengths, four dimensions, type, place; and
+# what its data is filled up by.
+_TENSOR_INFO = 8 + 4 + 4 * 8 + 4 + 8 + 32
 Importance = Mapping[str, npt.NDArray[np.float32]]
 
 
@@ -35,8 +40,28 @@ class Writer(gguf.GGUFWriter):  # type: ignore[misc]  # the package has no types
     """The package's writer, that packs an array at once.
 
     The package packs one value after another, two seconds for a vocabulary of 262,144. The
-    bytes are the same.
+    bytes are the same. And it says so if the disk is full.
     """
+
+    def write_tensor_data(self, tensor: npt.NDArray[Any], *given: Any) -> None:
+        """As the package's.
+
+        Raises:
+            OSError: with its number, which NumPy leaves out.
+        """
+        try:
+            super().write_tensor_data(tensor, *given)
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+
+    def packed_size(self) -> int:
+        """Bytes of the metadata that was added."""
+        values = (
+            self._pack_val(v.value, v.type, True, v.sub_type) for v in self.kv_data[0].values()
+        )
+        return sum(map(len, values)) + sum(8 + len(key.encode()) for key in self.kv_data[0])
 
     def _pack_val(
         self,
@@ -140,6 +165,12 @@ def write_gguf(
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in facts.items():
             _add(writer, key, value)
+        if split_max_bytes:
+            # The package counts tensors alone. What else a file holds is taken from all of
+            # them, though the vocabulary is in the first; where it fills half of a file, that
+            # one is larger.
+            head = writer.packed_size() + sum(len(n) + _TENSOR_INFO for n in names)
+            writer.split_max_size -= head if head < split_max_bytes // 2 else 0
         for gguf_name, shape, type_ in zip(names, shapes, types, strict=True):
             _announce(writer, gguf_name, shape, type_)
         writer.write_header_to_file(path)
@@ -193,8 +224,7 @@ def encode(
     if type_ == Type.F32:
         return values
     if type_ == Type.F16:
-        with np.errstate(over="ignore"):
-            return values.astype(np.float16)
+        return to_float16(values)
     if type_ == Type.BF16:
         packed: npt.NDArray[np.uint8] = gguf.quants.quantize(values, type_)
         return packed

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlxtune.errors import ModelError
-from mlxtune.gguf.tensors import SourceTensor
+from mlxtune.gguf.tensors import SourceTensor, to_float16
 from mlxtune.models.published import as_in_mlx_lm, mxfp4_experts
 from mlxtune.models.safetensors import (
     Array,
@@ -191,8 +191,7 @@ def to_dtype(values: Values, dtype: str) -> Array:
     """Values in a float type; bfloat16 as uint16."""
     if dtype == "bfloat16":
         return to_bfloat16(values)
-    with np.errstate(over="ignore"):
-        return values.astype(np.float16 if dtype == "float16" else np.float32, copy=False)
+    return to_float16(values) if dtype == "float16" else values.astype(np.float32, copy=False)
 
 
 def packed_pieces(

@@ -65,7 +65,7 @@ def resolve_model(name: str, *, revision: str | None = None, weights: bool = Tru
     if path.is_dir():
         _require_config(path)
         return ModelSource(name, path)
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError("there is no such file", where=name, remedy=_where_hint(path))
         return ModelSource(name, path)
@@ -85,7 +85,7 @@ def resolve_model(name: str, *, revision: str | None = None, weights: bool = Tru
 def is_hub_id(name: str) -> bool:
     """Whether a name that is no path here has the form of a model of the hub."""
     local = Path(name).expanduser().exists() or name.startswith((".", "/", "~"))
-    return not local and _HUB_ID.match(name) is not None and not name.endswith(".gguf")
+    return not local and _HUB_ID.match(name) is not None and not name.lower().endswith(".gguf")
 
 
 def public_name(name: str) -> str:

@@ -33,7 +33,7 @@ def skeleton(config: Config, dtype: mx.Dtype, forms: Forms | None = None) -> nn.
     Raises:
         ModelError: mlx-lm does not know the architecture, or a size is missing.
     """
-    model = _built(config)
+    model = built(config)
     packed = config.get("quantization") or config.get("quantization_config")
     if forms:
         options = {p: {"group_size": GROUP_SIZE, "bits": b} for p, (b, _) in forms.items()}
@@ -80,7 +80,7 @@ def tiny_twin(config: Config) -> nn.Module:
         "rope_scaling": None,
     }
     config |= {key: value for key, value in small.items() if key in config}
-    model = _built(config)
+    model = built(config)
     mx.eval(model.parameters())
     return model
 
@@ -104,7 +104,12 @@ def _widen(model: nn.Module, path: str) -> None:
         layer[name] = mx.zeros(layer[name].shape, mx.float32)
 
 
-def _built(config: Config) -> nn.Module:
+def built(config: Config) -> nn.Module:
+    """The mlx-lm model of a config, its random weights never computed unless asked for.
+
+    Raises:
+        ModelError: as `skeleton`.
+    """
     try:
         model_class, args_class = model_classes(config)
         model = model_class(args_class.from_dict(config))
