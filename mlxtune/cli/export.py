@@ -315,7 +315,7 @@ def export(
         raise click.UsageError(f"--to {to} goes with --adapter-only")
     prepare()
     from mlxtune.cli.display import status_line, transfer_bar
-    from mlxtune.export.bundle import export_run
+    from mlxtune.export.bundle import export_run, exported_before
     from mlxtune.export.handover import hand_over
     from mlxtune.export.ollama import require_name
     from mlxtune.train.run import Run
@@ -327,8 +327,12 @@ def export(
         raise click.UsageError("--dry-run goes with --to")
     if to == "ollama":
         require_name(name)
+    bundle = None
+    if to is not None and not (overwrite or imatrix or calibration):
+        # Handed over once more, to a program that was not there the first time.
+        bundle = exported_before(run, output=output, file_type=quantize, name=name, pre=pre)
     with status_line("opening", every=0.2 if sys.stderr.isatty() else 10.0) as progress:
-        bundle = export_run(
+        bundle = bundle or export_run(
             run,
             output=output,
             file_type=quantize,

@@ -17,13 +17,14 @@ from mlxtune.export.handover import GGUF, LABELS, MODELFILE, HandOver, run_comma
 from mlxtune.export.modelfile import Modelfile, modelfile
 from mlxtune.export.runtime import ROWS
 from mlxtune.export.source import from_loaded
-from mlxtune.files import atomic_folder, write_json, write_text
+from mlxtune.files import atomic_folder, sha256, write_json, write_text
 from mlxtune.fuse import require_outside
 from mlxtune.gguf.architectures import for_config
 from mlxtune.models.load import LoadedModel
 from mlxtune.models.resolve import is_hub_id, public_name
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.corpus import read_corpus
+from mlxtune.train.model import tokenizer_of
 from mlxtune.train.run import Run
 from mlxtune.train.session import open_run
 
@@ -95,7 +96,7 @@ def export_run(
     run, model = open_run(path, for_inference=False)
     recipe = run.recipe()
     file_type = file_type or recipe.export.quantize
-    folder = output or path / "export" / file_type
+    folder = _folder(path, output, file_type)
     require_outside(folder, path)
     for_config(model.config)
     commands = _commands(folder, name or recipe.export.name or recipe.name)
@@ -121,11 +122,55 @@ def export_run(
             rows=partial(_held_out_rows, recipe, model),
             progress=progress,
         )
-        if verified is not None:
-            write_json(temporary / REPORT, asdict(verified))
+        seen = {} if verified is None else asdict(verified)
+        write_json(temporary / REPORT, _made_of(run, file_type, pre) | seen)
         write_text(temporary / MODELFILE, ollama.text())
         write_text(temporary / CARD, card)
     return Bundle(folder, file_type, (folder / GGUF).stat().st_size, verified, commands, ollama)
+
+
+def exported_before(
+    path: Path,
+    *,
+    output: Path | None = None,
+    file_type: str | None = None,
+    name: str | None = None,
+    pre: str | None = None,
+) -> Bundle | None:
+    """What `export_run` has written of this run in this type, to be handed over again.
+
+    Args:
+        path, output, file_type, name, pre: as in `export_run`.
+
+    Returns:
+        None if nothing is there, or something else.
+    """
+    run = Run.open(path)
+    recipe = run.recipe()
+    file_type = file_type or recipe.export.quantize
+    folder = _folder(path, output, file_type)
+    try:
+        report: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        size = (folder / GGUF).stat().st_size
+    except (OSError, ValueError):
+        return None
+    if any(report.get(key) != value for key, value in _made_of(run, file_type, pre).items()):
+        return None
+    tokenizer = tokenizer_of(recipe.model)
+    ollama = modelfile(Renderer(tokenizer), tokenizer, recipe.export)
+    commands = _commands(folder, name or recipe.export.name or recipe.name)
+    return Bundle(folder, file_type, size, None, commands, ollama)
+
+
+def _folder(path: Path, output: Path | None, file_type: str) -> Path:
+    return output or path / "export" / file_type
+
+
+def _made_of(run: Run, file_type: str, pre: str | None) -> dict[str, Any]:
+    """What tells an export from those of other types, and of the run before it was overwritten."""
+    adapter = run.finished_adapter()
+    hashes = {file.name: sha256(file) for file in sorted(adapter.glob("*.safetensors"))}
+    return {"file_type": file_type, "pre": pre, "adapter": hashes}
 
 
 def _held_out_rows(recipe: Recipe, model: LoadedModel) -> list[list[int]] | None:
