@@ -121,10 +121,18 @@ def largest_float32(sizes: dict[str, int]) -> int:
     return 4 * max(int(np.prod(shape)) for shape in tensor_shapes(sizes).values())
 
 
-def convert_command(source: Path, output: Path, file_type: str) -> list[str]:
-    """`mlxtune convert` as a process of its own."""
-    program = [sys.executable, "-c", PROGRAM, "convert", str(source), str(output)]
-    return [*program, f"--quantize={file_type}", "--no-verify", "--overwrite"]
+def convert_command(
+    source: Path, output: Path, file_type: str, *, verify: bool = False
+) -> list[str]:
+    """`mlxtune convert` as a process of its own; what it verifies is without llama.cpp."""
+    alone = "import sys; sys.modules['xllamacpp'] = None; "
+    program = [sys.executable, "-c", alone + PROGRAM, "convert", str(source), str(output)]
+    return [
+        *program,
+        f"--quantize={file_type}",
+        f"--{'' if verify else 'no-'}verify",
+        "--overwrite",
+    ]
 
 
 def environment() -> dict[str, str]:
@@ -197,12 +205,16 @@ def memory(place: Path, sizes: dict[str, int]) -> dict[str, Any]:
     """Peak of a conversion to q8_0, and what it may be."""
     count = write_model(place / "model", sizes)
     start = time.perf_counter()
-    peak = peak_of(convert_command(place / "model", place / "out.gguf", "q8_0"))
+    written = place / "model", place / "out.gguf", "q8_0"
+    peak = peak_of(convert_command(*written))
+    seconds = time.perf_counter() - start
+    read_back = peak_of(convert_command(*written, verify=True))
     return {
         "parameters": count,
         "file_type": "q8_0",
-        "seconds": time.perf_counter() - start,
+        "seconds": seconds,
         "peak": peak,
+        "peak_with_reading_back": read_back,
         "largest_tensor_float32": largest_float32(sizes),
         "bound": 2 * largest_float32(sizes) + 300 * 10**6,
     }

@@ -17,6 +17,7 @@ from mlxtune.gguf.heads import reordering
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.gguf.rope import ROPE_TENSORS
 
+_PIECE = 1 << 20
 PLAIN = (Type.F32, Type.F16, Type.BF16)
 
 
@@ -114,7 +115,14 @@ def expanded(data: npt.NDArray[np.generic], type_: Type) -> npt.NDArray[np.float
         return wide.view(np.float32)
     if type_ in PLAIN:
         return data.astype(np.float32, copy=False)
-    return np.asarray(gguf.quants.dequantize(data, type_), np.float32)
+    # Row by row, some at a time: what the package needs in between is several times as large.
+    rows = data.reshape(-1, data.shape[-1])
+    shape = gguf.quant_shape_from_byte_shape(data.shape, type_)
+    wide = np.empty((len(rows), shape[-1]), np.float32)
+    step = max(1, _PIECE // shape[-1])
+    for start in range(0, len(rows), step):
+        wide[start : start + step] = gguf.quants.dequantize(rows[start : start + step], type_)
+    return wide.reshape(shape)
 
 
 def to_float16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:

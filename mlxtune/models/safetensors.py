@@ -50,6 +50,9 @@ _MAX_HEADER = 100_000_000
 SHARD_BYTES = 5 * 10**9
 
 
+_PIECE = 1 << 22
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """Where a tensor lies: its bytes begin at `start` of `file`."""
@@ -82,10 +85,16 @@ class StoredTensor:
                 f"the tensor {self.name} is stored as {self.dtype}, which is not read here",
                 where=str(self.file),
             )
-        values = self.read()
-        if self.dtype == "BF16":
-            return from_bfloat16(values)
-        return values.astype(np.float32, copy=False)
+        stored, count = DTYPES[self.dtype], prod(self.shape)
+        wide = np.empty(count, np.float32)
+        # Piece by piece: what is stored of the largest tensor is not in memory beside it.
+        for start in range(0, count, _PIECE):
+            size = min(_PIECE, count - start)
+            values = np.fromfile(
+                self.file, stored, size, offset=self.start + start * stored.itemsize
+            )
+            wide[start : start + size] = from_bfloat16(values) if self.dtype == "BF16" else values
+        return wide.reshape(self.shape)
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
