@@ -259,7 +259,7 @@ def test_a_compiled_step_is_the_plain_step():
 
 @pytest.mark.slow
 def test_a_real_fine_tune_tracks_adamw(nl2bash, tmp_path):
-    lines = sorted(nl2bash.read_text().splitlines()[:240], key=len)[:120]
+    lines = sorted(nl2bash.read_text().splitlines()[:1200], key=len)[:600]
     data = write_jsonl(tmp_path / "pairs.jsonl", map(json.loads, lines))
     ends = {}
     for name in ("adamw", "adamw_8bit"):
@@ -271,11 +271,11 @@ def test_a_real_fine_tune_tracks_adamw(nl2bash, tmp_path):
                 "data": [{"path": str(data)}],
                 "train": {
                     "batch_size": 4,
-                    "max_steps": 15,
+                    "max_steps": 120,
                     "learning_rate": 2e-3,
                     "optimizer": name,
                 },
-                "eval": {"val_size": 12, "steps": 15},
+                "eval": {"val_size": 48, "steps": 120},
             },
             where="test",
         )
