@@ -557,6 +557,8 @@ def test_the_cli_stops_when_asked_to_and_says_how_to_go_on(recipe, few, tmp_path
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Where the tests themselves run under nohup, it would be ignored.
+        preexec_fn=lambda: signal.signal(asked, signal.default_int_handler),
     )
     metrics = tmp_path / "a run/metrics.jsonl"
     deadline = time.monotonic() + 120
