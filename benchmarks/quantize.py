@@ -30,12 +30,13 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from mlxtune.device import device_name
-from mlxtune.gguf.kquants import quantize
+from mlxtune.gguf.quantize import quantize
+from mlxtune.processes import workers
 
 HERE = Path(__file__).parent
 TYPES = ["Q8_0", "Q4_0", "Q5_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 TARGET = {"Q4_K": 0.8}
-ROWS, WIDTH = 1024, 2048
+ROWS, WIDTH = 4096, 2048
 
 
 def load_ggml() -> Callable[..., int]:
@@ -75,18 +76,22 @@ def ggml_quantize(
 
 
 def measure(type_: Type, rounds: int, threads: int, *, weighed: bool) -> dict[str, Any]:
-    """Speeds of ggml and of ours, with one thread and with several."""
+    """Speeds of ggml and of ours, with one thread and with several; ours has processes in
+    their place where scales are searched for, as `mlxtune convert` has."""
     rng = np.random.default_rng(0)
     values = (0.02 * rng.standard_normal((ROWS, WIDTH))).astype(np.float32)
     importance = rng.random(WIDTH).astype(np.float32) if weighed else None
     function = load_ggml()
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool, workers(threads) as others:
         ways: dict[str, Callable[[], np.ndarray]] = {
             "ggml 1": lambda: ggml_quantize(function, values, type_, importance, None),
             "mlxtune 1": lambda: quantize(values, type_, importance, threads=1),
             "ggml n": lambda: ggml_quantize(function, values, type_, importance, pool),
-            "mlxtune n": lambda: quantize(values, type_, importance, threads=threads),
+            "mlxtune n": lambda: quantize(
+                values, type_, importance, threads=threads, others=others
+            ),
         }
+        list(others.map(time.sleep, [(0.5,)] * threads))  # they have all started
         packed = [way() for way in ways.values()]  # warms up, too
         assert all(np.array_equal(packed[0], other) for other in packed[1:]), "other bytes"
         speeds: dict[str, list[float]] = {name: [] for name in ways}
@@ -123,7 +128,7 @@ def main() -> None:
         "types": {},
     }
     n = given.threads
-    print(f"| type | ggml, 1 thread | mlxtune | | ggml, {n} threads | mlxtune | |")
+    print(f"| type | ggml, 1 thread | mlxtune | | ggml, {n} threads | mlxtune, {n} cores | |")
     print("|---|--:|--:|--:|--:|--:|--:|")
     for type_name in given.types:
         for weighed in (False, True) if type_name != "Q8_0" else (False,):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -19,6 +21,8 @@ os.environ["MISTRALRS_CPU_KV_F32"] = "1"
 
 import mlx.core as mx
 from mlx_lm.models import llama
+
+atexit.register(shutil.rmtree, os.environ["MLXTUNE_CACHE"], ignore_errors=True)
 
 ROOT = Path(__file__).parents[1]
 SHELL_TRAIN = ROOT / "data/shell/train.jsonl"

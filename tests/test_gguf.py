@@ -14,8 +14,8 @@ from gguf import GGMLQuantizationType as Type
 from helpers import random_weights, write_gguf_with_package, write_small_gguf
 
 from mlxtune.errors import ModelError
-from mlxtune.gguf.kquants import quantize
 from mlxtune.gguf.model import read_model
+from mlxtune.gguf.quantize import quantize
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.gguf.unpack import GROUP_SIZE, affine
 

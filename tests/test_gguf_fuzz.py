@@ -278,6 +278,16 @@ def test_mutated_safetensors_headers_are_refused_or_sound(tmp_path):
     assert found["read"] > 100
 
 
+def test_no_mutated_safetensors_header_takes_more_memory_than_its_file(tmp_path):
+    header, rest = small_safetensors(tmp_path)
+    tracemalloc.start()
+    found = outcomes(tmp_path / "m.safetensors", header, rest, 500, check_safetensors, seed=6)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.keys() == {"read", "refused"}
+    assert peak < 2**20
+
+
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 

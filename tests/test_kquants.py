@@ -16,9 +16,9 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from mlxtune.errors import ExportError
-from mlxtune.gguf import kquants
+from mlxtune.gguf import quantize as driver
 from mlxtune.gguf.arithmetic import MLX
-from mlxtune.gguf.kquants import dequantize, quantize
+from mlxtune.gguf.quantize import dequantize, quantize, quantizers
 from mlxtune.gguf.reader import GGUFFile
 
 K_TYPES = [Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K]
@@ -144,12 +144,17 @@ def differing(a: np.ndarray, b: np.ndarray, type_: Type) -> int:
 # ------------------------------------------------------------------------ the same bytes
 
 
+def ten_thousand(real: np.ndarray) -> dict[str, np.ndarray]:
+    parts = {kind: rows(kind, count) for kind, count in KINDS.items()} | {"real": real}
+    assert sum(part.size for part in parts.values()) // 256 > 10_000
+    return parts
+
+
 @pytest.mark.parametrize("weights", ["none", "uneven"])
 @pytest.mark.parametrize("type_", TYPES, ids=lambda t: t.name)
 def test_ten_thousand_blocks_are_those_of_ggml(ggml, real, type_, weights):
-    parts = {kind: rows(kind, count) for kind, count in KINDS.items()} | {"real": real}
+    parts = ten_thousand(real)
     values = np.concatenate(list(parts.values()))
-    assert values.size // 256 > 10_000
     want = ggml(values, type_, importance(weights))
     got = quantize(values, type_, importance(weights))
     start = 0
@@ -185,8 +190,26 @@ def test_chunks_that_end_inside_of_rows_change_nothing(monkeypatch, type_):
     values, weights = rows("normal", 7), importance("uneven")
     want = quantize(values, type_, weights)
     for size in (256, 768, 2048):
-        monkeypatch.setattr(kquants, "_CHUNK", size)
+        monkeypatch.setattr(driver, "_CHUNK", size)
+        monkeypatch.setattr(driver, "_THREADS_CHUNK", 3 * size)
         assert np.array_equal(quantize(values, type_, weights), want)
+
+
+def test_other_processes_give_the_same_bytes(monkeypatch):
+    monkeypatch.setattr(driver, "_TASK", 5 * WIDTH)
+    values, weights = rows("normal", 203), importance("uneven")
+    with quantizers(0) as others:
+        assert others is None  # not for so few
+    with driver.workers(2) as others:
+        for turn in range(3):  # the first are done here, while the others start
+            for type_, chosen in [(Type.Q4_K, None), (Type.Q6_K, weights), (Type.Q5_0, weights)]:
+                want = quantize(values, type_, chosen, threads=1)
+                assert np.array_equal(quantize(values, type_, chosen, others=others), want), turn
+            if turn == 0:
+                others._started.result()
+        values[100, 7] = np.nan
+        with pytest.raises(ExportError, match="not a finite number"):
+            quantize(values, Type.Q4_K, others=others)
 
 
 @pytest.mark.parametrize("weights", ["none", "uneven"])
@@ -194,7 +217,17 @@ def test_chunks_that_end_inside_of_rows_change_nothing(monkeypatch, type_):
 def test_mlx_gives_the_same_bytes(monkeypatch, ggml, type_, weights):
     values = np.concatenate([rows(kind, 2) for kind in KINDS])
     want = ggml(values, type_, importance(weights))
-    monkeypatch.setattr(kquants, "_arithmetic", lambda type_: MLX)
+    monkeypatch.setattr(driver, "_arithmetic", lambda type_: MLX)
+    assert differing(quantize(values, type_, importance(weights)), want, type_) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["none", "uneven"])
+@pytest.mark.parametrize("type_", K_TYPES, ids=lambda t: t.name)
+def test_mlx_gives_the_same_bytes_for_ten_thousand_blocks(monkeypatch, ggml, real, type_, weights):
+    values = np.concatenate(list(ten_thousand(real).values()))
+    want = ggml(values, type_, importance(weights))
+    monkeypatch.setattr(driver, "_arithmetic", lambda type_: MLX)
     assert differing(quantize(values, type_, importance(weights)), want, type_) == 0
 
 
@@ -209,8 +242,8 @@ class Backwards:
 
 
 def test_an_arithmetic_that_gives_other_bytes_is_found_out():
-    assert kquants.gives_the_same(MLX)
-    assert not kquants.gives_the_same(Backwards())
+    assert driver.gives_the_same(MLX)
+    assert not driver.gives_the_same(Backwards())
 
 
 @pytest.mark.parametrize("type_", TYPES, ids=lambda t: t.name)

@@ -6,6 +6,7 @@ of something; real tokenizers.
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -326,24 +327,55 @@ def test_an_adapter_as_gguf_does_in_llama_cpp_what_it_does_in_mlx(name, tokenize
 
 
 # What mistral.rs reads of GGUF among these; docs/export.md says what keeps it from others.
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "phi3", "smollm3", "gemma2", "gemma3_text"],
+@pytest.fixture(
+    scope="module",
+    params=[
+        *("llama", "mistral", "qwen2", "qwen3", "qwen3_moe"),
+        *("phi3", "smollm3", "gemma2", "gemma3_text"),
+    ],
 )
-def test_mistral_rs_goes_on_as_mlx_does(name, tokenizer, tmp_path):
+def plain_source(request, tokenizer, tmp_path_factory):
+    place = tmp_path_factory.mktemp(request.param)
+    return written(request.param, tokenizer, place, plain=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file_type", ["f32", "q8_0", "q4_k_m"])
+def test_mistral_rs_goes_on_as_mlx_does(plain_source, tokenizer, tmp_path, file_type):
     mistralrs = pytest.importorskip("mistralrs")
-    folder, tokens = written(name, tokenizer, tmp_path, plain=True)
-    made = convert(str(folder), tmp_path / "m.gguf", file_type="f32", verify=False)
+    folder, tokens = plain_source
+    made = convert(str(folder), tmp_path / "m.gguf", file_type=file_type, verify=False)
     which = mistralrs.Which.GGUF(
         quantized_model_id=str(tmp_path), quantized_filename=made.path.name
     )
     runner = mistralrs.Runner(which=which)
-    known = tokenizer.decode(tokens[:10])
-    assert runner.tokenize_text(known, False, None) == tokens[:10]
-    answer = runner.send_completion_request(
-        mistralrs.CompletionRequest(prompt=known, model="default", max_tokens=12, temperature=0.0)
-    )
-    model = load_model(ModelSource("x", folder)).model
-    want = [int(t) for t, _ in generate_step(mx.array(tokens[:10]), model, max_tokens=12)]
-    assert answer.choices[0].text == tokenizer.decode(want)
+    same = sure = 0
+    # It rounds what goes into a packed product to eight bits, MLX does not: what counts is
+    # where the file in MLX is sure.
+    plain = file_type == "f32"
+    least = 0.0 if plain else 0.5
+    given = ModelSource("x", folder) if plain else resolve_model(str(made.path))
+    model = load_model(given).model
+    for start in (0,) if plain else range(0, 30, 3):
+        known = tokens[start : start + 10]
+        text = tokenizer.decode(known)
+        assert runner.tokenize_text(text, False, None) == known
+        answer = runner.send_completion_request(
+            mistralrs.CompletionRequest(
+                prompt=text, model="default", max_tokens=12, temperature=0.0
+            )
+        )
+        want = list(itertools.takewhile(lambda one: one[1] > least, greedy(model, known, 12)))
+        said = tokenizer.decode([token for token, _ in want])
+        sure += bool(want)
+        same += bool(want) and answer.choices[0].text.startswith(said)
+    assert same >= 0.9 * sure > 0
+
+
+def greedy(model: nn.Module, tokens: list[int], count: int) -> list[tuple[int, float]]:
+    """mlx-lm's own generation, and by how much each token is better than the second best."""
+    found = []
+    for token, row in generate_step(mx.array(tokens), model, max_tokens=count):
+        second, first = mx.sort(row)[-2:].tolist()
+        found.append((int(token), first - second))
+    return found

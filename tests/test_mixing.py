@@ -25,8 +25,8 @@ import pytest
 import real_tokenizers
 from gguf import GGMLQuantizationType as Type
 
-from mlxtune.gguf.kquants import quantize
 from mlxtune.gguf.mixing import FILE_TYPES, tensor_types
+from mlxtune.gguf.quantize import quantize
 from mlxtune.gguf.reader import GGUFFile
 
 RECORDED = Path(__file__).with_name("mixing.json")

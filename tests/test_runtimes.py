@@ -21,15 +21,16 @@ from mlxtune.train.model import load_base
 PROMPTS = 20
 BOUND = 2e-2  # of F16's log-probabilities
 MAX_TOKENS = 24
-LEAST_EQUAL = {"f16": PROMPTS, "q8_0": 18}
+LEAST_EQUAL = {"f16": PROMPTS, "q8_0": 18, "q4_k_m": 18}
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def bundles(shell_run):
-    kinds = ("f16", "q8_0")  # the first is verified as it is written, both are below
+    # The first is verified as it is written, all are below.
     return {
-        kind: export_run(shell_run, file_type=kind, verify=kind == "f16").folder for kind in kinds
+        kind: export_run(shell_run, file_type=kind, verify=kind == "f16").folder
+        for kind in LEAST_EQUAL
     }
 
 
@@ -50,19 +51,27 @@ class Asked(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def asked(fused):
+def asked(fused, bundles):
+    """Gives what is asked of a kind of file: of what was trained up to eight bits, and of the
+    file itself below, which says other things by right."""
+    of_file = load_base(ModelSection(path=str(bundles["q4_k_m"] / "model.gguf")))
+    rows = {"f16": questions(fused), "q4_k_m": questions(of_file)}
+    return lambda kind: rows.get(kind, rows["f16"])
+
+
+def questions(loaded) -> list[Asked]:
     """Held-out wordings of trained intents, those first of which the model is surest.
 
     At a near tie of MLX itself the eight bits of Q8_0 decide, whoever computes: such a
     prompt can't tell a faithful file from another. So the least sure ones are left out.
     """
-    renderer = Renderer(fused.tokenizer)
+    renderer = Renderer(loaded.tokenizer)
     rows = []
     for conversation in read_conversations(SHELL_HELDOUT)[:28]:
         text = renderer.text(conversation.prompt_turns(), ask=True)
         prompt = renderer.prompt(conversation)
         question = conversation.turns[0].content
-        rows.append(Asked(question, text, prompt, *greedy(fused, prompt)))
+        rows.append(Asked(question, text, prompt, *greedy(loaded, prompt)))
     return sorted(rows, key=lambda row: -row.margin)[:PROMPTS]
 
 
@@ -79,7 +88,7 @@ def greedy(loaded, prompt):
     return tokens, logprobs, min(margins)
 
 
-@pytest.fixture(scope="module", params=["f16", "q8_0"])
+@pytest.fixture(scope="module", params=LEAST_EQUAL)
 def llamacpp(request, bundles):
     xllamacpp = pytest.importorskip("xllamacpp")
     params = xllamacpp.CommonParams()
@@ -94,7 +103,7 @@ def llamacpp(request, bundles):
 def test_llamacpp_says_what_mlx_says(llamacpp, asked):
     kind, server = llamacpp
     equal = 0
-    for row in asked:
+    for row in asked(kind):
         answer = server.handle_completions(
             {"prompt": row.text, "n_predict": len(row.tokens), "temperature": 0, "n_probs": 1}
         )
@@ -107,9 +116,9 @@ def test_llamacpp_says_what_mlx_says(llamacpp, asked):
 
 
 def test_llamacpp_renders_and_tokenizes_the_chat_as_trained(llamacpp, asked):
-    _, server = llamacpp
+    kind, server = llamacpp
     with httpx.Client(base_url=server.listening_address) as client:
-        for row in asked:
+        for row in asked(kind):
             messages = [{"role": "user", "content": row.question}]
             rendered = client.post("/apply-template", json={"messages": messages}).json()
             assert rendered["prompt"] == row.text
@@ -132,7 +141,7 @@ def test_tokens_of_a_whole_conversation_agree(llamacpp, fused):
     assert got == renderer.encode(text)
 
 
-@pytest.fixture(scope="module", params=["f16", "q8_0"])
+@pytest.fixture(scope="module", params=LEAST_EQUAL)
 def mistralrs(request, bundles):
     module = pytest.importorskip("mistralrs")
     which = module.Which.GGUF(
@@ -145,7 +154,7 @@ def test_mistralrs_says_what_mlx_says(mistralrs, asked, fused):
     kind, module, runner = mistralrs
     equal = 0
     ends = fused.tokenizer.eos_token_ids
-    for row in asked:
+    for row in asked(kind):
         assert runner.tokenize_text(row.text, False, None) == row.prompt
         answer = runner.send_chat_completion_request(
             module.ChatCompletionRequest(

@@ -9,14 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
-import threading
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -25,6 +20,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from mlxtune import processes
 from mlxtune.data.files import Row, read_errors
 from mlxtune.data.render import Renderer
 from mlxtune.data.rules import Rules, Tally, record_samples
@@ -75,7 +71,7 @@ def tokenize(
     folder = cache_folder() / "tokens" / _key(source, renderer, rules)
     if not (folder / SUMMARY).is_file():
         with suppress(OutputExists), _cached(folder) as partial:
-            chunks = _rendered(source, renderer, rules, workers or os.cpu_count() or 1)
+            chunks = _rendered(source, renderer, rules, workers or processes.cores())
             write_store(partial, source.path, chunks, progress)
         _remove_unused(folder.parent)
     with suppress(OSError):
@@ -124,33 +120,19 @@ def _rendered(source: Source, renderer: Renderer, rules: Rules, workers: int) ->
         for chunk in chunks:
             yield _chunk(source, renderer, rules, chunk)
         return
-    # Started afresh, not forked: the GPU's driver does not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _begin, (source, renderer, rules)) as pool:
-        with _without_interrupts():
-            # A process is started for each task that finds none idle.
-            started, *_ = [pool.submit(_work, []) for _ in range(workers)]
-        pending: deque[Future[Chunk]] = deque()
-        try:
-            for chunk in chunks:
-                if not started.done():  # a second or two, which need not be lost
-                    yield _chunk(source, renderer, rules, chunk)
-                    continue
-                pending.append(pool.submit(_work, chunk))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool:
-            raise DataError(
-                "a process that was tokenizing it has ended unasked",
-                where=source.path,
-                remedy="it may have run out of memory; and a program of your own that calls "
-                'mlxtune must do so under `if __name__ == "__main__":`',
-            ) from None
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    try:
+        with processes.workers(workers, _begin, source, renderer, rules) as others:
+            yield from others.map(
+                _work,
+                ((chunk,) for chunk in chunks),
+                here=lambda chunk: _chunk(source, renderer, rules, chunk),
+            )
+    except BrokenProcessPool:
+        raise DataError(
+            "a process that was tokenizing it has ended unasked",
+            where=source.path,
+            remedy=processes.GUARD,
+        ) from None
 
 
 def _chunk(source: Source, renderer: Renderer, rules: Rules, rows: _Rows) -> Chunk:
@@ -176,31 +158,12 @@ def _cached(folder: Path) -> Iterator[Path]:
         ) from error
 
 
-@contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Processes started in here leave Ctrl-C, which a terminal sends to all, to this one."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 _worker: tuple[Source, Renderer, Rules]
 
 
 def _begin(*worker: Any) -> None:
     global _worker
     _worker = worker
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _leave_with_parent() -> None:
-    """End when the process that started this one does: if it was killed, it cannot say so."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _work(rows: _Rows) -> Chunk:

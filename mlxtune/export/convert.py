@@ -175,9 +175,8 @@ def write_model(
     )
     if not verify:
         return written, None
-    progress("reading it back")
     texts = [text.lstrip(" ") for text in SAMPLE] if model.only_pieces else SAMPLE
-    readback = read_back(written.files[0], model.tensors(), tokenizer, texts)
+    readback = read_back(written.files[0], model.tensors(), tokenizer, texts, progress=progress)
     if not installed():
         return written, Verified(readback, None)
     needed, budget = _running_bytes(model, written), memory_budget(None)
@@ -262,16 +261,15 @@ def convert_to_folder(
                 model.tensors(), bits=mlx_bits, group_size=group_size, dtype=dtype
             )
         write_json(folder / "config.json", config)
-        progress("writing")
-        write_safetensors(folder, pieces)
+        write_safetensors(folder, pieces, progress=progress)
         files = sorted(folder.glob("model*.safetensors"))
         size = sum(file.stat().st_size for file in files)
         names = tuple(file.name for file in files)
         verified = None
         if verify:
-            progress("reading it back")
             tokenizer = model.tokenizer()._tokenizer
-            verified = Verified(read_back_folder(folder, model.tensors(), tokenizer, kind), None)
+            readback = read_back_folder(folder, model.tensors(), tokenizer, kind, progress=progress)
+            verified = Verified(readback, None)
     types = Counter(kind(tensor) for tensor in model.tensors())
     return Conversion(output, names, size, dict(types), verified)
 

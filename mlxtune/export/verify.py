@@ -103,6 +103,8 @@ def read_back(
     tensors: Iterable[SourceTensor],
     tokenizer: Any,
     texts: Sequence[str] = SAMPLE,
+    *,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Readback:
     """Compare a GGUF with its source, one tensor in memory at a time.
 
@@ -111,6 +113,7 @@ def read_back(
         tensors: of the source.
         tokenizer: of the source, Hugging Face's.
         texts: to tokenize with both.
+        progress: is told how many tensors have been compared.
 
     Raises:
         ExportError: a tensor is missing or further off than its type explains, or the
@@ -123,7 +126,7 @@ def read_back(
         tensor.name: (tensor, type_.name, USUAL_ERROR.get(type_, np.inf))
         for tensor, type_ in zip(gguf_tensors(file, entry, config), types, strict=True)
     }
-    compared = _compared(written, tensors, path)
+    compared = _compared(written, tensors, path, progress)
     again = read_tokenizer(file.metadata, where=str(path))
     return Readback(
         *compared,
@@ -138,6 +141,8 @@ def read_back_folder(
     tokenizer: Any,
     kind: Callable[[SourceTensor], str],
     texts: Sequence[str] = SAMPLE,
+    *,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Readback:
     """Compare a folder with its source, one tensor in memory at a time.
 
@@ -147,6 +152,7 @@ def read_back_folder(
         tokenizer: of the source, Hugging Face's.
         kind: what a tensor is written as, of `FOLDER_ERROR`.
         texts: to tokenize with both.
+        progress: is told how many tensors have been compared.
 
     Raises:
         ExportError: a tensor is missing or further off than its type explains, or the
@@ -157,7 +163,7 @@ def read_back_folder(
     for tensor in folder_tensors(folder, text_config(model_config(source))):
         type_ = kind(tensor)
         written[tensor.name] = tensor, type_, FOLDER_ERROR[type_]
-    compared = _compared(written, tensors, folder)
+    compared = _compared(written, tensors, folder, progress)
     again = load_tokenizer(source)._tokenizer
     return Readback(
         *compared,
@@ -170,6 +176,7 @@ def _compared(
     written: dict[str, tuple[SourceTensor, str, float]],
     tensors: Iterable[SourceTensor],
     path: Path,
+    progress: Callable[[str], None],
 ) -> tuple[int, dict[str, float], str, float]:
     """How many, the error of each type, the worst tensor and its error.
 
@@ -177,13 +184,17 @@ def _compared(
         written: tensor, name of its type and the most that this type explains, by name.
         tensors: of the source.
         path: what was written, for errors.
+        progress: is told how many have been compared.
     """
+    total = len(written)
     sums: dict[str, list[float]] = {}
     worst, worst_error, count = "", -1.0, 0
     for source in tensors:
         if source.name not in written:
             raise _wrong(f"the tensor {source.name} is not in the file", path)
         tensor, type_, most = written.pop(source.name)
+        count += 1
+        progress(f"reading back ({count} of {total})")
         squares = _squares(tensor.load(), source.load())
         error = _share(squares)
         if not error <= most:
@@ -192,15 +203,14 @@ def _compared(
                 f"size; {most:.2g} is the most that this type explains",
                 path,
             )
-        total = sums.setdefault(type_, [0.0, 0.0])
-        total[0] += squares[0]
-        total[1] += squares[1]
-        count += 1
+        sum_of = sums.setdefault(type_, [0.0, 0.0])
+        sum_of[0] += squares[0]
+        sum_of[1] += squares[1]
         if error > worst_error:
             worst, worst_error = source.name, error
     if written:
         raise _wrong(f"the file has {next(iter(written))}, and its source has not", path)
-    errors = {name: _share((total[0], total[1])) for name, total in sums.items()}
+    errors = {name: _share((both[0], both[1])) for name, both in sums.items()}
     return count, errors, worst, worst_error
 
 

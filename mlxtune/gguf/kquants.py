@@ -1,4 +1,4 @@
-"""Quantize matrices to the block types of GGUF, byte for byte as ggml does.
+"""The block types of GGUF whose scales are searched for, byte for byte as ggml makes them.
 
 The formats and algorithms are those of ggml (ggml-quants.c of
 https://github.com/ggml-org/llama.cpp, MIT), compiled without fused multiply-add as for
@@ -11,24 +11,18 @@ the errors, and ggml then uses other searches and weights.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
-from gguf import quants
-from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 
-from mlxtune.errors import ExportError
 from mlxtune.gguf import layout
-from mlxtune.gguf.arithmetic import MLX, NUMPY, Arithmetic, aligned
-from mlxtune.gguf.plain import PLAIN, half
+from mlxtune.gguf.arithmetic import NUMPY, Arithmetic, aligned
+from mlxtune.gguf.plain import half
 from mlxtune.gguf.scales import TINY, Steps, fit, fit_min, fit_positive, fit_refined
 
 Floats = npt.NDArray[np.float32]
@@ -37,14 +31,9 @@ Bytes = npt.NDArray[np.uint8]
 # The steps that ggml takes with an importance matrix, for all types with a minimum.
 _WEIGHED = Steps(-0.9, 0.05, 36)
 
-# Weights that a thread works on at a time: all buffers of a search fit a core's cache.
-_CHUNK = 1 << 16
-# A GPU wants more at a time.
-_GPU_CHUNK = 1 << 22
-
 
 @dataclass(frozen=True)
-class _Groups:
+class Groups:
     """A chunk of blocks, laid out for the searches.
 
     Attributes:
@@ -90,7 +79,7 @@ class _Groups:
 
 
 def _search_min(
-    g: _Groups, top: int, steps: Steps, weights: Floats, absolute: bool = False
+    g: Groups, top: int, steps: Steps, weights: Floats, absolute: bool = False
 ) -> tuple[Floats, Floats, Callable[[Any], Floats]]:
     """Scales and minimums of all groups, and a function that gives the codes of some."""
     scale, minimum, code_scale, code_low = g.search(
@@ -105,7 +94,7 @@ def _search_min(
     return scale, minimum, codes
 
 
-def _with_minimum(g: _Groups, top: int, scale_top: int, steps: Steps) -> tuple[Any, ...]:
+def _with_minimum(g: Groups, top: int, scale_top: int, steps: Steps) -> tuple[Any, ...]:
     """Blocks of groups with a scale and a minimum: d, m, scales, minimums, codes."""
     absolute = False
     if g.importance is not None:
@@ -131,7 +120,7 @@ def _with_minimum(g: _Groups, top: int, scale_top: int, steps: Steps) -> tuple[A
 
 
 def _shared(
-    g: _Groups, values: Floats, weights: Floats, top: int
+    g: Groups, values: Floats, weights: Floats, top: int
 ) -> tuple[npt.NDArray[np.float16], Floats]:
     """Write the groups' scales as whole numbers (groups of a block, blocks) times one
     float16 a block."""
@@ -146,15 +135,15 @@ def _shared(
     return half(highest / np.float32(top)), np.minimum(codes, top).astype(np.float32)
 
 
-def _q2_k(g: _Groups) -> Bytes:
+def _q2_k(g: Groups) -> Bytes:
     return layout.pack_q2_k(*_with_minimum(g, 3, 15, Steps(-0.5, 0.1, 15)))
 
 
-def _q4_k(g: _Groups) -> Bytes:
+def _q4_k(g: Groups) -> Bytes:
     return layout.pack_q4_k(*_with_minimum(g, 15, 63, Steps(-1.0, 0.1, 20)))
 
 
-def _q5_k(g: _Groups) -> Bytes:
+def _q5_k(g: Groups) -> Bytes:
     return layout.pack_q5_k(*_with_minimum(g, 31, 63, Steps(-0.5, 0.1, 15)))
 
 
@@ -162,7 +151,7 @@ def _q5_k(g: _Groups) -> Bytes:
 
 
 def _requantize(
-    g: _Groups, d: npt.NDArray[np.float16], scales: Floats, n: int, codes: Floats
+    g: Groups, d: npt.NDArray[np.float16], scales: Floats, n: int, codes: Floats
 ) -> Bytes:
     """Round again with the scales as they are kept; where they are 0 `codes` stay."""
     step = (d.astype(np.float32) * scales).reshape(-1)
@@ -174,14 +163,14 @@ def _requantize(
     return g.codes(again)
 
 
-def _search_symmetric(g: _Groups, n: int, weights: Floats | None) -> tuple[Floats, Floats]:
+def _search_symmetric(g: Groups, n: int, weights: Floats | None) -> tuple[Floats, Floats]:
     """Scales of all groups and codes (from 0), which are all 0 in groups of zeros."""
     scale, code_scale, empty = g.search(fit, g.x, weights, n)
     codes = NUMPY.clip(NUMPY.nearest(g.x * code_scale), -n, n - 1) + np.float32(n)
     return scale, np.where(empty, np.float32(0), codes)
 
 
-def _q3_k(g: _Groups) -> Bytes:
+def _q3_k(g: Groups) -> Bytes:
     if g.importance is not None:
         weights = g.weights
         scale, codes = _search_symmetric(g, 4, weights)
@@ -201,7 +190,7 @@ def _q3_k(g: _Groups) -> Bytes:
     return layout.pack_q3_k(half(d), (scales.T + 32).astype(np.uint8), packed)
 
 
-def _q6_k(g: _Groups) -> Bytes:
+def _q6_k(g: Groups) -> Bytes:
     scale, codes = _search_symmetric(g, 32, g.importance)
     scale = g.per_block(scale)
     peak = NUMPY.peak(scale)
@@ -217,31 +206,31 @@ def _q6_k(g: _Groups) -> Bytes:
 # ------------------------------------------------------------------------ blocks of 32, weighed
 
 
-def _q4_0(g: _Groups) -> Bytes:
+def _q4_0(g: Groups) -> Bytes:
     scale, codes = _search_symmetric(g, 8, g.weights)
     return layout.pack_q4_0(half(scale), g.codes(codes))
 
 
-def _q5_0(g: _Groups) -> Bytes:
+def _q5_0(g: Groups) -> Bytes:
     scale, codes = _search_symmetric(g, 16, g.weights)
     return layout.pack_q5_0(half(scale), g.codes(codes))
 
 
-def _q4_1(g: _Groups) -> Bytes:
+def _q4_1(g: Groups) -> Bytes:
     scale, minimum, codes = _search_min(g, 15, _WEIGHED, g.weights)
     return layout.pack_q4_1(half(scale), half(-minimum), g.codes(codes(slice(None))))
 
 
-def _q5_1(g: _Groups) -> Bytes:
+def _q5_1(g: Groups) -> Bytes:
     scale, minimum, codes = _search_min(g, 31, _WEIGHED, g.weights)
     return layout.pack_q5_1(half(scale), half(-minimum), g.codes(codes(slice(None))))
 
 
-# ------------------------------------------------------------------------ the driver
+# ------------------------------------------------------------------------ the table
 
 
 @dataclass(frozen=True)
-class _Format:
+class Format:
     """How a type is quantized.
 
     Attributes:
@@ -250,160 +239,30 @@ class _Format:
         variance: what ggml multiplies the mean square with in the weights of errors.
     """
 
-    function: Callable[[_Groups], Bytes]
+    function: Callable[[Groups], Bytes]
     group: int
     variance: float = 1.0
 
 
-_SEARCHED: dict[Type, _Format] = {
-    Type.Q2_K: _Format(_q2_k, 16),
-    Type.Q3_K: _Format(_q3_k, 16, 2.0),
-    Type.Q4_K: _Format(_q4_k, 32, 2.0),
-    Type.Q5_K: _Format(_q5_k, 32, 2.0),
-    Type.Q6_K: _Format(_q6_k, 16),
+SEARCHED: dict[Type, Format] = {
+    Type.Q2_K: Format(_q2_k, 16),
+    Type.Q3_K: Format(_q3_k, 16, 2.0),
+    Type.Q4_K: Format(_q4_k, 32, 2.0),
+    Type.Q5_K: Format(_q5_k, 32, 2.0),
+    Type.Q6_K: Format(_q6_k, 16),
 }
 # Only with an importance; without one their scales need no search.
-_WEIGHED_PLAIN: dict[Type, _Format] = {
-    Type.Q4_0: _Format(_q4_0, 32),
-    Type.Q4_1: _Format(_q4_1, 32),
-    Type.Q5_0: _Format(_q5_0, 32),
-    Type.Q5_1: _Format(_q5_1, 32),
+WEIGHED_PLAIN: dict[Type, Format] = {
+    Type.Q4_0: Format(_q4_0, 32),
+    Type.Q4_1: Format(_q4_1, 32),
+    Type.Q5_0: Format(_q5_0, 32),
+    Type.Q5_1: Format(_q5_1, 32),
 }
 
 
-def quantize(
-    values: Floats, type: Type, importance: Floats | None = None, *, threads: int | None = None
-) -> Bytes:
-    """Quantize a matrix.
-
-    Args:
-        values: float32 (rows, width), width a multiple of the type's block.
-        type: Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K or Q6_K.
-        importance: float32 (width,), or None. Q8_0 makes no use of it.
-        threads: how many to work with; as many as there are cores, if None.
-
-    Returns:
-        uint8 (rows, bytes of a row).
-
-    Raises:
-        ExportError: a weight or an importance is not finite, or weights are too large
-            for the type.
-    """
-    rows, width = values.shape
-    values = np.ascontiguousarray(values, np.float32)
-    if importance is not None:
-        importance = np.ascontiguousarray(importance, np.float32)
-        if not np.isfinite(importance).all():
-            raise ExportError("the importance matrix has a value that is not finite")
-    block, size = GGML_QUANT_SIZES[type]
-    result = np.empty((rows * width // block, size), np.uint8)
-    xp = _arithmetic(type)
-    work = _worker(values, type, importance, result, xp)
-    chunk = (_CHUNK if xp is NUMPY else _GPU_CHUNK) // block
-    starts = range(0, len(result), chunk)
-    # A GPU is busy with one chunk at a time, and MLX wants one thread.
-    threads = (threads or _cores()) if xp is NUMPY else 1
-    if threads == 1 or len(starts) == 1:
-        for start in starts:
-            work(slice(start, start + chunk))
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda start: work(slice(start, start + chunk)), starts))
-    return result.reshape(rows, -1)
-
-
-def dequantize(packed: Bytes, type: Type) -> Floats:
-    """The float32 (rows, width) that uint8 (rows, bytes) stand for."""
-    return np.asarray(quants.dequantize(packed, type), np.float32)
-
-
-def _worker(
-    values: Floats, type: Type, importance: Floats | None, result: Bytes, xp: Arithmetic
-) -> Callable[[slice], None]:
-    """A function that quantizes some of the blocks into `result`."""
-    block, _ = GGML_QUANT_SIZES[type]
-    blocks = values.reshape(-1, block)
-    per_row = values.shape[1] // block
-    if type in PLAIN and (importance is None or type not in _WEIGHED_PLAIN):
-
-        def plain(part: slice) -> None:
-            with np.errstate(all="ignore"):
-                result[part] = PLAIN[type](_grouped(_finite(blocks[part]), block))
-
-        return plain
-
-    form = (_SEARCHED | _WEIGHED_PLAIN)[type]
-    of_rows = _mean_squares(values) if importance is not None and block == 32 else None
-
-    def searched(part: slice) -> None:
-        with np.errstate(all="ignore"):
-            chunk = _finite(blocks[part])
-            weights = variance = None
-            if importance is not None:
-                index = np.arange(part.start, part.start + len(chunk))
-                weights = _grouped(importance.reshape(-1, block)[index % per_row], form.group)
-                if of_rows is None:
-                    variance = _mean_squares(chunk, form.variance)
-                else:
-                    variance = of_rows[index // per_row]
-                variance = np.tile(variance, block // form.group)
-            x = _grouped(chunk, form.group)
-            result[part] = form.function(_Groups(x, len(chunk), weights, variance, xp))
-
-    return searched
-
-
-def _grouped(blocks: Floats, group: int) -> Floats:
-    """(blocks, weights) to (weights of a group, groups), as `_Groups` has them."""
+def grouped(blocks: Floats, group: int) -> Floats:
+    """(blocks, weights) to (weights of a group, groups), as `Groups` has them."""
     turned = blocks.reshape(len(blocks), -1, group).transpose(2, 1, 0)
     result = aligned(turned.shape)
     np.copyto(result, turned)
     return cast(Floats, result.reshape(group, -1))
-
-
-def _mean_squares(rows: Floats, factor: float = 1.0) -> Floats:
-    """`factor` times those of each row, summed in the order of its elements."""
-    total = np.zeros(len(rows), np.float32)
-    for start in range(0, len(rows), 64):
-        columns = np.ascontiguousarray(rows[start : start + 64].T)
-        total[start : start + 64] = NUMPY.sum_rows(columns * columns)
-    return np.float32(factor) * total / np.float32(rows.shape[1])
-
-
-def _finite(chunk: Floats) -> Floats:
-    if not (np.isfinite(chunk.max()) and np.isfinite(chunk.min())):
-        raise ExportError("a weight is not a finite number")
-    return chunk
-
-
-def _arithmetic(type: Type) -> Arithmetic:
-    """What to search with: the GPU where there is one that computes as a CPU does."""
-    on_gpu = type in _SEARCHED and mx.default_device() == mx.gpu
-    return MLX if on_gpu and gives_the_same(MLX) else NUMPY
-
-
-@cache
-def gives_the_same(xp: Arithmetic) -> bool:
-    """Whether another arithmetic gives NumPy's bytes for a sample of 1024 blocks a type.
-
-    A GPU may fuse products with sums, flush tiny numbers to zero or divide less exactly.
-    Types of few bits seldom show it, so all are tried together.
-    """
-    values = np.random.default_rng(0).standard_normal((1024, 256), np.float32)
-    for form in _SEARCHED.values():
-        groups = _grouped(values, form.group)
-        with np.errstate(all="ignore"):
-            ours, theirs = (
-                form.function(_Groups(groups, len(values), None, None, library))
-                for library in (NUMPY, xp)
-            )
-        if not np.array_equal(ours, theirs):
-            return False
-    return True
-
-
-def _cores() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS
-        return os.cpu_count() or 1

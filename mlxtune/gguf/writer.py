@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from mlxtune.gguf.architectures import (
     for_config,
 )
 from mlxtune.gguf.heads import reordering
-from mlxtune.gguf.kquants import quantize
 from mlxtune.gguf.metadata import metadata, mistral_window
 from mlxtune.gguf.mixing import FILE_TYPES, tensor_types
+from mlxtune.gguf.quantize import needs_search, quantize, quantizers
 from mlxtune.gguf.rope import rope_metadata, rope_tensors
 from mlxtune.gguf.tensors import SourceTensor, to_float16
+from mlxtune.processes import Workers
 
 # Of a tensor in a file's header, beside its name: lengths, four dimensions, type, place; and
 # what its data is filled up by.
@@ -128,7 +130,7 @@ def write_gguf(
         importance: GGUF tensor name to the mean square of each input feature, (in,), or
             for experts (experts, in) or the same as (experts · in,): errors weigh by it.
         split_max_bytes: begin a new file, `NAME-00001-of-…`, beyond that; 0 for never.
-        progress: is told each tensor's name when its turn comes.
+        progress: is told each tensor's name and number when its turn comes.
 
     Raises:
         ExportError: the architecture or a tensor is not known, or holds no finite numbers;
@@ -176,39 +178,54 @@ def write_gguf(
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for source, gguf_name, type_ in zip(sources, names, types, strict=True):
-            progress(gguf_name)
-            weights = (importance or {}).get(gguf_name)
-            writer.write_tensor_data(_encoded(source, entry, config, gguf_name, type_, weights))
+        todo = list(zip(sources, names, types, strict=True))
+        _write_data(writer, todo, entry, config, importance or {}, progress)
     finally:
         writer.close()
     files = tuple(writer.format_shard_names(path)) if split_max_bytes else (path,)
     return Written(dict(zip(names, types, strict=True)), files)
 
 
-def _encoded(
-    source: SourceTensor,
+def _write_data(
+    writer: gguf.GGUFWriter,
+    todo: Sequence[tuple[SourceTensor, str, Type]],
     entry: Architecture,
     config: Config,
-    name: str,
-    type_: Type,
-    importance: npt.NDArray[np.float32] | None,
-) -> npt.NDArray[Any]:
+    importance: Importance,
+    progress: Callable[[str], None],
+) -> None:
+    """Write tensor after tensor: each with its name and type."""
+    searched = sum(
+        math.prod(source.shape)
+        for source, name, type_ in todo
+        if needs_search(type_, name in importance)
+    )
+    with quantizers(searched) as others:
+        for number, (source, name, type_) in enumerate(todo, 1):
+            progress(f"writing {name} ({number} of {len(todo)})")
+            values = _values(source, entry, config)
+            try:
+                data = encode(values, type_, importance.get(name), others)
+            except ExportError as error:
+                raise ExportError(f"tensor {name}: {error.what}", remedy=error.remedy) from None
+            writer.write_tensor_data(data)
+            del values, data  # they would be in memory beside the next
+
+
+def _values(source: SourceTensor, entry: Architecture, config: Config) -> npt.NDArray[np.float32]:
     values = source.load()
     if heads := reordering(entry, source.name, config):
         values = heads.to_gguf(values)
     if change := entry.change(source.name):
         values = change.to_gguf(values)
-    try:
-        return encode(values, type_, importance)
-    except ExportError as error:
-        raise ExportError(f"tensor {name}: {error}", remedy=error.remedy) from None
+    return values
 
 
 def encode(
     values: npt.NDArray[np.float32],
     type_: Type,
     importance: npt.NDArray[np.float32] | None = None,
+    others: Workers | None = None,
 ) -> npt.NDArray[Any]:
     """Values (…, in) in a GGML type: floats of the same shape, or bytes (…, of a row).
 
@@ -217,6 +234,7 @@ def encode(
         type_: of the result.
         importance: (in,); for values of (experts, out, in) also (experts, in), or the same
             as (experts · in,).
+        others: processes to search for scales with.
 
     Raises:
         ExportError: a value is not finite, or the importance is of another shape.
@@ -236,10 +254,12 @@ def encode(
                 remedy="make it with the model that is converted",
             )
         each = zip(values, importance.reshape(len(values), -1), strict=True)
-        return np.stack([quantize(expert, type_, weights) for expert, weights in each])
+        return np.stack(
+            [quantize(expert, type_, weights, others=others) for expert, weights in each]
+        )
     if importance is not None:
         importance = importance.reshape(-1)
-    rows = quantize(values.reshape(-1, values.shape[-1]), type_, importance)
+    rows = quantize(values.reshape(-1, values.shape[-1]), type_, importance, others=others)
     return rows.reshape(*values.shape[:-1], -1)
 
 

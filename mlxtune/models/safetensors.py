@@ -8,6 +8,7 @@ https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 from collections.abc import Callable, Iterable, Sequence
@@ -177,12 +178,18 @@ class Piece:
         return sum(prod(shape) * DTYPES[dtype].itemsize for _, dtype, shape in self.entries)
 
 
-def write_safetensors(folder: Path, pieces: Iterable[Piece]) -> None:
+def write_safetensors(
+    folder: Path,
+    pieces: Iterable[Piece],
+    *,
+    progress: Callable[[str], None] = lambda _: None,
+) -> None:
     """Write `model.safetensors`, or numbered shards of it with their index.
 
     Args:
         folder: exists.
         pieces: of the model; one at a time is in memory.
+        progress: is told each piece's name and number when its turn comes.
     """
     shards: list[list[Piece]] = [[]]
     for piece in pieces:
@@ -190,21 +197,26 @@ def write_safetensors(folder: Path, pieces: Iterable[Piece]) -> None:
             shards.append([])
         shards[-1].append(piece)
     count = len(shards)
+    total, turn = sum(map(len, shards)), itertools.count(1)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         numbered = f"model-{number:05d}-of-{count:05d}.safetensors"
         name = numbered if count > 1 else "model.safetensors"
-        _write_file(folder / name, shard)
+        _write_file(
+            folder / name,
+            shard,
+            lambda first: progress(f"writing {first} ({next(turn)} of {total})"),
+        )
         weight_map |= {entry[0]: name for piece in shard for entry in piece.entries}
     if count > 1:
-        total = sum(piece.nbytes for shard in shards for piece in shard)
+        size = sum(piece.nbytes for shard in shards for piece in shard)
         write_json(
             folder / "model.safetensors.index.json",
-            {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+            {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))},
         )
 
 
-def _write_file(path: Path, pieces: Sequence[Piece]) -> None:
+def _write_file(path: Path, pieces: Sequence[Piece], tell: Callable[[str], None]) -> None:
     # mlx-lm and transformers ask the metadata for the maker's framework.
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     at = 0
@@ -218,6 +230,7 @@ def _write_file(path: Path, pieces: Sequence[Piece]) -> None:
     with path.open("wb") as handle:
         handle.write(struct.pack("<Q", len(text)) + text)
         for piece in pieces:
+            tell(piece.entries[0][0])
             for array in piece.load():
                 handle.write(np.ascontiguousarray(array).data)
 
