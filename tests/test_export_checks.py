@@ -12,7 +12,7 @@ from conftest import SHELL_TRAIN, write_jsonl
 from gguf import GGUFReader
 from mlx.utils import tree_map
 
-from mlxtune.cli.export import verified_lines
+from mlxtune.cli.convert import verified_lines
 from mlxtune.errors import ExportError, OutputExists
 from mlxtune.export.adapter import export_adapter
 from mlxtune.export.bundle import export_run

@@ -17,10 +17,11 @@ import click
 
 import mlxtune
 from mlxtune.cli.bench import bench
+from mlxtune.cli.convert import convert
 from mlxtune.cli.data import data
 from mlxtune.cli.doctor import completion, doctor
 from mlxtune.cli.evaluate import evaluate
-from mlxtune.cli.export import convert, export
+from mlxtune.cli.export import export
 from mlxtune.cli.plan import plan
 from mlxtune.cli.report import report
 from mlxtune.cli.shared import ADAPTER, DTYPE, PATH, SET, prepare

@@ -1,234 +1,35 @@
-"""`mlxtune convert` and `mlxtune export`."""
+"""`mlxtune export`."""
 
 from __future__ import annotations
 
-import re
 import sys
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from click.core import ParameterSource
 
-from mlxtune.cli.shared import DTYPE, PATH, prepare
+from mlxtune.cli.convert import (
+    AS_JSON,
+    CALIBRATE,
+    FILE_TYPE,
+    FILE_TYPES,
+    IMATRIX,
+    PRE,
+    SAVE_IMATRIX,
+    VERIFY,
+    on_command_line,
+    require_one_importance,
+    verified_lines,
+)
+from mlxtune.cli.shared import PATH, prepare
 
 if TYPE_CHECKING:
     from mlxtune.export.bundle import Bundle
-    from mlxtune.export.convert import Conversion, Verified
     from mlxtune.export.handover import HandOver
-    from mlxtune.export.verify import Readback
 
-# Of `gguf.mixing`, whose import takes longer than `--help` may.
-FILE_TYPES = [
-    "f32",
-    "f16",
-    "bf16",
-    "q8_0",
-    "q6_k",
-    "q5_k_m",
-    "q5_k_s",
-    "q4_k_m",
-    "q4_k_s",
-    "q5_0",
-    "q5_1",
-    "q4_0",
-    "q4_1",
-    "q3_k_m",
-    "q2_k",
-]
-FILE_TYPE = click.Choice(FILE_TYPES, case_sensitive=False)
-# Of `export.handover` and `export.adapter`, for the same reason.
+# Of `export.handover` and `export.adapter`, whose import takes longer than `--help` may.
 RUNTIMES = ("ollama", "llamacpp", "mistralrs")
 LAYOUTS = ("peft", "mlx-lm", "gguf")
-IMATRIX = click.option(
-    "--imatrix", type=PATH, help="llama.cpp's importance matrix, for the types below 8 bits."
-)
-PRE = click.option(
-    "--pre", help="llama.cpp's name of the pre-tokenizer, where it is not recognised."
-)
-CALIBRATE = click.option(
-    "--calibrate",
-    "calibration",
-    type=PATH,
-    help="Find the importance by running these records, or a .txt, through the model.",
-)
-SAVE_IMATRIX = click.option(
-    "--save-imatrix", type=PATH, help="Keep what --calibrate found, as llama.cpp keeps it."
-)
-VERIFY = click.option(
-    "--verify/--no-verify", default=True, help="Read it back and compare it.  [default: on]"
-)
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
-
-
-@click.command()
-@click.argument("source")
-@click.argument("output", type=PATH)
-@click.option(
-    "--quantize",
-    type=FILE_TYPE,
-    metavar="TYPE",
-    help=f"Type of a GGUF's weights: {', '.join(FILE_TYPES)}.  [default: f16]",
-)
-@click.option(
-    "--mlx-bits",
-    type=click.Choice(["2", "3", "4", "5", "6", "8"]),
-    help="Pack a folder's matrices with MLX, for mlx-lm and for QLoRA.",
-)
-@click.option(
-    "--group-size",
-    type=click.Choice(["32", "64", "128"]),
-    help="Weights that share a scale, with --mlx-bits.  [default: 64]",
-)
-@click.option("--dtype", type=DTYPE, help="Type of a folder's weights.  [default: the source's]")
-@IMATRIX
-@PRE
-@CALIBRATE
-@SAVE_IMATRIX
-@click.option("--split-max-size", help="Begin a new GGUF beyond this size, such as 4G or 500M.")
-@VERIFY
-@click.option("--overwrite", is_flag=True, help="Replace what is there.")
-@AS_JSON
-def convert(
-    source: str,
-    output: Path,
-    quantize: str | None,
-    mlx_bits: str | None,
-    group_size: str | None,
-    dtype: str | None,
-    imatrix: Path | None,
-    calibration: Path | None,
-    save_imatrix: Path | None,
-    pre: str | None,
-    split_max_size: str | None,
-    verify: bool,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
-    """Write a model as GGUF (OUTPUT ends in .gguf), or as a folder.
-
-    SOURCE is a run, a folder of Hugging Face's or MLX's layout, a .gguf file, a hub id,
-    ollama:NAME of a model that Ollama has, or pkg:PACKAGE/FILE.
-    """
-    to_gguf = output.suffix.lower() == ".gguf"
-    if not to_gguf and get_close_matches(output.suffix.lower(), [".gguf"], cutoff=0.75):
-        raise click.UsageError(f"OUTPUT ends in {output.suffix}: did you mean .gguf?")
-    of_folders = {"--mlx-bits": mlx_bits, "--group-size": group_size, "--dtype": dtype}
-    of_ggufs = {
-        "--quantize": quantize,
-        "--imatrix": imatrix,
-        "--calibrate": calibration,
-        "--save-imatrix": save_imatrix,
-        "--pre": pre,
-        "--split-max-size": split_max_size,
-    }
-    for option, given in (of_folders if to_gguf else of_ggufs).items():
-        if given is not None:
-            kind = "folders" if to_gguf else "GGUF files, whose name ends in .gguf"
-            raise click.UsageError(f"{option} is of {kind}")
-    if group_size is not None and mlx_bits is None:
-        raise click.UsageError("--group-size goes with --mlx-bits")
-    _require_one_importance(imatrix, calibration, save_imatrix)
-    split = _bytes(split_max_size) if split_max_size else 0
-    prepare()
-    from mlxtune.cli.display import status_line
-    from mlxtune.export.convert import convert as to_file
-    from mlxtune.export.convert import convert_to_folder
-
-    with status_line("opening", every=0.2 if sys.stderr.isatty() else 10.0) as progress:
-        if to_gguf:
-            made = to_file(
-                source,
-                output,
-                file_type=quantize or "f16",
-                imatrix=imatrix,
-                calibration=calibration,
-                save_imatrix=save_imatrix,
-                pre=pre,
-                split_max_bytes=split,
-                verify=verify,
-                overwrite=overwrite,
-                progress=progress,
-            )
-        else:
-            made = convert_to_folder(
-                source,
-                output,
-                dtype=dtype,
-                mlx_bits=int(mlx_bits) if mlx_bits else None,
-                group_size=int(group_size or 64),
-                verify=verify,
-                overwrite=overwrite,
-                progress=progress,
-            )
-    click.echo(made.as_json() if as_json else _told(made))
-
-
-def _require_one_importance(
-    imatrix: Path | None, calibration: Path | None, save_imatrix: Path | None
-) -> None:
-    if imatrix is not None and calibration is not None:
-        raise click.UsageError("--imatrix and --calibrate exclude each other")
-    if save_imatrix is not None and calibration is None:
-        raise click.UsageError("--save-imatrix goes with --calibrate")
-
-
-def _given(option: str) -> bool | None:
-    """True if a flag was on the command line, whichever way."""
-    source = click.get_current_context().get_parameter_source(option)
-    return True if source is ParameterSource.COMMANDLINE else None
-
-
-def _bytes(size: str) -> int:
-    """`4G` in bytes."""
-    found = re.fullmatch(r"(\d+)([KMG])B?", size.strip().upper())
-    if found is None:
-        raise click.UsageError("--split-max-size is a number with K, M or G, such as 4G")
-    if not int(found[1]):
-        raise click.UsageError("--split-max-size: no file is that small")
-    return int(found[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[found[2]]
-
-
-def _told(made: Conversion) -> str:
-    types = ", ".join(f"{count} {name}" for name, count in made.types.items())
-    lines = [f"{made.path}: {made.nbytes / 1e6:,.0f} MB, tensors: {types}"]
-    if len(made.files) > 1:
-        lines.append(f"  in {len(made.files)} files; runtimes are given the first")
-    if made.verified is not None:
-        folder = made.path.suffix.lower() != ".gguf"
-        lines += verified_lines(made.verified, runs=not folder)
-    return "\n".join(lines)
-
-
-def verified_lines(verified: Verified, *, runs: bool = True) -> list[str]:
-    """How a file, which may be one that llama.cpp runs, differs from its source."""
-    lines = [_readback_line(verified.readback)]
-    if not runs:
-        pass
-    elif (run := verified.llamacpp) is not None:
-        compared = (
-            "it loads, and told nothing to compare"
-            if run.mean_kl is None or run.top1 is None
-            else f"divergence from MLX {run.mean_kl:.2g} nats, same best token at "
-            f"{run.top1:.0%} of {run.places} places"
-        )
-        lines.append(f"in llama.cpp: {compared} (of {verified.tried_on})")
-    elif verified.not_run is not None:
-        lines.append(f"not run in llama.cpp and MLX: {verified.not_run}")
-    else:
-        lines.append("not run: `pip install 'mlxtune[llamacpp]'` lets it be tried in llama.cpp")
-    return [f"  {line}" for line in lines]
-
-
-def _readback_line(readback: Readback) -> str:
-    errors = ", ".join(f"{name} {error:.2g}" for name, error in readback.error.items() if error)
-    return (
-        f"read back: {readback.tensors} tensors"
-        + (f", relative error {errors}" if errors else ", all equal")
-        + f"; {readback.texts} texts tokenized alike"
-        + ("; chats written alike" if readback.template_kept else "")
-    )
 
 
 @click.command()
@@ -296,7 +97,7 @@ def export(
             "--calibrate": calibration,
             "--save-imatrix": save_imatrix,
             "--pre": pre,
-            "--verify/--no-verify": _given("verify"),
+            "--verify/--no-verify": on_command_line("verify"),
         }
         for option, given in of_models.items():
             if given is not None:
@@ -310,7 +111,7 @@ def export(
         return
     if base is not None:
         raise click.UsageError("--base goes with --adapter-only --to ollama")
-    _require_one_importance(imatrix, calibration, save_imatrix)
+    require_one_importance(imatrix, calibration, save_imatrix)
     if to in LAYOUTS:
         raise click.UsageError(f"--to {to} goes with --adapter-only")
     prepare()
