@@ -1,6 +1,6 @@
 """Whole conversions: time against llama.cpp's own quantizer, and memory.
 
-    LIBLLAMA=…/bins/linux-x64 python benchmarks/convert.py speed [--rounds 3]
+    LIBLLAMA=…/bins/linux-x64 python benchmarks/convert.py speed [--rounds 5]
     python benchmarks/convert.py memory
 
 `speed`: a llama of 1 billion parameters to q4_k_m, `mlxtune convert` from a folder of bfloat16
