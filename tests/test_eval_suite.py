@@ -283,6 +283,34 @@ def test_the_table_fits_60_columns(tiny_run, monkeypatch, capsys):
     assert max(map(len, printed.splitlines())) <= 60 and "…" not in printed.split("samples")[0]
 
 
+def test_names_that_look_like_markup_are_shown_and_nothing_is_lost(tiny_folder, tmp_path):
+    record = {"prompt": "[/p]", "expected_command": "ls [/a]*", "category": "[/b]"}
+    write_jsonl(tmp_path / "d.jsonl", [record, record | {"category": "[red]c"}])
+    done = mlxtune(
+        "eval", str(tiny_folder), "--data=d.jsonl", f"--with=[/q]={tiny_folder}",
+        "--max-tokens=2", "-o", "kept", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {"[/p]", "[/b]", "[red]c", "[/q]", "[/a]*"} <= set(done.stdout.split()), done.stdout
+    assert len((tmp_path / "kept/heldout-d.jsonl").read_text().splitlines()) == 2
+
+
+def test_figures_are_kept_even_if_nobody_reads_what_is_printed(tiny_folder, tmp_path, monkeypatch):
+    from mlxtune.cli import tables
+    from mlxtune.cli.evaluate import evaluate
+
+    def gone(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    data = write_jsonl(tmp_path / "d.jsonl", RECORDS[:2])
+    monkeypatch.setattr(tables, "show_comparison", gone)
+    monkeypatch.setattr("mlxtune.cli.evaluate.prepare", lambda: None)
+    options = ["--data", str(data), "--max-tokens", "2", "-o", str(tmp_path / "kept")]
+    with pytest.raises(BrokenPipeError):
+        evaluate.main([str(tiny_folder), *options], standalone_mode=False)
+    assert (tmp_path / "kept/heldout-d.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

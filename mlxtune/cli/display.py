@@ -157,10 +157,12 @@ def status_line(first: str, *, every: float = 0.0) -> Iterator[Callable[[str], N
         return change
 
     if not console.is_terminal:
-        yield limited(lambda stage: console.print(stage, highlight=False, soft_wrap=True))
+        yield limited(
+            lambda stage: console.print(stage, highlight=False, soft_wrap=True, markup=False)
+        )
         return
     with console.status(first) as status:
-        yield limited(status.update)
+        yield limited(lambda stage: status.update(Text(stage)))
 
 
 @contextmanager

@@ -96,16 +96,17 @@ def evaluate(
     from mlxtune.evaluate.results import as_json as json_of
     from mlxtune.evaluate.results import write_results
 
+    # Kept before it is shown: the reader of our output may have gone, as in `| head`.
+    folder = output or (Path(model) / "eval" if _is_run(model) else None)
+    files = write_results(result, folder) if folder is not None else None
     if as_json:
         click.echo(json.dumps(json_of(result), indent=2))
     else:
         from mlxtune.cli.tables import show_comparison
 
         show_comparison(result, samples=samples)
-    folder = output or (Path(model) / "eval" if _is_run(model) else None)
-    if folder is not None:
-        figures, answers = write_results(result, folder)
-        click.echo(f"{figures}, {answers.name}", err=as_json)
+    if files is not None:
+        click.echo(f"{files[0]}, {files[1].name}", err=as_json)
 
 
 def _named(others: tuple[str, ...]) -> dict[str, str]:
@@ -156,14 +157,15 @@ def _tasks(
             limit=limit,
             progress=progress,
         )
+    from mlxtune.evaluate.results import write_tasks
+
+    folder = output or (Path(model) / "eval" if _is_run(model) else None)
+    written = write_tasks(result, folder, limit=limit, adapter=adapter) if folder else None
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:
         from mlxtune.cli.tables import show_tasks
 
         show_tasks(result)
-    folder = output or (Path(model) / "eval" if _is_run(model) else None)
-    if folder is not None:
-        from mlxtune.evaluate.results import write_tasks
-
-        click.echo(write_tasks(result, folder, limit=limit, adapter=adapter), err=as_json)
+    if written is not None:
+        click.echo(written, err=as_json)

@@ -31,7 +31,7 @@ def show(found: Inspection, *, ids: bool) -> None:
             console.print(_ids(sample, console))
         console.print()
     for number, reason in found.left_out.items():
-        console.print(f"record {number} is left out: {reason}\n", highlight=False)
+        console.print(f"record {number} is left out: {reason}\n", highlight=False, markup=False)
     if found.rows:
         shown_as = "green" if _colours(console) else "between ⟦ and ⟧"
         console.print(f"What is {shown_as} is trained.\n", highlight=False)

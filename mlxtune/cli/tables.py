@@ -1,4 +1,7 @@
-"""What an evaluation looks like in a terminal, 60 columns wide or more."""
+"""What an evaluation looks like in a terminal, 60 columns wide or more.
+
+What is not ours goes in as `Text`: rich would take `[/b]` in a plain string for markup.
+"""
 
 from __future__ import annotations
 
@@ -42,14 +45,14 @@ def show_tasks(result: dict[str, Any]) -> None:
     for column in ("task", "metric", "value", "±"):
         table.add_column(column, justify="left" if column in ("task", "metric") else "right")
     for row in task_rows(result["results"]):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     Console().print(table)
 
 
 def _figures(result: Comparison) -> Table:
-    table = Table(title=described(figures_json(result)))
+    table = Table(title=Text(described(figures_json(result))))
     for column in ("", *result.figures):
-        table.add_column(column, justify="right" if column else "left", overflow="fold")
+        table.add_column(Text(column), justify="right" if column else "left", overflow="fold")
     models = list(result.figures.values())
 
     def row(label: str, form: Callable[[Figures], str]) -> None:
@@ -74,9 +77,9 @@ def _figures(result: Comparison) -> Table:
 def _categories(result: Comparison) -> Table:
     table = Table(title="exact match by category")
     for column in ("category", "records", *result.figures):
-        table.add_column(column, justify="left" if column == "category" else "right")
+        table.add_column(Text(column), justify="left" if column == "category" else "right")
     for name, (count, *means) in result.by_category().items():
-        table.add_row(name, str(count), *("–" if m is None else f"{m:.0%}" for m in means))
+        table.add_row(Text(name), str(count), *("–" if m is None else f"{m:.0%}" for m in means))
     return table
 
 
@@ -85,7 +88,7 @@ def _samples(result: Comparison, samples: int) -> Table:
     every = max(1, len(result.answers) // samples)
     table = Table(title="samples", show_lines=True)
     for column in ("prompt", "expected", *result.figures):
-        table.add_column(column, overflow="fold")
+        table.add_column(Text(column), overflow="fold")
     for answer in result.answers[::every][:samples]:
         said = [
             Text(_short(text), style="green" if text == answer.expected else "")
