@@ -118,7 +118,7 @@ def _action(command: Command) -> str | None:
     program = command.program
     if hidden := _hidden(command):
         return f"{program}: what {hidden!r} becomes is only known when it runs"
-    words = [str(flag[0]) for flag in command.flags] + list(command.operands)
+    words = [*command.operands, *(str(part) for flag in command.flags for part in flag)]
     for option in _ACTIONS[program]:
         if any(_names(word, option) for word in words):
             return f"{program} {option} writes or starts programs"

@@ -4,10 +4,6 @@ Nothing is executed here. What a command says is read by bashlex and broken into
 programs in their order, what stands between them, and each program's flags, operands,
 assignments and redirections. Two commands of the same facts are the same command, however they are
 quoted and in whatever order their flags come.
-
-A flag's value has to be told from an operand, and only the program knows which of its
-flags take one. Those of common programs are listed; a flag of any other program takes
-none, and what follows it is an operand.
 """
 
 from __future__ import annotations
@@ -23,66 +19,14 @@ from types import FrameType
 from typing import Any
 
 from mlxtune.errors import MlxtuneError
+from mlxtune.evaluate.find import read_find
+from mlxtune.evaluate.options import WORD_OPTIONS, WRAPPERS, read_options, read_word_options
 
 # Nobody asks for a longer command, and a parser in Python would take its time over it.
 MAX_LENGTH = 4000
 # Of Python, in reading one command: a hundred times what a long one takes.
 _LINES = 1_000_000
 
-# Letters of short options that take a value: `-n5`, `-n 5`.
-TAKES_VALUE: dict[str, str] = {
-    "awk": "Ffv",
-    "curl": "AHXdeoubFmTK",
-    "cut": "bcdf",
-    "date": "drf",
-    "dd": "",
-    "df": "tx",
-    "diff": "UC",
-    "du": "d",
-    "env": "uCS",
-    "grep": "ABCDdefm",
-    "egrep": "ABCDdefm",
-    "fgrep": "ABCDdefm",
-    "gzip": "S",
-    "head": "cn",
-    "join": "12aejotv",
-    "kill": "s",
-    "ln": "St",
-    "ls": "IwT",
-    "mkdir": "m",
-    "nice": "n",
-    "nl": "bdfhilnsvw",
-    "od": "AjNtw",
-    "paste": "d",
-    "ping": "ciIstWw",
-    "ps": "CGOUgopstu",
-    "rsync": "efBT",
-    "scp": "FiloPSc",
-    "sed": "ef",
-    "seq": "fs",
-    "sort": "STkot",
-    "split": "abCln",
-    "ssh": "BDEFIJLObceilmopRSWw",
-    "stat": "cf",
-    "sudo": "ugUpCh",
-    "tail": "cn",
-    "tar": "bCfITX",
-    "tee": "",
-    "touch": "drt",
-    "tree": "LPI",
-    "uniq": "fsw",
-    "watch": "n",
-    "wget": "OPoatTUQ",
-    "xargs": "EILPadns",
-    "zip": "x",
-}
-# Options of these are words behind a single dash, each with the words up to the next.
-_WORD_OPTIONS = {"find", "java", "javac", "openssl", "ffmpeg", "convert", "magick", "xcodebuild"}
-# These run the program that their operands begin with, whose flags are its own.
-_WRAPPERS = {"sudo", "xargs", "env", "nohup", "nice", "command", "exec", "watch", "doas"}
-
-# Where one of find's is among them, the order of the others means something.
-_ORDERED = {"-o", "-or", "!", "-not", "(", ")", ","}
 _SUBSTITUTIONS = ("commandsubstitution", "processsubstitution")
 
 Fact = tuple[Any, ...]
@@ -139,7 +83,7 @@ class Script:
             for kind, values in (
                 ("operand", tuple(enumerate(command.operands))),
                 ("assignment", command.assignments),
-                ("redirect", command.redirects),
+                ("redirect", _placed(command.redirects)),
             ):
                 for value in values:
                     facts[kind, command.program, value] += 1
@@ -270,7 +214,10 @@ class _Reader:
                 self.connectors.append(self._word(node))
                 self._inside(node)
             case _:
-                for part in _children(node):
+                parts = _children(node)
+                if parts and getattr(parts[-1], "op", None) in (";", "\n"):
+                    parts.pop()  # it separates nothing
+                for part in parts:
                     self.node(part)
 
     def _command(self, node: Any) -> None:
@@ -348,62 +295,27 @@ def _simple(words: list[str], runner: str = "") -> Iterator[Command]:
     if not words:
         return
     program, *rest = words
-    if program in _WORD_OPTIONS:
-        yield Command(program, *_word_options(rest), runner=runner)
+    if program == "find":
+        told = read_find(rest)
+        yield Command(program, told.flags, told.operands, runner=runner)
+        for command in told.commands:
+            yield from _simple(list(command), program)
         return
-    flags, operands = _options(rest, TAKES_VALUE.get(program, ""), program in _WRAPPERS)
-    if program in _WRAPPERS:
-        assigned = 0
-        while program == "env" and assigned < len(operands) and "=" in operands[assigned]:
-            assigned += 1
-        yield Command(program, flags, tuple(operands[:assigned]), runner=runner)
-        yield from _simple(operands[assigned:], program)
+    if program in WORD_OPTIONS:
+        yield Command(program, *read_word_options(rest), runner=runner)
+        return
+    flags, operands = read_options(program, rest)
+    if program in WRAPPERS:
+        own = 1 if program == "timeout" else 0  # the seconds
+        while program == "env" and own < len(operands) and "=" in operands[own]:
+            own += 1
+        yield Command(program, flags, tuple(operands[:own]), runner=runner)
+        yield from _simple(operands[own:], program)
         return
     yield Command(program, flags, tuple(operands), runner=runner)
 
 
-def _options(
-    words: list[str], with_value: str, first_operand_ends: bool
-) -> tuple[Counter[Fact], list[str]]:
-    """Flags and operands, as getopt tells them apart; `--` ends the flags."""
-    flags: Counter[Fact] = Counter()
-    operands: list[str] = []
-    left = list(reversed(words))
-    while left:
-        word = left.pop()
-        if word == "--" or (operands and first_operand_ends):
-            operands += [] if word == "--" else [word]
-            operands += reversed(left)
-            break
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            flags[(name, value) if equals else (name,)] += 1
-        elif not word.startswith("-") or word == "-":
-            operands.append(word)
-        elif word[1:].isdigit():
-            flags[word,] += 1  # head -5
-        else:
-            _letters(word[1:], with_value, left, flags)
-    return flags, operands
-
-
-def _word_options(words: list[str]) -> tuple[Counter[Fact], tuple[str, ...]]:
-    """Options that are words, each with its values, and the operands before them."""
-    groups: list[list[str]] = [[]]
-    for word in words:
-        if word.startswith("-") and word != "-":
-            groups.append([])
-        groups[-1].append(word)
-    ordered = not _ORDERED.isdisjoint(words)
-    return Counter(map(tuple, groups[1:])), tuple(words if ordered else groups[0])
-
-
-def _letters(word: str, with_value: str, left: list[str], flags: Counter[Fact]) -> None:
-    """`-xzf a` is `-x -z -f a`; the first letter that takes a value takes the rest."""
-    for place, letter in enumerate(word):
-        if letter not in with_value:
-            flags[f"-{letter}",] += 1
-            continue
-        value = word[place + 1 :] or (left.pop() if left else "")
-        flags[f"-{letter}", value] += 1
-        return
+def _placed(redirects: tuple[Fact, ...]) -> tuple[Fact, ...]:
+    """In order where one copies what another set: `> f 2>&1` is not `2>&1 > f`."""
+    copies = any("&" in str(operator) for _, operator, _ in redirects)
+    return tuple(enumerate(redirects)) if copies else redirects
