@@ -96,6 +96,24 @@ def test_completion_is_a_script_that_names_the_program(tmp_path, shell):
     assert (read.returncode, read.stderr) == (0, "")
 
 
+@pytest.mark.parametrize(
+    "verb",
+    ["eval", "chat", "convert", "data convert", "data prep", "report", "export", "lora", "plan"],
+)
+def test_what_may_be_a_path_is_completed_as_one(verb):
+    words = verb.split()
+    asked = {
+        "_MLXTUNE_COMPLETE": "bash_complete",
+        "COMP_WORDS": f"mlxtune {verb} runs/q",
+        "COMP_CWORD": str(len(words) + 1),
+    }
+    code = "import sys; sys.argv[0] = 'mlxtune'; import mlxtune.__main__"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["file,runs/q"], done.stderr
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 def test_bash_completes_with_the_script(tmp_path):
     """Sourced, as ~/.bashrc does it: what it registers asks the program and fills COMPREPLY."""

@@ -24,7 +24,7 @@ from mlxtune.cli.evaluate import evaluate
 from mlxtune.cli.export import export
 from mlxtune.cli.plan import plan
 from mlxtune.cli.report import report
-from mlxtune.cli.shared import ADAPTER, DTYPE, PATH, SET, prepare
+from mlxtune.cli.shared import ADAPTER, DTYPE, PATH, SET, complete_paths, prepare
 from mlxtune.device import worker_rank
 from mlxtune.errors import MlxtuneError, RecipeError, WorkerFailed
 
@@ -170,7 +170,7 @@ def fuse(
 
 
 @cli.command()
-@click.argument("model")
+@click.argument("model", shell_complete=complete_paths)
 @click.option("-p", "--prompt", help="Answer this and stop.")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
 def chat(model: str, prompt: str | None, max_tokens: int) -> None:

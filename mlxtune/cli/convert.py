@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from mlxtune.cli.shared import DTYPE, PATH, prepare
+from mlxtune.cli.shared import DTYPE, PATH, complete_paths, prepare
 
 if TYPE_CHECKING:
     from mlxtune.export.convert import Conversion, Verified
@@ -58,7 +58,7 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print what was w
 
 
 @click.command()
-@click.argument("source")
+@click.argument("source", shell_complete=complete_paths)
 @click.argument("output", type=PATH)
 @click.option(
     "--quantize",

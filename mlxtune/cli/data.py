@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxtune.cli.shared import PATH, SET, quieten_libraries
+from mlxtune.cli.shared import PATH, SET, complete_paths, quieten_libraries
 
 if TYPE_CHECKING:
     from mlxtune.data.sources import Source
@@ -73,7 +73,7 @@ def inspect(
 
 
 @data.command()
-@click.argument("source")
+@click.argument("source", shell_complete=complete_paths)
 @click.argument("output", type=PATH)
 @click.option("--to", "shape", type=click.Choice(SHAPES), required=True)
 @_FORMAT
@@ -95,7 +95,7 @@ def convert(
 
 
 @data.command()
-@click.argument("source")
+@click.argument("source", shell_complete=complete_paths)
 @click.argument("output", type=PATH)
 @click.option("--recipe", type=PATH, help="Take [prep] and the seed of this recipe.")
 @click.option(

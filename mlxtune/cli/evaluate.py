@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxtune.cli.shared import ADAPTER, PATH, prepare
+from mlxtune.cli.shared import ADAPTER, PATH, complete_paths, prepare
 
 if TYPE_CHECKING:
     from mlxtune.evaluate.compare import Options
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command(name="eval")
-@click.argument("model", metavar="RUN|MODEL")
+@click.argument("model", metavar="RUN|MODEL", shell_complete=complete_paths)
 @ADAPTER
 @click.option(
     "--suite",

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import click
+from click.shell_completion import CompletionItem
 
 from mlxtune.device import run_with_blas
 
@@ -25,6 +26,13 @@ SET = click.option(
     metavar="KEY=VALUE",
     help="Override a key of the recipe, such as train.learning_rate=1e-4.",
 )
+
+
+def complete_paths(
+    _context: click.Context, _parameter: click.Parameter, begun: str
+) -> list[CompletionItem]:
+    """For what may be a path and may be a name: the shell completes it as a path."""
+    return [CompletionItem(begun, type="file")]
 
 
 def quieten_libraries() -> None:
