@@ -239,6 +239,26 @@ def test_a_model_that_cannot_be_loaded_costs_no_other(tiny_run, tiny_folder, tmp
     assert note.startswith(f"bad is missing: {broken} cannot be measured: ")
 
 
+def test_a_loss_that_is_no_number_is_said_and_is_null_in_json(tiny_folder, records, tmp_path):
+    broken = shutil.copytree(tiny_folder, tmp_path / "broken")
+    weights = mx.load(str(broken / "model.safetensors"))
+    name = next(name for name in weights if "up_proj" in name)
+    weights[name] = mx.full(weights[name].shape, math.nan)
+    mx.save_safetensors(str(broken / "model.safetensors"), weights)
+    result = compare_models(
+        str(tiny_folder), data=records, max_tokens=2, others={"broken": str(broken)}
+    )
+    assert any("the loss of broken is no number" in note for note in result.notes)
+    figures, _ = write_results(result, tmp_path)
+
+    def refused(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    targets = json.loads(figures.read_text(), parse_constant=refused)["targets"]
+    assert targets["broken"]["held_out_loss"] is None and targets["model"]["held_out_loss"] > 0
+    assert read_results(figures).figures["targets"] == targets
+
+
 def test_models_are_compared_on_the_records_that_all_have(tmp_path, tiny_folder):
     """A template that takes more room leaves the longest record out, the first of three."""
     wide = tmp_path / "wide"

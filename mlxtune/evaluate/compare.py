@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -169,11 +170,17 @@ def _compare(
                 grade = judge.grade(answer.prompt, answer.expected, said)
                 answer.scores[name]["judge"] = grade
         notes += judge.notes()
+    figures = _figures(measured, list(conversations), answered)
+    notes += [
+        f"the loss of {name} is no number: the model is damaged, or its type too narrow for it"
+        for name, of_model in figures.items()
+        if not math.isfinite(of_model.held_out_loss)
+    ]
     return Comparison(
         subject=subject,
         suite=suite.name,
         records=len(conversations),
-        figures=_figures(measured, list(conversations), answered),
+        figures=figures,
         answers=tuple(answered),
         notes=tuple(notes),
         judge=judge.report() if judge is not None else None,

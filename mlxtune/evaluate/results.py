@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from mlxtune.files import atomic_files, write_json, write_text
 
 if TYPE_CHECKING:
     # What was kept is read without MLX.
-    from mlxtune.evaluate.comparison import Answered, Comparison
+    from mlxtune.evaluate.comparison import Answered, Comparison, Figures
 
 # What people call the metrics.
 METRIC_NAMES = {
@@ -28,7 +29,8 @@ METRIC_NAMES = {
     "shell": "shell score",
     "output": "same output",
 }
-
+# Nats a token, or made of them.
+LOSSES = ("held_out_loss", "perplexity", "bits_per_byte", "general_loss")
 
 LM_EVAL = "lm-eval"
 
@@ -79,11 +81,22 @@ def _is_evaluation(figures: Any) -> bool:
 
 
 def _has_metrics(figures: dict[str, Any]) -> bool:
-    metrics = figures.get("metrics")
-    if not isinstance(metrics, dict):
+    metrics, gains = figures.get("metrics"), figures.get("gains") or {}
+    if not isinstance(metrics, dict) or not isinstance(gains, dict):
         return False
-    parts = {"mean", "low", "high", "count"}
-    return all(m is None or (isinstance(m, dict) and parts <= m.keys()) for m in metrics.values())
+    if not all(_is_number(figures[key]) for key in LOSSES if figures.get(key) is not None):
+        return False
+    intervals = (*metrics.values(), *gains.values(), figures.get("loss_interval"))
+    return all(i is None or _is_interval(i) for i in intervals)
+
+
+def _is_interval(value: Any) -> bool:
+    parts = ("mean", "low", "high", "count")
+    return isinstance(value, dict) and all(_is_number(value.get(part)) for part in parts)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
 
 
 def _read_answers(path: Path) -> tuple[tuple[dict[str, Any], ...], str]:
@@ -115,7 +128,7 @@ def as_json(result: Comparison) -> dict[str, Any]:
 def figures_json(result: Comparison) -> dict[str, Any]:
     """Figures without the answers; `base` and `tuned` in short where there are any."""
     short = {
-        name: {"held_out_loss": f.held_out_loss, "exact_match": f.exact_match}
+        name: {"held_out_loss": _finite(f.held_out_loss), "exact_match": f.exact_match}
         for name, f in result.figures.items()
         if name in ("base", "tuned")
     }
@@ -127,7 +140,7 @@ def figures_json(result: Comparison) -> dict[str, Any]:
         "records": result.records,
         **asdict(result.source),
         **short,
-        "targets": {name: asdict(figures) for name, figures in result.figures.items()},
+        "targets": {name: _target(figures) for name, figures in result.figures.items()},
         "categories": {
             metric: {
                 category: {"records": count, **dict(zip(result.figures, means, strict=True))}
@@ -138,6 +151,20 @@ def figures_json(result: Comparison) -> dict[str, Any]:
         "judge": result.judge,
         "notes": list(result.notes),
     }
+
+
+def _target(figures: Figures) -> dict[str, Any]:
+    """One model's figures. JSON has no NaN and no infinity: a loss that is one becomes null."""
+    values = asdict(figures)
+    for key in LOSSES:
+        values[key] = _finite(values[key])
+    if values["held_out_loss"] is None:
+        values["loss_interval"] = None
+    return values
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def answer_json(answer: Answered) -> dict[str, Any]:
