@@ -22,16 +22,17 @@ from mlxtune.errors import OutputExists, RunError
 from mlxtune.evaluate.compare import compare_run
 from mlxtune.evaluate.results import write_results
 from mlxtune.recipe.load import parse_recipe
-from mlxtune.report.charts import smoothed
+from mlxtune.report.charts import charts, smoothed
 from mlxtune.report.collect import collect, read_run
 from mlxtune.report.page import page
 from mlxtune.report.summary import summarize
-from mlxtune.report.svg import MOST_POINTS
+from mlxtune.report.svg import MOST_POINTS, draw
 from mlxtune.report.write import write_report
 from mlxtune.train.metrics import Silent
 from mlxtune.train.run import Run
 from mlxtune.train.session import fine_tune
 
+FULL = {"mean": 0.999, "low": 0.888, "high": 1.0, "count": 3}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FIGURES = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes")
 
@@ -184,6 +185,30 @@ def test_the_page_fits_a_phone_and_tells_what_is_under_the_finger(runs, browser,
     assert re.search(r'data-crosses="(\d+)"', dom).group(1) == "5"
 
 
+def test_figures_of_an_evaluation_are_read_on_a_phone_without_scrolling(runs, browser, tmp_path):
+    probe = """
+    <iframe width="390" height="800" srcdoc="PAGE"></iframe><script>
+    onload = () => {
+      const inside = document.querySelector("iframe").contentDocument;
+      document.body.dataset.wide = [...inside.querySelectorAll(".table:not(:has(code))")].map(
+        (table) => table.scrollWidth - table.clientWidth);
+    }</script>"""
+    figures = runs[0] / "eval/heldout.json"
+    before = figures.read_text()
+    stored = json.loads(before)
+    for number, target in enumerate(stored["targets"].values()):
+        # As wide as they get.
+        target["metrics"] = dict.fromkeys(target["metrics"], FULL)
+        target["gains"] = dict.fromkeys(target["metrics"], FULL) if number else {}
+    figures.write_text(json.dumps(stored))
+    text = page(collect(runs[:1]))
+    figures.write_text(before)
+    (tmp_path / "probe.html").write_text(probe.replace("PAGE", html.escape(text)))
+    dom = browser("--dump-dom", (tmp_path / "probe.html").as_uri()).stdout
+    wide = re.search(r'data-wide="([^"]*)"', dom).group(1).split(",")
+    assert len(wide) == 2 and all(table == "0" for table in wide), wide
+
+
 def test_a_page_refers_to_nothing_outside_and_runs_no_script_but_its_own(runs):
     text = page(collect(runs))
     assert text == page(collect(runs))
@@ -276,13 +301,17 @@ def copied(run: Path, to: Path) -> Path:
         (lambda r: (r / "eval/heldout.json").write_text("{"), "the evaluation cannot be read"),
         (lambda r: (r / "eval/heldout.json").write_text('{"targets": {"base": {}}}'),
          "this is no evaluation"),
+        (lambda r: (r / "eval/heldout.json").write_text(
+            '{"targets": {"base": {"held_out_loss": "x", "metrics": {}}}}'),
+         "this is no evaluation"),
         (lambda r: (r / "eval/heldout.jsonl").unlink(), "heldout.jsonl is missing"),
         (lambda r: (r / "eval/heldout.jsonl").write_text('{"prompt": "x"'), "line 1 of heldout"),
         (lambda r: (r / "recipe.toml").unlink(), "recipe.toml is missing"),
         (lambda r: (r / "recipe.toml").write_text("name = "), "recipe.toml cannot be read"),
     ],
     ids=["no metrics", "empty metrics", "cut off", "garbage", "no evaluation", "cut figures",
-         "other figures", "no answers", "cut answers", "no recipe", "cut recipe"],
+         "other figures", "text for a figure", "no answers", "cut answers", "no recipe",
+         "cut recipe"],
 )  # fmt: skip
 def test_what_is_missing_is_said_and_the_rest_is_shown(runs, tmp_path, spoil, said):
     run = copied(runs[0], tmp_path / "run")
@@ -330,12 +359,51 @@ def test_smoothing_has_no_bias_to_the_first_value():
     assert smoothed(values)[-1] == pytest.approx(3, abs=0.2)
 
 
+def test_smoothing_stays_with_values_that_fall():
+    values = [3 / (1 + step / 50) for step in range(20_000)]
+    assert np.abs(np.array(smoothed(values)) - values).max() < 0.1
+
+
+def test_runs_of_unlike_lengths_are_laid_over_each_other_by_ratios_of_steps(
+    runs, browser, tmp_path
+):
+    long = copied(runs[0], tmp_path / "long")
+    lines = (json.dumps({"step": s, "loss": 3 / s}) for s in range(20_000, 0, -1))
+    (long / "metrics.jsonl").write_text("\n".join(lines))
+    several = collect([runs[0], long])
+    [loss, *_] = [draw(chart) for chart in charts(several)]
+    assert loss.logarithmic_steps and [tick.label for tick in loss.x_ticks][-1] == "10,000"
+    ends = [float(re.findall(r"[ML]([\d.]+)", trace.line)[-1]) for trace in loss.traces]
+    # A linear axis would leave twelve steps of 20,000 less than one part in a thousand.
+    assert ends[0] > 200 and ends[1] == 1000
+    assert len(loss.traces[1].curve.steps) <= MOST_POINTS
+    [written] = write_report(several, tmp_path / "page.html", png=tmp_path / "x.png")[:1]
+    at_the_middle = """<script>onload = () => {
+      const plot = document.querySelector("#loss .plot"), edges = plot.getBoundingClientRect();
+      const clientX = edges.left + edges.width / 2;
+      plot.dispatchEvent(new PointerEvent("pointermove", { clientX }));
+      document.body.dataset.tip = plot.querySelector(".tip b").textContent;
+      document.body.dataset.cross = plot.querySelector(".cross").style.left;
+    }</script>"""
+    text = re.sub(r"<meta http-equiv[^>]*>", "", written.read_text()) + at_the_middle
+    (tmp_path / "probe.html").write_text(text)
+    dom = browser("--dump-dom", (tmp_path / "probe.html").as_uri()).stdout
+    step = int(re.search(r'data-tip="step (\d+)"', dom).group(1))
+    assert step == pytest.approx(np.expm1(np.log1p(20_000) / 2), rel=0.05)
+    assert float(re.search(r'data-cross="([\d.]+)%', dom).group(1)) == pytest.approx(50, abs=0.5)
+
+
 def test_the_curves_as_a_picture(runs, tmp_path):
     picture = tmp_path / "curves.png"
     written = write_report(collect(runs), tmp_path / "page.html", png=picture)
     assert written == [tmp_path / "page.html", picture]
     assert pixels(picture).shape[1] == 1800
     assert pixels(picture).std() > 0.05
+
+
+def test_a_folder_whose_name_looks_like_a_formula_has_a_picture(runs, tmp_path):
+    formula = copied(runs[0], tmp_path / r"$\foo$/run")
+    write_report(collect([runs[0], formula]), tmp_path / "p.html", png=tmp_path / "p.png")
 
 
 def test_a_picture_without_matplotlib_or_without_figures(runs, tmp_path, monkeypatch):

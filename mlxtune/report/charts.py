@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from mlxtune.report.collect import Entry, RunRecord, numbers
 
 GB = 1e9
 # Fewer values than that are drawn as they are.
 _ENOUGH_TO_SMOOTH = 50
+# Where the longest run has more than so many times the steps of the shortest, the shortest
+# would be a line upwards.
+_LENGTHS = 20
 # Above this many times the median, the largest value would flatten all others.
 _SPREAD = 20
 
@@ -58,6 +62,7 @@ class Chart:
         from_zero: the axis begins there.
         logarithmic: the axis has equal ratios.
         smooth: neighbouring values are much unlike, so a smoothed curve is drawn too.
+        logarithmic_steps: the runs are of very unlike lengths, so steps have equal ratios.
     """
 
     key: str
@@ -69,6 +74,7 @@ class Chart:
     from_zero: bool = False
     logarithmic: bool = False
     smooth: bool = False
+    logarithmic_steps: bool = False
 
     def is_smoothed(self, curve: Curve) -> bool:
         """Whether a smoothed curve is drawn beside this one."""
@@ -116,17 +122,24 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
             from_zero=True,
         ),
     ]
-    return [chart for chart in found if chart.curves]
+    lasts = [run.last["step"] for run in runs if run.last is not None]
+    unlike = max(lasts, default=0) > _LENGTHS * max(1, min(lasts, default=0))
+    return [replace(chart, logarithmic_steps=unlike) for chart in found if chart.curves]
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential means over a twentieth of the values, without a bias to the first ones."""
-    kept = 1 - 2 / (max(len(values) / 20, 1) + 1)
-    total = weight = 0.0
+    """Means over a twentieth of the values, half of them before, half after each one.
+
+    Means of those before alone would lag behind values that fall. Towards the beginning,
+    where they fall fastest, fewer are taken, down to the first alone.
+    """
+    sums = [0.0, *accumulate(values)]
+    most = len(values) // 40
     means = []
-    for value in values:
-        total, weight = kept * total + value, kept * weight + 1
-        means.append(total / weight)
+    for place in range(len(values)):
+        reach = min(most, place // 2)
+        start, end = place - reach, min(len(values), place + reach + 1)
+        means.append((sums[end] - sums[start]) / (end - start))
     return means
 
 

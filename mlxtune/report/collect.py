@@ -92,7 +92,7 @@ def read_run(path: Path) -> RunRecord:
     facts = Run.open(path).status()
     gaps: list[str] = []
     recipe, keys = _read_recipe(path / RECIPE, gaps)
-    entries = list(_read_metrics(path / METRICS, gaps))
+    entries = sorted(_read_metrics(path / METRICS, gaps), key=lambda entry: int(entry["step"]))
     reports = tuple(e for e in entries if _is_number(e.get("loss")))
     held_out = tuple(e for e in entries if _is_number(e.get("held_out_loss")))
     if not held_out:

@@ -5,6 +5,7 @@ const plots = [...document.querySelectorAll(".plot:not(.still)")].map((box) => (
   first: +box.dataset.first,
   last: +box.dataset.last,
   scale: +box.dataset.scale,
+  log: "log" in box.dataset,
   curves: [...box.querySelectorAll(".curve")].map((group) => ({
     group,
     name: group.dataset.name,
@@ -34,13 +35,24 @@ function figure(value) {
   return small ? value.toExponential(2) : value.toLocaleString("en", { maximumSignificantDigits: 5 });
 }
 
+// A step's share of the axis, and back.
+function placed(plot, step) {
+  const form = plot.log ? Math.log1p : (value) => value;
+  return form(step - plot.first) / form(plot.last - plot.first);
+}
+
+function stepAt(plot, share) {
+  const whole = plot.last - plot.first;
+  return plot.first + (plot.log ? Math.expm1(share * Math.log1p(whole)) : share * whole);
+}
+
 function hide() {
   for (const element of document.querySelectorAll(".cross, .tip")) element.remove();
 }
 
 function mark(plot, step, told) {
-  const share = (step - plot.first) / (plot.last - plot.first);
-  if (share < 0 || share > 1) return;
+  const share = placed(plot, step);
+  if (!(share >= 0 && share <= 1)) return; // nor the logarithm of what is before the first
   const cross = made("div", "cross");
   cross.style.left = `${100 * share}%`;
   plot.box.append(cross);
@@ -77,7 +89,7 @@ for (const plot of plots) {
   const follow = (event) => {
     const edges = plot.box.getBoundingClientRect();
     const share = Math.min(1, Math.max(0, (event.clientX - edges.left) / edges.width));
-    plot.at = snap(plot.first + share * (plot.last - plot.first));
+    plot.at = snap(stepAt(plot, share));
     show(plot.at, plot);
   };
   plot.box.addEventListener("pointermove", follow);

@@ -13,6 +13,8 @@ from mlxtune.report.collect import RunRecord
 _COLOURS = (
     "#2563eb", "#d9730d", "#0d9267", "#9333ea", "#dc2626", "#0891b2", "#c026a3", "#6b8e0a",
 )  # fmt: skip
+# Of a run, in the legend.
+_LONGEST_NAME = 40
 
 
 def curves_png(runs: Sequence[RunRecord]) -> bytes:
@@ -50,7 +52,10 @@ def curves_png(runs: Sequence[RunRecord]) -> bytes:
 def _draw(axes: Any, chart: Chart, runs: Sequence[RunRecord], *, legend: bool) -> None:
     for curve in chart.curves:
         second = curve.measured and len(runs) == 1
-        label = curve.name if len(runs) == 1 else f"{runs[curve.run].name}, {curve.name}"
+        name = runs[curve.run].name
+        name = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+        label = curve.name if len(runs) == 1 else f"{name}, {curve.name}"
+        label = label.replace("$", r"\$")  # what is between two would be a formula
         colour = _COLOURS[(curve.run + second) % len(_COLOURS)]
         values = [value / chart.scale for value in curve.values]
         if chart.is_smoothed(curve):
@@ -66,9 +71,20 @@ def _draw(axes: Any, chart: Chart, runs: Sequence[RunRecord], *, legend: bool) -
             linewidth=1.4,
             label=label,
         )
-    for level in chart.levels:
-        colour = _COLOURS[level.run % len(_COLOURS)]
-        axes.axhline(level.value / chart.scale, color=colour, linestyle="--", linewidth=1)
+    plans = [
+        axes.axhline(
+            level.value / chart.scale,
+            color=_COLOURS[level.run % len(_COLOURS)],
+            linestyle="--",
+            linewidth=1,
+            label=level.name,
+        )
+        for level in chart.levels
+    ]
+    if chart.logarithmic_steps:
+        axes.set_xscale("symlog", linthresh=1)  # there is a step 0
+        first = min(curve.steps[0] for curve in chart.curves)
+        axes.set_xlim(first, 1.2 * max(curve.steps[-1] for curve in chart.curves))
     if chart.logarithmic:
         axes.set_yscale("log")
     elif chart.from_zero:
@@ -78,3 +94,5 @@ def _draw(axes: Any, chart: Chart, runs: Sequence[RunRecord], *, legend: bool) -
     axes.spines[["top", "right"]].set_visible(False)
     if legend:
         axes.legend(frameon=False, fontsize=9)
+    elif plans:
+        axes.legend(handles=plans[:1], frameon=False, fontsize=9)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from mlxtune.report.charts import Chart, Curve, smoothed
 from mlxtune.report.collect import Lengths
@@ -52,6 +53,7 @@ class Picture:
         levels: (what it says, run, place from the top in percent).
         x_ticks, y_ticks: labels of the axes.
         first, last: steps at the ends.
+        logarithmic_steps: equal ratios of steps since the first are equally long.
         reports: the most values that a curve has.
         thinned: some of them are not drawn.
     """
@@ -63,6 +65,7 @@ class Picture:
     y_ticks: tuple[Tick, ...]
     first: int
     last: int
+    logarithmic_steps: bool
     reports: int
     thinned: bool
 
@@ -94,10 +97,38 @@ class Axis:
         return [number * step for number in range(first, last + 1)]
 
 
+@dataclass(frozen=True)
+class StepAxis:
+    """From a step to a share of the axis.
+
+    Args:
+        first, last: its ends.
+        logarithmic: equal ratios of steps since the first, that one counted, are equally long.
+    """
+
+    first: int
+    last: int
+    logarithmic: bool
+
+    def share(self, step: int) -> float:
+        """0 at the first step, 1 at the last."""
+        form: Callable[[float], float] = math.log1p if self.logarithmic else float
+        return form(step - self.first) / form(self.last - self.first)
+
+    def ticks(self) -> list[int]:
+        """A few round steps."""
+        if not self.logarithmic:
+            values = Axis(self.first, self.last).ticks(6)
+            return [int(value) for value in values if value == int(value)]
+        powers = (10**power for power in range(len(str(self.last))))
+        return [step for step in powers if self.first <= step <= self.last]
+
+
 def draw(chart: Chart) -> Picture:
     """Paths and labels of a chart."""
-    steps = [step for curve in chart.curves for step in (curve.steps[0], curve.steps[-1])]
-    x = Axis(min(steps), max(max(steps), min(steps) + 1))
+    first = min(curve.steps[0] for curve in chart.curves)
+    last = max(first + 1, *(curve.steps[-1] for curve in chart.curves))
+    x = StepAxis(first, last, chart.logarithmic_steps)
     y = _value_axis(chart)
     traces = tuple(_trace(curve, chart, x, y) for curve in chart.curves)
     return Picture(
@@ -111,12 +142,11 @@ def draw(chart: Chart) -> Picture:
             )
             for level in chart.levels
         ),
-        x_ticks=tuple(
-            Tick(round(100 * x.share(v), 3), f"{v:,.0f}") for v in x.ticks(6) if v == int(v)
-        ),
+        x_ticks=tuple(Tick(round(100 * x.share(step), 3), f"{step:,}") for step in x.ticks()),
         y_ticks=_labelled(y),
-        first=int(x.low),
-        last=int(x.high),
+        first=first,
+        last=last,
+        logarithmic_steps=chart.logarithmic_steps,
         reports=max(len(curve.values) for curve in chart.curves),
         thinned=any(len(curve.values) > MOST_POINTS for curve in chart.curves),
     )
@@ -186,7 +216,7 @@ def _decades(low: float, high: float) -> list[float]:
     return [f * 10.0**p for p in powers for f in factors if low <= f * 10.0**p <= high]
 
 
-def _trace(curve: Curve, chart: Chart, x: Axis, y: Axis) -> Trace:
+def _trace(curve: Curve, chart: Chart, x: StepAxis, y: Axis) -> Trace:
     def points(steps: Sequence[int], values: Sequence[float]) -> list[tuple[float, float]]:
         return [
             (_SIZE * x.share(step), _SIZE * (1 - y.share(value / chart.scale)))
@@ -195,10 +225,10 @@ def _trace(curve: Curve, chart: Chart, x: Axis, y: Axis) -> Trace:
 
     smooth = ""
     if chart.is_smoothed(curve):
-        kept = _every(len(curve.values), MOST_POINTS // 4)
+        kept = _ends(curve.steps, x, MOST_POINTS // 4)
         means = smoothed(curve.values)
         smooth = _line(points([curve.steps[i] for i in kept], [means[i] for i in kept]))
-    kept = _extremes(curve.values, MOST_POINTS)
+    kept = _extremes(curve, x, MOST_POINTS)
     steps, values = [curve.steps[i] for i in kept], [curve.values[i] for i in kept]
     thin = Curve(curve.name, curve.run, curve.key, tuple(steps), tuple(values), curve.measured)
     drawn = points(steps, values)
@@ -212,19 +242,23 @@ def _line(points: Sequence[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in points)
 
 
-def _every(count: int, most: int) -> list[int]:
-    """Numbers below `count`, the last one among them, no more than about `most`."""
-    return sorted({*range(0, count, -(-count // most)), count - 1})
+def _stretches(steps: Sequence[int], x: StepAxis, most: int) -> list[list[int]]:
+    """Numbers of the steps, those together that fall on the same of `most` parts of the axis."""
+    parts = groupby(range(len(steps)), key=lambda i: int(most * x.share(steps[i])))
+    return [list(part) for _, part in parts]
 
 
-def _extremes(values: Sequence[float], most: int) -> list[int]:
+def _ends(steps: Sequence[int], x: StepAxis, most: int) -> list[int]:
+    """The last of each stretch, and the first of all."""
+    return sorted({0, *(part[-1] for part in _stretches(steps, x, most))})
+
+
+def _extremes(curve: Curve, x: StepAxis, most: int) -> list[int]:
     """Where the lowest and highest of each stretch are, no more than `most` in all."""
-    count = len(values)
-    if count <= most:
-        return list(range(count))
-    stretch = -(-2 * count // (most - 2))
-    kept = {0, count - 1}
-    for start in range(0, count, stretch):
-        part = range(start, min(start + stretch, count))
+    values = curve.values
+    if len(values) <= most:
+        return list(range(len(values)))
+    kept = {0, len(values) - 1}
+    for part in _stretches(curve.steps, x, most // 2 - 2):
         kept |= {min(part, key=values.__getitem__), max(part, key=values.__getitem__)}
     return sorted(kept)
