@@ -224,9 +224,10 @@ def test_another_adapter_and_a_limit_do_not_pass_for_the_runs_own(tiny_run, tmp_
     assert (figures.name, answers.name) == ("heldout-other.json", "heldout-other.jsonl")
     value = read_results(figures).figures
     assert (value["adapter"], value["limit"], value["data"]) == (str(other), 2, [])
-    assert described(value) == f"the first 2 held-out records, adapter {other}"
+    cut = ", answers cut off at 2 tokens"
+    assert described(value) == f"the first 2 held-out records{cut}, adapter {other}"
     own = figures_json(compare_run(tiny_run, max_tokens=2))
-    assert described(own) == "3 held-out records" and own["adapter"] is None
+    assert described(own) == f"3 held-out records{cut}" and own["adapter"] is None
 
 
 def test_a_model_that_cannot_be_loaded_costs_no_other(tiny_run, tiny_folder, tmp_path):

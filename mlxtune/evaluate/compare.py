@@ -188,6 +188,7 @@ def _compare(
             tuple(source.path for source in options.sources()),
             own=options.data is None,
             limit=options.limit,
+            max_tokens=options.max_tokens,
             adapter=str(adapter) if adapter is not None else None,
             models=dict(others),
         ),

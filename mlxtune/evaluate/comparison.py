@@ -73,6 +73,7 @@ class Source:
         data: paths of the records; none for those that the recipe holds out.
         own: whether they are the suite's or the recipe's; another file was named otherwise.
         limit: only the first so many were used.
+        max_tokens: answers were cut off there, whatever the suite says.
         adapter: used instead of the run's own.
         models: name to model, of those beside the subject's.
     """
@@ -80,6 +81,7 @@ class Source:
     data: tuple[str, ...] = ()
     own: bool = True
     limit: int | None = None
+    max_tokens: int | None = None
     adapter: str | None = None
     models: dict[str, str] = field(default_factory=dict)
 

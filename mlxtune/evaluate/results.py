@@ -241,6 +241,8 @@ def described(figures: dict[str, Any]) -> str:
     text = f"the first {count} {kind}" if limit == count else f"{count} {kind}"
     if data:
         text += " of " + ", ".join(Path(path).name for path in data)
+    if cut := figures.get("max_tokens"):
+        text += f", answers cut off at {cut} tokens"
     return text + (f", adapter {figures['adapter']}" if figures.get("adapter") else "")
 
 
