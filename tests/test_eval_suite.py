@@ -316,6 +316,15 @@ def test_names_that_look_like_markup_are_shown_and_nothing_is_lost(tiny_folder, 
     assert len((tmp_path / "kept/heldout-d.jsonl").read_text().splitlines()) == 2
 
 
+def test_figures_are_shown_even_if_they_cannot_be_kept(tiny_folder, tmp_path):
+    write_jsonl(tmp_path / "d.jsonl", RECORDS[:2])
+    (tmp_path / "file").write_text("")
+    options = ["--data=d.jsonl", "--max-tokens=2", "-o", "file/kept"]
+    done = mlxtune("eval", str(tiny_folder), *options, cwd=tmp_path)
+    assert done.returncode == 1 and "could not write" in done.stderr
+    assert "held-out loss" in done.stdout
+
+
 def test_figures_are_kept_even_if_nobody_reads_what_is_printed(tiny_folder, tmp_path, monkeypatch):
     from mlxtune.cli import tables
     from mlxtune.cli.evaluate import evaluate

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlxtune.cli.shared import ADAPTER, PATH, complete_paths, prepare
+from mlxtune.errors import StorageError
 
 if TYPE_CHECKING:
     from mlxtune.evaluate.compare import Options
@@ -96,15 +97,23 @@ def evaluate(
     from mlxtune.evaluate.results import as_json as json_of
     from mlxtune.evaluate.results import write_results
 
-    # Kept before it is shown: the reader of our output may have gone, as in `| head`.
+    # Kept before it is shown: the reader of our output may have gone, as in `| head`. And
+    # shown even if it cannot be kept.
     folder = output or (Path(model) / "eval" if _is_run(model) else None)
-    files = write_results(result, folder) if folder is not None else None
+    files, refused = None, None
+    if folder is not None:
+        try:
+            files = write_results(result, folder)
+        except StorageError as error:
+            refused = error
     if as_json:
         click.echo(json.dumps(json_of(result), indent=2))
     else:
         from mlxtune.cli.tables import show_comparison
 
         show_comparison(result, samples=samples)
+    if refused is not None:
+        raise refused
     if files is not None:
         click.echo(f"{files[0]}, {files[1].name}", err=as_json)
 
