@@ -83,6 +83,23 @@ def test_a_slow_blas_is_bad_and_ends_with_1(tmp_path, monkeypatch):
     assert found["BLAS"]["remedy"]
 
 
+@pytest.mark.parametrize(
+    ("allowed", "state", "remedy"),
+    [(10, "missing", "sudo sysctl iogpu.wired_limit_mb=13107"), (12, "good", None)],
+)
+def test_what_the_gpu_of_a_mac_may_hold(tmp_path, monkeypatch, allowed, state, remedy):
+    info = {
+        "device_name": "Apple M2",
+        "memory_size": 16 * 2**30,
+        "max_recommended_working_set_size": allowed * 2**30,
+    }
+    monkeypatch.setattr("mlx.core.metal.is_available", lambda: True)
+    monkeypatch.setattr("mlx.core.device_info", lambda *_: info)
+    found = states(tmp_path)["wired memory"]
+    assert found.state == state and f"{allowed * 2**30 / 1e9:.1f} GB" in found.said
+    assert found.remedy is None if remedy is None else remedy in found.remedy
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_is_a_script_that_names_the_program(tmp_path, shell):
     done = mlxtune("completion", shell, cwd=tmp_path)
