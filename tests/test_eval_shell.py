@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxtune.evaluate import shell, syntax
+from mlxtune.evaluate.scores import shell_scores
 from mlxtune.evaluate.shell import (
     command_score,
     read_command,
@@ -182,6 +183,16 @@ def test_every_command_of_the_shell_data_is_like_itself_only():
     assert len(readable) > 0.95 * len(read)
     facts = [tuple(sorted(map(repr, script.facts().items()))) for script in readable.values()]
     assert len(set(facts)) == len(facts)
+
+
+def test_an_answer_that_bashlex_cannot_read_is_another_command():
+    judged = ("programs", "flags", "shell")
+    readable, unreadable = "ls -la", "[[ -f a && -f b ]] && time ls -la"
+    assert read_command(unreadable) is None and parses(unreadable, "bash")
+    wrong = shell_scores(unreadable, readable)
+    assert [wrong[name] for name in judged] == [0, 0, 0] and wrong["bash"] == 1
+    untold = shell_scores(readable, unreadable)
+    assert [untold[name] for name in judged] == [None, None, None]
 
 
 def test_without_bashlex_one_is_told_what_to_install(monkeypatch):

@@ -221,7 +221,8 @@ def test_another_adapter_and_a_limit_do_not_pass_for_the_runs_own(tiny_run, tmp_
     shutil.copytree(Run(tiny_run).finished_adapter(), other)
     result = compare_run(tiny_run, adapter=other, limit=2, max_tokens=2)
     figures, answers = write_results(result, tmp_path / "out")
-    assert (figures.name, answers.name) == ("heldout-other.json", "heldout-other.jsonl")
+    stem = "heldout-other-first-2"
+    assert (figures.name, answers.name) == (f"{stem}.json", f"{stem}.jsonl")
     value = read_results(figures).figures
     assert (value["adapter"], value["limit"], value["data"]) == (str(other), 2, [])
     cut = ", answers cut off at 2 tokens"

@@ -100,7 +100,7 @@ def read_errors(path: Path) -> Iterator[None]:
         raise DataError(
             "there is no such file",
             where=str(path),
-            remedy=f"paths are taken from the folder you are in: {Path.cwd()}",
+            remedy=f"it was looked for at {path.absolute()}",
         ) from None
     except IsADirectoryError:
         raise DataError("this is a folder; a file was expected", where=str(path)) from None

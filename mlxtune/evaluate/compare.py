@@ -145,7 +145,7 @@ def _compare(
     options = replace(options, suite=suite)
     for model in others.values():
         _require_model(model)  # before minutes are spent on the first
-    judge = Judge(suite.judge) if suite.judge is not None else None
+    judge = Judge(suite.judge, progress=options.progress) if suite.judge is not None else None
     with sandbox() if options.execute else nullcontext() as box:
         scorer = Scorer(suite, box)
         several = _Several(subject, recipe, suite, options)
@@ -164,7 +164,6 @@ def _compare(
         ]
     notes = several.notes + scorer.notes([answer.expected for answer in answered])
     if judge is not None:
-        options.progress(f"judge: {judge.model}")
         for answer in answered:
             for name, said in answer.said.items():
                 grade = judge.grade(answer.prompt, answer.expected, said)

@@ -42,11 +42,18 @@ class Judge:
     Args:
         section: `[judge]` of a suite.
         sleep: waits so many seconds.
+        progress: is told which answer is graded, and what is waited for.
     """
 
-    def __init__(self, section: JudgeSection, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(
+        self,
+        section: JudgeSection,
+        sleep: Callable[[float], None] = time.sleep,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._section = section
         self._sleep = sleep
+        self._progress = progress
         self._cache = cache_folder() / "judge"
         self._client = httpx.Client(timeout=section.timeout)
         self._stopped: str | None = None
@@ -57,14 +64,10 @@ class Judge:
         if key is not None and not self._key:
             self._stopped = f"the environment variable {key} with its key is not set"
 
-    @property
-    def model(self) -> str:
-        """Its name."""
-        return self._section.model
-
     def grade(self, prompt: str, expected: str, answer: str) -> float | None:
         """An answer's grade, scaled to [0, 1]; None where there is none."""
         self._asked += 1
+        self._progress(f"judge: {self._section.model}, answer {self._asked}")
         body = self._body(prompt, expected, answer)
         place = self._cache / f"{_hash(self._section.endpoint, body)}.json"
         reply = _kept(place)
@@ -143,6 +146,9 @@ class Judge:
         problem, pause = "", 0.0
         for attempt in range(self._section.retries + 1):
             if attempt:
+                self._progress(
+                    f"judge: {problem}; try {attempt + 1} of {self._section.retries + 1}"
+                )
                 self._sleep(min(pause, _LONGEST_PAUSE))
             pause = 2.0**attempt
             self._requests += 1

@@ -175,8 +175,9 @@ def answer_json(answer: Answered) -> dict[str, Any]:
 def write_results(result: Comparison, folder: Path) -> tuple[Path, Path]:
     """Write `<suite>.json` with the figures and `<suite>.jsonl` with every answer.
 
-    What is measured on other data than the suite's or with another adapter than the run's
-    has their names too, so that it does not pass for the run's own. Both files appear when
+    What is measured on other data than the suite's, on some of it, or with another adapter
+    than the run's says so in its name too, so that it neither passes for the run's own nor
+    takes its place. Both files appear when
     both are whole; what an earlier evaluation of that name left is replaced.
 
     Raises:
@@ -222,6 +223,8 @@ def _stem(result: Comparison) -> str:
     others = [] if source.own else [Path(path).stem for path in source.data]
     if source.adapter is not None:
         others.append(Path(source.adapter).resolve().name)
+    if source.limit == result.records:
+        others.append(f"first-{source.limit}")
     return _joined(result.suite, others)
 
 

@@ -80,18 +80,17 @@ class Scorer:
 def shell_scores(answer: str, expected: str) -> Scores:
     """Does it parse under bash and dash; same programs, same flags, how much is the same.
 
-    An answer that bash cannot read either is wrong; one that bash reads and bashlex does
-    not cannot be judged.
+    An answer that bashlex cannot read says something else than an expected command that it
+    can read. Nothing is said of those whose expected command it cannot read.
     """
     read = {shell: parses(answer, shell) for shell in SHELLS}
     scores: Scores = {shell: None if well is None else float(well) for shell, well in read.items()}
     theirs = read_command(expected)
     ours = read_command(answer) if theirs is not None else None
-    if theirs is not None and ours is not None:
-        scores["programs"] = float(same_programs(ours, theirs))
-        scores["flags"] = float(same_flags(ours, theirs))
-        scores["shell"] = command_score(ours, theirs)
-    else:
-        wrong = theirs is not None and read["bash"] is False
-        scores |= dict.fromkeys(("programs", "flags", "shell"), 0.0 if wrong else None)
+    if theirs is None or ours is None:
+        none = None if theirs is None else 0.0
+        return scores | dict.fromkeys(("programs", "flags", "shell"), none)
+    scores["programs"] = float(same_programs(ours, theirs))
+    scores["flags"] = float(same_flags(ours, theirs))
+    scores["shell"] = command_score(ours, theirs)
     return scores

@@ -32,6 +32,10 @@ from mlxtune.recipe.schema import Recipe
 
 RECIPE = "recipe.toml"
 STATUS = "run.json"
+_MEND = (
+    "restore it from a copy; the adapter may be whole, and `mlxtune eval MODEL --adapter FOLDER` "
+    "takes it"
+)
 METRICS = "metrics.jsonl"
 
 
@@ -182,10 +186,14 @@ class Run:
             value: dict[str, Any] = json.loads((self.path / STATUS).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RunError(
-                f"the run's status cannot be read: {error}", where=str(self.path / STATUS)
+                f"the run's status cannot be read: {error}",
+                where=str(self.path / STATUS),
+                remedy=_MEND,
             ) from None
         if not isinstance(value, dict) or "status" not in value:
-            raise RunError("the run's status is damaged", where=str(self.path / STATUS))
+            raise RunError(
+                "the run's status is damaged", where=str(self.path / STATUS), remedy=_MEND
+            )
         return value
 
     def write_status(self, **changes: Any) -> None:
