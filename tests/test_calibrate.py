@@ -302,6 +302,7 @@ def divergence(path: Path, folder: Path, tokenizer) -> float:
     return total / count
 
 
+@pytest.mark.slow
 def test_a_calibrated_file_says_more_nearly_the_same(first_blocks, tokenizer, tmp_path):
     rows = SHELL_TRAIN.read_text().splitlines()[::70]
     texts = write_jsonl(tmp_path / "texts.jsonl", [json.loads(row) for row in rows])

@@ -256,8 +256,8 @@ def test_a_suffix_is_read_in_any_case_and_not_guessed_at(folder, tmp_path):
 def test_a_file_that_differs_from_its_source_is_an_error(folder, tmp_path, monkeypatch):
     from mlxtune.gguf import writer
 
-    def off(values, type_, importance=None):
-        return writer_encode(values * 1.1, type_, importance)
+    def off(values, *arguments):
+        return writer_encode(values * 1.1, *arguments)
 
     writer_encode = writer.encode
     monkeypatch.setattr(writer, "encode", off)

@@ -31,6 +31,7 @@ def bench():
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="measures with fork")
 def test_the_peak_is_that_of_the_largest_tensor_whatever_the_model_weighs(bench, tmp_path: Path):
     measured = bench.memory(tmp_path, SIZES)

@@ -74,6 +74,7 @@ def test_an_existing_folder_is_not_touched(shell_run, tmp_path):
     assert (tmp_path / "mine/file").read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_eval_prints_json(shell_run, tmp_path):
     result = mlxtune("eval", str(shell_run), "--limit", "2", "--json", cwd=tmp_path)
     value = json.loads(result.stdout)
@@ -81,6 +82,7 @@ def test_eval_prints_json(shell_run, tmp_path):
     assert set(value["base"]) == {"held_out_loss", "exact_match"}
 
 
+@pytest.mark.slow
 def test_chat_answers_a_run_and_a_file(shell_run, tmp_path):
     question = ["-p", "Show the current date", "--max-tokens", "8"]
     tuned = mlxtune("chat", str(shell_run), *question, cwd=tmp_path)

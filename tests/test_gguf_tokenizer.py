@@ -173,6 +173,7 @@ def pre_tokenizers_with_own_rule() -> list[str]:
     return list(first.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pre", pre_tokenizers_with_own_rule())
 def test_every_rule_cuts_as_llama_cpps_of_that_name(pre, llama_cpp):
     """Any vocabulary shows where text is cut; this one is small."""

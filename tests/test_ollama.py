@@ -402,6 +402,7 @@ def test_without_ollama_the_files_are_ready(nobody, folder):
     assert (folder / "model.gguf").is_file()
 
 
+@pytest.mark.slow
 def test_what_is_exported_is_handed_over_without_doing_it_again(tmp_path, monkeypatch):
     """The first time nobody answers, as where Ollama has yet to be started."""
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")

@@ -80,6 +80,7 @@ def test_the_sum_over_a_batch_and_its_weight_make_the_mean():
     )
 
 
+@pytest.mark.slow
 def test_float16_holds_the_gradient_of_a_mean_over_thousands_of_tokens():
     """Each token's share of it is below what float16 can hold."""
     words, generator = 8192, np.random.default_rng(0)

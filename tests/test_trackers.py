@@ -259,6 +259,7 @@ def test_report_to_takes_one_or_a_list(tmp_path):
         assert problem.where.startswith("log.report_to") and said in str(problem)
 
 
+@pytest.mark.slow
 def test_trackers_say_nothing_in_a_terminal(recipe, tmp_path):
     (tmp_path / "recipe.toml").write_text(dump_recipe(recipe("tensorboard", "mlflow", max_steps=1)))
     done = mlxtune("lora", "recipe.toml", cwd=tmp_path)
