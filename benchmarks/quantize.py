@@ -31,7 +31,7 @@ from gguf import GGMLQuantizationType as Type
 
 from mlxtune.device import device_name
 from mlxtune.gguf.quantize import quantize
-from mlxtune.processes import workers
+from mlxtune.processes import started
 
 HERE = Path(__file__).parent
 TYPES = ["Q8_0", "Q4_0", "Q5_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
@@ -82,7 +82,7 @@ def measure(type_: Type, rounds: int, threads: int, *, weighed: bool) -> dict[st
     values = (0.02 * rng.standard_normal((ROWS, WIDTH))).astype(np.float32)
     importance = rng.random(WIDTH).astype(np.float32) if weighed else None
     function = load_ggml()
-    with ThreadPoolExecutor(threads) as pool, workers(threads) as others:
+    with ThreadPoolExecutor(threads) as pool, started(threads) as others:
         ways: dict[str, Callable[[], np.ndarray]] = {
             "ggml 1": lambda: ggml_quantize(function, values, type_, importance, None),
             "mlxtune 1": lambda: quantize(values, type_, importance, threads=1),

@@ -25,8 +25,8 @@ GUARD = (
 )
 
 
-class Workers:
-    """Processes that are at work for this one; made by `workers`."""
+class Processes:
+    """Processes that are at work for this one; made by `started`."""
 
     def __init__(self, pool: ProcessPoolExecutor, count: int) -> None:
         self._pool = pool
@@ -67,9 +67,9 @@ class Workers:
 
 
 @contextmanager
-def workers(
+def started(
     count: int, begin: Callable[..., None] | None = None, *arguments: Any
-) -> Iterator[Workers]:
+) -> Iterator[Processes]:
     """Processes, until the end of the block.
 
     They leave Ctrl-C, which a terminal sends to all, to this one, and end when it does.
@@ -83,7 +83,7 @@ def workers(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, context, _begin, (begin, arguments)) as pool:
         try:
-            yield Workers(pool, count)
+            yield Processes(pool, count)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -200,7 +200,7 @@ def test_other_processes_give_the_same_bytes(monkeypatch):
     values, weights = rows("normal", 203), importance("uneven")
     with quantizers(0) as others:
         assert others is None  # not for so few
-    with driver.workers(2) as others:
+    with driver.started(2) as others:
         for turn in range(3):  # the first are done here, while the others start
             for type_, chosen in [(Type.Q4_K, None), (Type.Q6_K, weights), (Type.Q5_0, weights)]:
                 want = quantize(values, type_, chosen, threads=1)

@@ -252,8 +252,11 @@ def test_what_does_not_fit_gets_advice_and_a_recipe_that_does():
         return Planner(recipe, small, facts=facts, lengths=lengths)
 
     # Below what gradient checkpointing alone comes to.
-    small = planner(int(1.5e8))
-    plan = small()
+    small, told = planner(int(1.5e8)), []
+    plan = small(told.append)
+    assert f"it does not fit; with lora.rank = {recipe.lora.rank // 2}, lora.alpha" in " ".join(
+        told
+    )
     assert not plan.fits and plan.seconds_per_step is None
     keys = {key for advice in plan.advice for key in advice.changes}
     assert {"train.batch_size", "model.quantize", "train.max_seq_length"} <= keys

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -183,19 +183,32 @@ class Planner:
         self._workers = workers
         self._made: dict[str, RunPlan] = {}
 
-    def __call__(self) -> RunPlan:
-        """The plan of the recipe, with advice if it does not fit."""
+    def __call__(self, progress: Callable[[str], None] = lambda _: None) -> RunPlan:
+        """The plan of the recipe, with advice if it does not fit.
+
+        Args:
+            progress: is told which change is tried.
+        """
         plan = self.estimate(self.recipe)
         if plan.fits:
             return plan
-        advice = (self._advice(plan, changes, why) for changes, why in _candidates(self.recipe))
+        advice = []
+        for changes, why in _candidates(self.recipe):
+            other = self._changed(self.recipe, changes, progress)
+            saved = plan.peak_memory_bytes - other.peak_memory_bytes
+            advice.append(Advice(changes, saved, other.fits, why))
         useful = sorted((a for a in advice if a.saves_bytes > 0), key=lambda a: -a.saves_bytes)
         return replace(plan, advice=tuple(useful))
 
-    def fitted(self) -> tuple[Recipe, RunPlan, dict[str, Any]]:
+    def fitted(
+        self, progress: Callable[[str], None] = lambda _: None
+    ) -> tuple[Recipe, RunPlan, dict[str, Any]]:
         """A recipe that fits, its plan, and what was changed: what costs least, first.
 
         It trains on the same records: none is refused for its length that was not before.
+
+        Args:
+            progress: is told which change is tried.
         """
         recipe = self.recipe
         changed: dict[str, Any] = {}
@@ -204,10 +217,10 @@ class Planner:
             for changes, _why in _candidates(recipe):
                 if "train.max_seq_length" in changes and _refuses_long(recipe):
                     continue
-                candidate = with_changes(recipe, changes)
-                better = self.estimate(candidate)
+                better = self._changed(recipe, changes, progress)
                 if better.peak_memory_bytes < plan.peak_memory_bytes:
-                    recipe, plan, changed = candidate, better, changed | changes
+                    recipe, plan = with_changes(recipe, changes), better
+                    changed |= changes
                     break
             else:
                 raise ModelError(
@@ -338,10 +351,12 @@ class Planner:
         seconds = None if total.seconds is None else total.seconds * times
         return seconds, total.flops * times
 
-    def _advice(self, plan: RunPlan, changes: dict[str, Any], why: str) -> Advice:
-        other = self.estimate(with_changes(self.recipe, changes))
-        saved = plan.peak_memory_bytes - other.peak_memory_bytes
-        return Advice(changes, saved, other.fits, why)
+    def _changed(
+        self, recipe: Recipe, changes: dict[str, Any], progress: Callable[[str], None]
+    ) -> RunPlan:
+        values = ", ".join(f"{key} = {json.dumps(value)}" for key, value in changes.items())
+        progress(f"it does not fit; with {values}?")
+        return self.estimate(with_changes(recipe, changes))
 
 
 def _candidates(recipe: Recipe) -> Iterator[tuple[dict[str, Any], str]]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,12 +63,14 @@ def plan(
     from mlxtune.recipe.edit import write_edited
 
     machine = mac(chip, memory) if chip is not None else this_machine(remembered=not measure)
-    planner = Planner(checked, machine)
     changed: dict[str, Any] = {}
-    if fit is None:
-        result = planner()
-    else:
-        _, result, changed = planner.fitted()
+    with planning_line() as progress:
+        planner = Planner(checked, machine)
+        if fit is None:
+            result = planner(progress)
+        else:
+            _, result, changed = planner.fitted(progress)
+    if fit is not None:
         write_edited(recipe, fit, changed, overrides, overwrite=overwrite)
     if as_json:
         click.echo(json.dumps(result.as_json() | ({"changed": changed} if fit else {}), indent=2))
@@ -103,16 +108,25 @@ def forecast(*, force: bool) -> Forecast:
         except Exception as error:  # of an architecture that was never planned: it may train
             return None, (f"no plan: {type(error).__name__}: {error}",)
         if not result.fits and not force:
+            with planning_line() as progress:
+                advice = advice_lines(planner(progress))
             raise TooLarge(
                 f"this run needs about {result.peak_memory_bytes / _GB:.1f} GB, and "
                 f"{result.budget_bytes / _GB:.1f} GB are there for it",
-                remedy="\n  ".join([*advice_lines(planner()), "or train all the same: --force"]),
+                remedy="\n  ".join([*advice, "or train all the same: --force"]),
             )
         figures = result.as_json()
         kept = {key: figures[key] for key in ("peak_memory_bytes", "seconds_per_step", "steps")}
         return kept, tuple(summary_lines(result))
 
     return of_run
+
+
+def planning_line() -> AbstractContextManager[Callable[[str], None]]:
+    """Says what is planned: large passes, which a plan goes through, take it a minute."""
+    from mlxtune.cli.display import status_line
+
+    return status_line("planning", every=0.2 if sys.stderr.isatty() else 10.0)
 
 
 def plan_lines(result: RunPlan, machine: Machine) -> list[str]:

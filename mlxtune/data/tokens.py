@@ -121,7 +121,7 @@ def _rendered(source: Source, renderer: Renderer, rules: Rules, workers: int) ->
             yield _chunk(source, renderer, rules, chunk)
         return
     try:
-        with processes.workers(workers, _begin, source, renderer, rules) as others:
+        with processes.started(workers, _begin, source, renderer, rules) as others:
             yield from others.map(
                 _work,
                 ((chunk,) for chunk in chunks),

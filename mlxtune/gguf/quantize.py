@@ -22,7 +22,7 @@ from mlxtune.errors import ExportError
 from mlxtune.gguf.arithmetic import MLX, NUMPY, Arithmetic
 from mlxtune.gguf.kquants import SEARCHED, WEIGHED_PLAIN, Bytes, Floats, Groups, grouped
 from mlxtune.gguf.plain import PLAIN
-from mlxtune.processes import GUARD, Workers, cores, workers
+from mlxtune.processes import GUARD, Processes, cores, started
 
 # Weights that one thread works on at a time: all buffers of a search fit a core's cache.
 _CHUNK = 1 << 16
@@ -43,7 +43,7 @@ def needs_search(type: Type, weighed: bool) -> bool:
 
 
 @contextmanager
-def quantizers(searched: int) -> Iterator[Workers | None]:
+def quantizers(searched: int) -> Iterator[Processes | None]:
     """Processes for `quantize`, until the end of the block.
 
     Args:
@@ -54,7 +54,7 @@ def quantizers(searched: int) -> Iterator[Workers | None]:
     if searched < _WORTH_PROCESSES or count == 1 or _gpu_serves():
         yield None
         return
-    with workers(count) as others:
+    with started(count) as others:
         yield others
 
 
@@ -64,7 +64,7 @@ def quantize(
     importance: Floats | None = None,
     *,
     threads: int | None = None,
-    others: Workers | None = None,
+    others: Processes | None = None,
 ) -> Bytes:
     """Quantize a matrix.
 
@@ -94,7 +94,7 @@ def quantize(
     return _quantize(values, type, importance, xp, (threads or cores()) if xp is NUMPY else 1)
 
 
-def _by_others(values: Floats, type: Type, importance: Floats | None, others: Workers) -> Bytes:
+def _by_others(values: Floats, type: Type, importance: Floats | None, others: Processes) -> Bytes:
     rows, width = values.shape
     block, size = GGML_QUANT_SIZES[type]
     result = np.empty((rows, width // block * size), np.uint8)

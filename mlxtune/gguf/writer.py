@@ -30,7 +30,7 @@ from mlxtune.gguf.mixing import FILE_TYPES, tensor_types
 from mlxtune.gguf.quantize import needs_search, quantize, quantizers
 from mlxtune.gguf.rope import rope_metadata, rope_tensors
 from mlxtune.gguf.tensors import SourceTensor, to_float16
-from mlxtune.processes import Workers
+from mlxtune.processes import Processes
 
 # Of a tensor in a file's header, beside its name: lengths, four dimensions, type, place; and
 # what its data is filled up by.
@@ -225,7 +225,7 @@ def encode(
     values: npt.NDArray[np.float32],
     type_: Type,
     importance: npt.NDArray[np.float32] | None = None,
-    others: Workers | None = None,
+    others: Processes | None = None,
 ) -> npt.NDArray[Any]:
     """Values (…, in) in a GGML type: floats of the same shape, or bytes (…, of a row).
 
