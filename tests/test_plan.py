@@ -166,6 +166,16 @@ def test_a_config_without_sizes_is_refused():
         StepEstimator(recipe_of(), {"model_type": "llama"}, None, "float32")
 
 
+@pytest.mark.parametrize("config", [{}, {"num_hidden_layers": 2}])
+def test_the_config_without_sizes_is_named(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
+    recipe = recipe_of(model={"path": str(tmp_path)})
+    lengths = Lengths((Part(samples_of([40])),), "tokenized", "1 record")
+    with pytest.raises(ModelError) as error:
+        Planner(recipe, mac("M2", 16), lengths=lengths).estimate(recipe)
+    assert error.value.where == f"config.json of {tmp_path}"
+
+
 def test_a_mac_that_is_not_sold():
     with pytest.raises(ChipError, match="M2 is not sold with 12 GB"):
         mac("M2", 12)

@@ -243,7 +243,12 @@ class Planner:
         facts, train = self._facts, recipe.train
         dtype = self._dtype(recipe)
         rates = self.machine.rates
-        model = StepEstimator(recipe, facts.config, facts.forms, dtype, rates)
+        try:
+            model = StepEstimator(recipe, facts.config, facts.forms, dtype, rates)
+        except ModelError as error:
+            if error.where == "config.json":
+                error.where = f"config.json of {recipe.model.path}"
+            raise
         batches = Plan(
             self._parts(train.max_seq_length),
             train.batch_size,
