@@ -99,8 +99,7 @@ def tiny_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def shell_run(tmp_path_factory) -> Path:
-    """A finished real run: SmolLM2 on 28 intents of the shell data, 30 steps of 6. The upper
-    blocks are enough to learn them."""
+    """A finished real run: SmolLM2 on 28 intents of the shell data, 30 steps of 6."""
     from mlxtune.recipe.load import load_recipe
     from mlxtune.train.metrics import Silent
     from mlxtune.train.session import fine_tune
@@ -111,7 +110,6 @@ def shell_run(tmp_path_factory) -> Path:
             "name=shell",
             f"model.path={SMOLLM2}",
             f"data.path={SHELL_TRAIN}",
-            'lora.layers=["12-29"]',
             "data.max_samples=168",
             f"eval.path={SHELL_HELDOUT}",
             "train.max_steps=30",

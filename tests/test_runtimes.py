@@ -18,10 +18,15 @@ from mlxtune.fuse import fuse_run
 from mlxtune.recipe.schema import ModelSection
 from mlxtune.train.model import load_base
 
-PROMPTS = 20
-BOUND = 2e-2  # of F16's log-probabilities
+BOUND = {"f32": 1e-3, "f16": 2e-2}  # of log-probabilities
 MAX_TOKENS = 24
-LEAST_EQUAL = {"f16": PROMPTS, "q8_0": 18, "q4_k_m": 18}
+# How sure MLX must be of each token for its answer to be asked of a runtime. With floats no token
+# can change where the best is ahead by twice the bound. With quantized weights both programs
+# round the activations to eight bits too: log-probabilities of this model move by up to 0.4,
+# and a nearer tie can't tell a faithful file from another.
+SURE = {"f32": 2e-3, "f16": 4e-2, "q8_0": 0.5, "q4_k_m": 0.5}
+UNLIKE = {"f32": 0, "f16": 0, "q8_0": 1, "q4_k_m": 1}
+LEAST_ASKED = 8
 pytestmark = pytest.mark.slow
 
 
@@ -29,15 +34,14 @@ pytestmark = pytest.mark.slow
 def bundles(shell_run):
     # The first is verified as it is written, all are below.
     return {
-        kind: export_run(shell_run, file_type=kind, verify=kind == "f16").folder
-        for kind in LEAST_EQUAL
+        kind: export_run(shell_run, file_type=kind, verify=kind == "f16").folder for kind in SURE
     }
 
 
 @pytest.fixture(scope="module")
 def fused(shell_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fused") / "model"
-    fuse_run(shell_run, folder, dtype="float16")
+    fuse_run(shell_run, folder, dtype="float32")
     return load_base(ModelSection(path=str(folder)))
 
 
@@ -55,16 +59,19 @@ def asked(fused, bundles):
     """Gives what is asked of a kind of file: of what was trained up to eight bits, and of the
     file itself below, which says other things by right."""
     of_file = load_base(ModelSection(path=str(bundles["q4_k_m"] / "model.gguf")))
-    rows = {"f16": questions(fused), "q4_k_m": questions(of_file)}
-    return lambda kind: rows.get(kind, rows["f16"])
+    trained, file = questions(fused), questions(of_file)
+
+    def sure(kind):
+        rows = file if kind == "q4_k_m" else trained
+        rows = [row for row in rows if row.margin >= SURE[kind]]
+        assert len(rows) >= LEAST_ASKED
+        return rows
+
+    return sure
 
 
 def questions(loaded) -> list[Asked]:
-    """Held-out wordings of trained intents, those first of which the model is surest.
-
-    At a near tie of MLX itself the eight bits of Q8_0 decide, whoever computes: such a
-    prompt can't tell a faithful file from another. So the least sure ones are left out.
-    """
+    """Held-out wordings of trained intents and MLX's answers."""
     renderer = Renderer(loaded.tokenizer)
     rows = []
     for conversation in read_conversations(SHELL_HELDOUT)[:28]:
@@ -72,7 +79,7 @@ def questions(loaded) -> list[Asked]:
         prompt = renderer.prompt(conversation)
         question = conversation.turns[0].content
         rows.append(Asked(question, text, prompt, *greedy(loaded, prompt)))
-    return sorted(rows, key=lambda row: -row.margin)[:PROMPTS]
+    return rows
 
 
 def greedy(loaded, prompt):
@@ -88,31 +95,33 @@ def greedy(loaded, prompt):
     return tokens, logprobs, min(margins)
 
 
-@pytest.fixture(scope="module", params=LEAST_EQUAL)
+@pytest.fixture(scope="module", params=SURE)
 def llamacpp(request, bundles):
     xllamacpp = pytest.importorskip("xllamacpp")
     params = xllamacpp.CommonParams()
     params.model.path = str(bundles[request.param] / "model.gguf")
     params.n_ctx, params.cpuparams.n_threads, params.warmup = 512, 2, False
     params.verbosity = -1
-    # MLX keeps keys and values in float32 here; float16 ones would be another error.
+    # MLX keeps keys and values in float32 here; llama.cpp's flash attention goes by float16
+    # whatever the cache holds, which alone is worth 0.03 of a log-probability.
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     return request.param, xllamacpp.Server(params)
 
 
 def test_llamacpp_says_what_mlx_says(llamacpp, asked):
     kind, server = llamacpp
-    equal = 0
+    unlike = 0
     for row in asked(kind):
         answer = server.handle_completions(
             {"prompt": row.text, "n_predict": len(row.tokens), "temperature": 0, "n_probs": 1}
         )
         said = answer["choices"][0]["logprobs"]["content"]
-        equal += [token["id"] for token in said] == row.tokens
-        if kind == "f16":
+        unlike += [token["id"] for token in said] != row.tokens
+        if kind in BOUND:
             logprobs = [token["logprob"] for token in said]
-            assert logprobs == pytest.approx(row.logprobs, rel=0, abs=BOUND), row.text
-    assert equal >= LEAST_EQUAL[kind]
+            assert logprobs == pytest.approx(row.logprobs, rel=0, abs=BOUND[kind]), row.text
+    assert unlike <= UNLIKE[kind]
 
 
 def test_llamacpp_renders_and_tokenizes_the_chat_as_trained(llamacpp, asked):
@@ -141,7 +150,7 @@ def test_tokens_of_a_whole_conversation_agree(llamacpp, fused):
     assert got == renderer.encode(text)
 
 
-@pytest.fixture(scope="module", params=LEAST_EQUAL)
+@pytest.fixture(scope="module", params=SURE)
 def mistralrs(request, bundles):
     module = pytest.importorskip("mistralrs")
     which = module.Which.GGUF(
@@ -152,7 +161,7 @@ def mistralrs(request, bundles):
 
 def test_mistralrs_says_what_mlx_says(mistralrs, asked, fused):
     kind, module, runner = mistralrs
-    equal = 0
+    unlike = 0
     ends = fused.tokenizer.eos_token_ids
     for row in asked(kind):
         assert runner.tokenize_text(row.text, False, None) == row.prompt
@@ -168,5 +177,5 @@ def test_mistralrs_says_what_mlx_says(mistralrs, asked, fused):
         # It renders the chat by itself; the count shows that it does so as trained.
         assert answer.usage.prompt_tokens == len(row.prompt)
         said = fused.tokenizer.decode([t for t in row.tokens if t not in ends])
-        equal += answer.choices[0].message.content == said
-    assert equal >= LEAST_EQUAL[kind]
+        unlike += answer.choices[0].message.content != said
+    assert unlike <= UNLIKE[kind]
