@@ -14,7 +14,7 @@ from test_optim import DECAY, RATE, One, adamw
 
 from mlxtune.data.pack import pack
 from mlxtune.layers.inject import add_lora, projections
-from mlxtune.models.packed import enable_packs
+from mlxtune.models.enable import enable_packs
 from mlxtune.recipe.load import parse_recipe
 from mlxtune.train.adamw8bit import DynamicMap, dynamic_levels
 from mlxtune.train.checkpoint import Progress, load_checkpoint, save_checkpoint

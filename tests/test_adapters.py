@@ -31,7 +31,7 @@ from mlxtune.data.batches import Part, Plan
 from mlxtune.data.passes import Layout
 from mlxtune.errors import RunError
 from mlxtune.layers.inject import add_lora, lora_layers, own_quantized_layers, projections
-from mlxtune.models.packed import enable_packs
+from mlxtune.models.enable import enable_packs
 from mlxtune.models.targets import find_targets
 from mlxtune.train.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint
 from mlxtune.train.optim import make_optimizer

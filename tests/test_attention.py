@@ -7,13 +7,15 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import distance, random_samples, tiny, with_adapters
+from helpers import GEMMA4, distance, random_samples, tiny, with_adapters
 
 from mlxtune.data.pack import pack
 from mlxtune.models import attention as module
-from mlxtune.models import packed
+from mlxtune.models import enable
 from mlxtune.models.attention import attention, blocks
-from mlxtune.models.packed import OwnAttention, PackCache, PackedRope, enable_packs, pack_kind
+from mlxtune.models.enable import enable_packs, enable_packs_by, pack_kind
+from mlxtune.models.packed import OwnAttention, PackCache, PackedRope
+from mlxtune.models.skeleton import built, tiny_twin
 from mlxtune.train.step import LossFunction, batch_arrays
 
 SHAPES = [(1, 40, 0), (3, 17, 9), (2, 64, 30), (5, 8, 0), (5, 8, 20), (6, 8, 32)]
@@ -56,6 +58,31 @@ def test_values_and_gradients_are_those_of_mlx(monkeypatch, window, shape, heads
 
     results = []
     for function in (ours, theirs):
+        gradient = mx.grad(lambda *a, f=function: (f(*a) * weights).sum(), argnums=(0, 1, 2))
+        results.append([function(*given), *gradient(*given)])
+    for got, want in zip(*results, strict=True):
+        assert distance(got, want) < 2e-6
+
+
+@pytest.mark.parametrize("scores", [1 << 10, 1 << 30])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_capped_scores_have_the_values_and_gradients_of_the_formula(monkeypatch, shape, scores):
+    monkeypatch.setattr(module, "_CPU_SCORES", scores)
+    pack, cap = cache_of(*shape), 0.7
+    given = arrays(*shape, 6, 2)
+    weights = mx.random.normal(given[0].shape, key=mx.random.key(9))
+
+    def ours(q, k, v):
+        bias = partial(pack._bias, None)
+        return attention(q, k, v, scale=0.3, prefix=shape[2], bias=bias, cap=cap)
+
+    def formula(q, k, v):
+        k, v = mx.repeat(k, 3, axis=1), mx.repeat(v, 3, axis=1)
+        s = cap * mx.tanh(0.3 * (q @ k.swapaxes(-1, -2)) / cap)
+        return mx.softmax(mx.where(pack.mask(), s, -1e30), axis=-1) @ v
+
+    results = []
+    for function in (ours, formula):
         gradient = mx.grad(lambda *a, f=function: (f(*a) * weights).sum(), argnums=(0, 1, 2))
         results.append([function(*given), *gradient(*given)])
     for got, want in zip(*results, strict=True):
@@ -129,7 +156,8 @@ def test_scores_are_not_kept():
         ("gemma3_text", True),  # some blocks look through a window
         ("olmo3", True),
         ("gpt_oss", False),  # something else takes part in the softmax
-        ("gemma2", False),  # scores are capped before the softmax
+        ("gemma2", True),  # scores are capped before the softmax
+        ("cohere2", True),  # a block has no positions
         ("qwen3_moe", True),
     ],
 )
@@ -164,13 +192,46 @@ def test_models_take_it_where_it_computes_the_same(kind, own):
     assert distance(*losses) < 1e-6
 
 
-def test_a_cap_on_scores_that_nothing_names_is_seen():
+@pytest.mark.parametrize(("kind", "more"), [("llama", {}), ("gemma2", {}), ("cohere2", {})])
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_deep_models_of_sixteen_bits_take_it_too(kind, more, dtype):
+    """After so many blocks two orders of rounding are as far apart as two masks."""
+    model = tiny(kind, num_hidden_layers=30, **more)
+    model.set_dtype(dtype)
+    enable_packs_by(model, config_of(model))
+    assert pack_kind(model) is OwnAttention
+
+
+def test_models_that_also_see_are_proven_by_their_language_model():
+    text = config_of(tiny("gemma3_text", sliding_window=16, sliding_window_pattern=2))
+    config = {"model_type": "gemma3", "text_config": text, "vocab_size": 128}
+    model = built(config)
+    model.set_dtype(mx.bfloat16)
+    enable_packs_by(model, config)
+    assert pack_kind(model) is OwnAttention
+
+
+def test_small_models_show_every_kind_of_block():
+    kinds = (["sliding_attention"] * 4 + ["full_attention"]) * 2
+    config = config_of(tiny("gemma4_text", **GEMMA4))
+    config |= {"num_hidden_layers": 10, "num_kv_shared_layers": 4, "layer_types": kinds}
+    twin = tiny_twin(config)
+    assert twin.args.layer_types == kinds
+    assert twin.args.num_kv_shared_layers == 5
+
+
+def config_of(model):
+    return {name: value for name, value in vars(model.args).items() if value is not None}
+
+
+def test_a_cap_on_scores_that_is_not_kept_is_seen(monkeypatch):
     """A cap of 50 changes the small scores of a probe by nothing that could be told."""
-    model = tiny("gemma2", num_key_value_heads=4)
-    model.args.attn_logit_softcapping = None
-    assert model.layers[0].self_attn.attn_logit_softcapping
+    model = tiny("gemma2")
     enable_packs(model)
-    assert pack_kind(model) is PackCache
+    assert pack_kind(model) is OwnAttention
+    attend = OwnAttention.attend
+    monkeypatch.setattr(OwnAttention, "attend", lambda *a, cap, **k: attend(*a, **k))
+    assert not enable._takes_own_attention(model)
 
 
 def test_each_block_has_its_window_and_a_wrong_one_is_seen_in_a_few_tokens():
@@ -178,7 +239,7 @@ def test_each_block_has_its_window_and_a_wrong_one_is_seen_in_a_few_tokens():
     enable_packs(model)
     ropes = [m for m in model.modules() if isinstance(m, PackedRope)]
     assert sorted((rope.window for rope in ropes), key=str) == [100, None]
-    assert packed._takes_own_attention(model)
+    assert enable._takes_own_attention(model)
     for rope in ropes:
         rope.window = None
-    assert not packed._takes_own_attention(model)
+    assert not enable._takes_own_attention(model)

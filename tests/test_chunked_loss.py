@@ -18,8 +18,8 @@ from helpers import (
 from mlxtune.data.pack import pack
 from mlxtune.layers.inject import projections
 from mlxtune.losses.cross_entropy import chunked_cross_entropy
+from mlxtune.models.enable import enable_packs
 from mlxtune.models.heads import split_head
-from mlxtune.models.packed import enable_packs
 from mlxtune.train import step
 from mlxtune.train.step import LossFunction, batch_arrays
 

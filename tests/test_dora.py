@@ -25,7 +25,7 @@ from mlxtune.layers.dora import DoRALinear
 from mlxtune.layers.inject import add_lora, fuse_lora, lora_layers, projections
 from mlxtune.layers.packing import Packing
 from mlxtune.layers.quantized import QuantizedLinear
-from mlxtune.models.packed import enable_packs
+from mlxtune.models.enable import enable_packs
 from mlxtune.train.blocks import checkpoint_blocks
 from mlxtune.train.optim import make_optimizer
 from mlxtune.train.step import TrainStep

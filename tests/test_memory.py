@@ -11,8 +11,8 @@ from mlx_lm.models import gemma3
 from mlxtune.arrays import random_key
 from mlxtune.data.pack import pack, pad
 from mlxtune.errors import ModelError
+from mlxtune.models.enable import enable_packs
 from mlxtune.models.heads import split_head
-from mlxtune.models.packed import enable_packs
 from mlxtune.train.blocks import checkpoint_blocks
 from mlxtune.train.memory import GB, blocks_to_checkpoint, keep_freed_buffers, memory_budget
 from mlxtune.train.step import LossFunction, batch_arrays
@@ -79,6 +79,23 @@ def test_what_the_optimizer_keeps_is_counted():
     budget, state = int(1.2 * most), int(0.5 * most)
     assert blocks_to_checkpoint(model, BATCH, budget) == 0
     assert blocks_to_checkpoint(model, BATCH, budget, state) > 0
+
+
+def test_a_model_as_it_was_loaded_is_measured_as_it_will_train():
+    """In evaluation mode its loss would keep the logits of every token."""
+    model = with_adapters(tiny("llama", num_hidden_layers=6, vocab_size=20_000))
+    enable_packs(model)
+    arrays = batch_arrays(BATCH)
+    mx.eval(arrays)
+    model.train()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(nn.value_and_grad(model, LossFunction(model))(arrays, BATCH.prefix, BATCH.packed))
+    needed = mx.get_peak_memory() - before
+    model.eval()
+    budget = mx.get_active_memory() + int(1.3 * needed)
+    assert blocks_to_checkpoint(model, BATCH, budget) == 0
+    assert not any(module.training for module in model.modules())
 
 
 def test_the_model_is_left_whole():

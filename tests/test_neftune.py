@@ -21,8 +21,9 @@ from helpers import (
 from mlxtune.data.pack import Batch, pack, pad
 from mlxtune.data.passes import Layout
 from mlxtune.data.render import Sample
+from mlxtune.models.enable import enable_packs
 from mlxtune.models.heads import split_head
-from mlxtune.models.packed import PackedRope, enable_packs
+from mlxtune.models.packed import PackedRope
 from mlxtune.train.blocks import checkpoint_blocks
 from mlxtune.train.heldout import held_out_loss
 from mlxtune.train.neftune import add_embedding_noise, noise_sizes

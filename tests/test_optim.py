@@ -11,7 +11,7 @@ from conftest import tiny_llama
 from helpers import random_samples, trainable, with_adapters
 
 from mlxtune.data.pack import pack
-from mlxtune.models.packed import enable_packs
+from mlxtune.models.enable import enable_packs
 from mlxtune.recipe.schema import TrainSection
 from mlxtune.train.optim import make_optimizer, update
 from mlxtune.train.schedule import learning_rate

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import tiny_llama
 from helpers import (
+    GEMMA4,
     distance,
     loss_of_batch,
     loss_of_each_alone,
@@ -22,10 +23,20 @@ from hypothesis import strategies as st
 from mlxtune.data.pack import PADDING, PREFIX, Batch, common_prefix, pack, pad
 from mlxtune.data.render import Sample
 from mlxtune.errors import ModelError
-from mlxtune.models.packed import enable_packs
+from mlxtune.models.enable import enable_packs
+from mlxtune.models.packed import PackCache
 
 TOKENS = mx.array([[5, 17, 99, 3, 42, 64, 7, 1]])
 
+ALONE = {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}
+PROPORTIONAL = {
+    "full_attention": {
+        "rope_type": "proportional",
+        "rope_theta": 1e6,
+        "partial_rotary_factor": 0.25,
+    },
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 MODELS = {
     "llama, tied": lambda: tiny_llama(tied=True),
     "llama, untied": lambda: tiny_llama(tied=False),
@@ -39,7 +50,33 @@ MODELS = {
     "gemma3, sliding window": lambda: tiny(
         "gemma3_text", sliding_window=6, sliding_window_pattern=2, query_pre_attn_scalar=16.0
     ),
-    "gemma2, capped": lambda: tiny("gemma2", num_key_value_heads=4, final_logit_softcapping=0.5),
+    "gemma2, capped": lambda: tiny(
+        "gemma2",
+        final_logit_softcapping=0.5,
+        attn_logit_softcapping=0.2,
+        query_pre_attn_scalar=1.0,
+    ),
+    "gemma4, blocks that share keys": lambda: tiny("gemma4_text", **GEMMA4),
+    "gemma4, values from keys": lambda: tiny(
+        "gemma4_text",
+        **GEMMA4 | ALONE,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+    ),
+    "gemma4, experts": lambda: tiny(
+        "gemma4_text",
+        **GEMMA4 | ALONE,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=32,
+    ),
+    "gemma4, some dimensions turned": lambda: tiny(
+        "gemma4_text", **GEMMA4, rope_parameters=PROPORTIONAL
+    ),
+    "cohere2, a block without positions": lambda: tiny(
+        "cohere2", sliding_window=6, sliding_window_pattern=2
+    ),
     "smollm3, a block without positions": lambda: tiny(
         "smollm3", tie_word_embeddings=True, no_rope_layer_interval=2
     ),
@@ -187,12 +224,21 @@ def test_the_common_prefix_is_common_untrained_and_leaves_something_over(samples
 # ------------------------------------------------------------------------ what is refused
 
 
+def test_a_call_of_our_own_that_does_not_fit_is_taken_back(monkeypatch):
+    model = tiny("gemma2")
+    logits, before = model(TOKENS), type(model.layers[0].self_attn)
+    monkeypatch.setattr(PackCache, "_with_prefix", lambda self, x: self.rows(x)[:, :, ::-1])
+    with pytest.raises(ModelError):
+        enable_packs(model)
+    assert type(model.layers[0].self_attn) is before
+    assert mx.array_equal(model(TOKENS), logits).item()
+
+
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
         ("mamba", {"state_size": 4, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True}),
-        ("gemma2", {}),
-        ("cohere2", {"sliding_window": 6, "sliding_window_pattern": 2}),
+        ("gptj", {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 64, "rotary_dim": 16}),
     ],
 )
 def test_an_architecture_that_packs_do_not_fit_is_refused_and_left_as_it_was(kind, changes):

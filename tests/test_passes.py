@@ -15,7 +15,7 @@ from helpers import random_samples, with_adapters
 from mlxtune.data.ahead import ahead
 from mlxtune.data.pack import pack
 from mlxtune.data.passes import Layout, passes
-from mlxtune.models.packed import enable_packs
+from mlxtune.models.enable import enable_packs
 from mlxtune.train.heldout import held_out_loss, sample_losses
 
 

@@ -29,8 +29,8 @@ from mlxtune.data.pack import Batch, pack, pad
 from mlxtune.data.passes import Layout, passes
 from mlxtune.data.render import Sample
 from mlxtune.losses.cross_entropy import weighted_cross_entropy
+from mlxtune.models.enable import enable_packs
 from mlxtune.models.heads import split_head
-from mlxtune.models.packed import enable_packs
 from mlxtune.train.blocks import checkpoint_blocks
 from mlxtune.train.heldout import held_out_loss
 from mlxtune.train.schedule import learning_rate
@@ -249,6 +249,15 @@ def test_recomputed_blocks_give_the_same_loss_and_gradients(lay_out):
 )
 def test_recomputed_blocks_pass_gradients_through_all_that_they_hand_on(kind, sizes):
     same_when_recomputed(lambda: with_adapters(tiny(kind, **sizes)), pad(RAGGED))
+
+
+def test_recomputed_blocks_of_a_pack_hand_on_keys_and_values():
+    def build() -> nn.Module:
+        model = tiny("gemma4_text", **GEMMA4)
+        enable_packs(model)
+        return with_adapters(model)
+
+    same_when_recomputed(build, pack(RAGGED))
 
 
 @LAYOUTS

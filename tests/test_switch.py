@@ -41,7 +41,7 @@ from mlxtune.layers.inject import (
 )
 from mlxtune.layers.quantized import PackedLayer, QuantizedLinear, Route, packing_named
 from mlxtune.layers.switch import LoRASwitchLinear, QuantizedSwitchLinear
-from mlxtune.models.packed import enable_packs
+from mlxtune.models.enable import enable_packs
 from mlxtune.models.targets import find_targets
 from mlxtune.recipe.load import parse_recipe
 from mlxtune.train.blocks import checkpoint_blocks

@@ -622,7 +622,7 @@ def test_a_compiled_step_is_the_plain_step(accumulation):
     from mlxtune.data.batches import Part, Plan
     from mlxtune.data.render import Sample
     from mlxtune.layers.inject import add_lora, projections
-    from mlxtune.models.packed import enable_packs
+    from mlxtune.models.enable import enable_packs
     from mlxtune.train.step import TrainStep
 
     generator = np.random.default_rng(0)

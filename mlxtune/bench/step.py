@@ -18,9 +18,9 @@ from mlxtune.bench.graph import Graph, trace
 from mlxtune.data.pack import Batch
 from mlxtune.errors import ModelError
 from mlxtune.layers.gated import GatedClasses, use_gated_activations
+from mlxtune.models.enable import enable_packs
 from mlxtune.models.heads import split_head
 from mlxtune.models.load import DTYPES
-from mlxtune.models.packed import enable_packs
 from mlxtune.models.skeleton import Config, Forms, hollow, skeleton, tiny_twin
 from mlxtune.recipe.schema import Recipe, TrainSection
 from mlxtune.train.blocks import checkpoint_blocks

@@ -14,8 +14,8 @@ from mlxtune.data.render import Renderer, Sample
 from mlxtune.data.tokens import tokenize
 from mlxtune.errors import DataError, ModelError
 from mlxtune.evaluate.answers import answers
+from mlxtune.models.enable import enable_packs_by
 from mlxtune.models.load import LoadedModel
-from mlxtune.models.packed import enable_packs
 from mlxtune.recipe.schema import DataSource, Recipe
 from mlxtune.train.corpus import conversations_of, read_held_out, rules_of, source_of
 from mlxtune.train.heldout import held_out_loss, sample_losses
@@ -151,7 +151,7 @@ def measure(
     general = plain_samples(general_text, renderer) if general_text is not None else []
     packing = False
     with suppress(ModelError):
-        enable_packs(model)
+        enable_packs_by(model, loaded.config)
         packing = True
     layout = layout_for(packing)
     progress("held-out loss")

@@ -82,8 +82,9 @@ def attention(
     prefix: int,
     bias: Bias,
     window: int | None = None,
+    cap: float | None = None,
 ) -> mx.array:
-    """softmax(scale * Q K^T + bias) V, differentiable in all three.
+    """softmax(capped(scale * Q K^T) + bias) V, differentiable in all three.
 
     Args:
         queries: (rows, heads, width, dim).
@@ -92,6 +93,7 @@ def attention(
         prefix: keys in front of a row's own.
         bias: who sees whom, block by block; a query sees no key of its row after itself.
         window: how many keys a query sees at most, itself among them.
+        cap: no score is larger: s becomes cap * tanh(s / cap) (Gemma 2, arXiv:2408.00118).
 
     Returns:
         As `queries`.
@@ -100,10 +102,14 @@ def attention(
     kv_heads = keys.shape[1]
     parts = list(blocks(rows, width, prefix, heads, window))
 
-    def scores(block: Block, q: mx.array, k: mx.array) -> mx.array:
+    def scores(block: Block, q: mx.array, k: mx.array) -> tuple[mx.array, mx.array | None]:
+        """Scores of a block, and how steep the cap is at each."""
         product = (q @ k.swapaxes(-1, -2)).astype(mx.float32)
         product = product.reshape(*product.shape[:2], heads // kv_heads, -1, block.seen)
-        return product + bias(block)
+        if cap is None:
+            return product + bias(block), None
+        bent = mx.tanh(product / cap)
+        return bent * cap + bias(block), 1 - bent * bent
 
     def of_block(block: Block, x: mx.array) -> mx.array:
         """Queries, outputs or gradients of a block, the heads of a group one after another."""
@@ -130,10 +136,13 @@ def attention(
                 # Not before the last block is done with its scores.
                 [own] = mx.depends([own], before)
             k_seen, v_seen = k[block.rows, :, block.keys], v[block.rows, :, block.keys]
-            p = exp(scores(block, own, k_seen) - log[block.rows, :, :, block.queries])
+            s, slope = scores(block, own, k_seen)
+            p = exp(s - log[block.rows, :, :, block.queries])
             flat = p.reshape(*own.shape[:-1], block.seen)
             from_above = (above @ v_seen.swapaxes(-1, -2)).astype(mx.float32)
             ds = p * (from_above.reshape(p.shape) - drift[block.rows, :, :, block.queries])
+            if slope is not None:
+                ds = ds * slope
             ds = ds.reshape(flat.shape).astype(q.dtype)
             for_q.append(((ds @ k_seen) * scale).reshape(*p.shape[:-1], dim))
             before = [
@@ -156,7 +165,7 @@ def attention(
             own = of_block(block, q) * scale
             if outputs:  # not before the last block is done with its scores
                 [own] = mx.depends([own], [outputs[-1]])
-            s = scores(block, own, k[block.rows, :, block.keys])
+            s, _ = scores(block, own, k[block.rows, :, block.keys])
             peak = s.max(axis=-1, keepdims=True)
             p = exp(s - peak)
             total = p.sum(axis=-1, keepdims=True)

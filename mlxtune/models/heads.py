@@ -7,7 +7,7 @@ the two.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,16 +107,25 @@ def split_head(model: nn.Module, *, proven: bool = False) -> tuple[Body, Head] |
     return (body, head) if error < (1e-5 if want.dtype == mx.float32 else 1e-2) else None
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
     """Evaluation mode (no dropout) for a while; each module's own mode comes back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    return _in_mode(model, False)
+
+
+def training(model: nn.Module) -> AbstractContextManager[None]:
+    """Training mode for a while, likewise."""
+    return _in_mode(model, True)
+
+
+@contextmanager
+def _in_mode(model: nn.Module, mode: bool) -> Iterator[None]:
+    others = [module for module in model.modules() if module.training != mode]
+    model.train(mode)
     try:
         yield
     finally:
-        for module in training:
-            module._set_training_mode(True)  # `train` would reach the modules below too
+        for module in others:
+            module._set_training_mode(not mode)  # `train` would reach the modules below too
 
 
 def _final_form(model: nn.Module) -> Finish:

@@ -1,4 +1,4 @@
-"""Give a packed batch to an unmodified mlx-lm model.
+"""Give a packed batch to a model of mlx-lm.
 
 mlx-lm's attention asks three things of the object it knows as a cache: an `offset` that
 goes into its rotary embedding, `update_and_fetch(keys, values)`, and a mask from
@@ -18,15 +18,15 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from math import ceil, inf, isfinite
-from typing import Any, TypeVar
+from math import ceil
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxtune.arrays import scalar
-from mlxtune.errors import ModelError
 from mlxtune.models.attention import Block, attention
+
+_NEVER = -1e30  # added to a score that is not to be seen
 
 
 class PackCache:
@@ -43,9 +43,6 @@ class PackCache:
         self.positions = positions
         self.segments = segments
         self.prefix = prefix
-        # What `PackedRope` keeps of the queries of the block that is being computed, for
-        # attention of our own: (rows, heads, width, dim), the scale of scores, the window.
-        self.asked: tuple[mx.array, float, int | None] | None = None
         # To see in a few tokens what an architecture does to large scores, and which blocks
         # look through a window: a factor on queries and keys, and the widest window.
         self.gain, self.widest = 1.0, sys.maxsize
@@ -62,31 +59,56 @@ class PackCache:
         rows, width = self.positions.shape
         return x.reshape(heads, rows, width, dim).transpose(1, 0, 2, 3)
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Keys and values of each row with the prefix's in front.
 
         Args:
-            keys: (rows, heads, width, dim), from `PackedRope`.
-            values: (1, heads, rows * width, dim), or as the keys.
+            keys, values: (rows, heads, width, dim), or (1, heads, rows * width, dim).
         """
-        keys, values = self._with_prefix(keys), self._with_prefix(values)
-        if self.asked is None:
-            return keys, values
-        (queries, scale, window), self.asked = self.asked, None
-        window = self._reach(window)
-        mixed = attention(
-            queries,
-            keys,
-            values,
-            scale=scale,
-            prefix=self.prefix,
-            bias=partial(self._bias, window),
-            window=window,
-        )
-        # One key with one long value: what the model's own attention makes of it is the
-        # value, which its reshaping turns into (1, rows * width, heads * dim).
-        mixed = mixed.transpose(0, 2, 1, 3).reshape(1, 1, 1, -1)
-        return mx.zeros((1, 1, 1, 1), mixed.dtype), mixed
+        return self._with_prefix(keys), self._with_prefix(values)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """As mlx-lm asks for keys and values."""
+        return self.fetch(keys, values)
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        scale: float,
+        mask: mx.array | None = None,
+        window: int | None = None,
+        cap: float | None = None,
+    ) -> mx.array:
+        """What every token takes from the values that it sees: (1, rows * width, heads * dim).
+
+        Args:
+            queries: (rows, heads, width, dim).
+            keys, values: as `fetch` gives them.
+            scale: of the scores.
+            mask: who sees whom, where attention is not ours.
+            window: how far a token looks back, where it is.
+            cap: of the scores, see `attention`.
+        """
+        if cap is None:
+            mixed = mx.fast.scaled_dot_product_attention(
+                queries, keys, values, scale=scale, mask=mask
+            )
+        else:
+            rows, heads, width, dim = queries.shape
+            grouped = (queries * scale).reshape(rows, keys.shape[1], -1, width, dim)
+            scores = mx.tanh(grouped @ keys[:, :, None].swapaxes(-1, -2) / cap) * cap
+            if mask is not None:
+                scores = mx.where(mask[:, :, None], scores, mx.finfo(scores.dtype).min)
+            scores = mx.softmax(scores, axis=-1, precise=True)
+            mixed = (scores @ values[:, :, None]).reshape(rows, heads, width, -1)
+        return self._in_one_row(mixed)
+
+    def _in_one_row(self, mixed: mx.array) -> mx.array:
+        rows, heads, width, dim = mixed.shape
+        return mixed.transpose(0, 2, 1, 3).reshape(1, rows * width, heads * dim)
 
     def _with_prefix(self, x: mx.array) -> mx.array:
         if x.shape[0] != self.positions.shape[0]:
@@ -150,25 +172,49 @@ class PackCache:
 class OwnAttention(PackCache):
     """A pack for a model whose attention is ours: it is given one key, and no mask."""
 
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        # What `PackedRope` keeps of the queries of the block that is being computed: (rows,
+        # heads, width, dim), the scale of scores, the window.
+        self.asked: tuple[mx.array, float, int | None] | None = None
+
     def make_mask(
         self, _length: int, return_array: bool = True, window_size: int | None = None
     ) -> None:
         """Nothing to mask: `PackedRope` knows its block's window."""
 
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """One key with one long value: what the model's own attention makes of it is the
+        value, which its reshaping turns into (1, rows * width, heads * dim)."""
+        assert self.asked is not None
+        (queries, scale, window), self.asked = self.asked, None
+        mixed = self.attend(queries, *self.fetch(keys, values), scale=scale, window=window)
+        return mx.zeros((1, 1, 1, 1), mixed.dtype), mixed.reshape(1, 1, 1, -1)
 
-class _Asked(PackCache):
-    """A pack that remembers the masks it has given, and which windows they are of."""
-
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        self.given: list[tuple[mx.array, int | None]] = []
-
-    def make_mask(
-        self, _length: int, return_array: bool = True, window_size: int | None = None
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        scale: float,
+        mask: mx.array | None = None,
+        window: int | None = None,
+        cap: float | None = None,
     ) -> mx.array:
-        mask = self.mask(window_size)
-        self.given.append((mask, window_size))
-        return mask
+        """As of any pack, by `attention`."""
+        window = self._reach(window)
+        mixed = attention(
+            queries,
+            keys,
+            values,
+            scale=scale,
+            prefix=self.prefix,
+            bias=partial(self._bias, window),
+            window=window,
+            cap=cap,
+        )
+        return self._in_one_row(mixed)
 
 
 class PackedRope(nn.Module):
@@ -196,12 +242,7 @@ class PackedRope(nn.Module):
         if not isinstance(offset, PackCache):
             plain: mx.array = self.inner(x, offset=offset)
             return plain
-        # `mx.fast.rope` takes one offset for each entry of the batch axis: with time on
-        # it, every token has its own position.
-        turned = self.inner(x.transpose(2, 1, 0, 3), offset=offset.positions.reshape(-1))
-        grid = offset.rows(turned.transpose(2, 1, 0, 3))
-        if offset.gain != 1:
-            grid = grid * offset.gain
+        grid = self.place(x, offset)
         if isinstance(offset, OwnAttention) and offset.asked is None:
             # The first that is turned are the queries: `update_and_fetch` has use for them.
             assert self.scale is not None
@@ -209,141 +250,10 @@ class PackedRope(nn.Module):
             return mx.zeros((1, 1, 1, 1), grid.dtype)
         return grid
 
-
-def enable_packs(model: nn.Module, proven_on: nn.Module | None = None) -> None:
-    """Wrap the rotary embeddings of a model's blocks, and prove that packs come out right.
-
-    Args:
-        model: to train on packs.
-        proven_on: a model of the same architecture for which they are enabled; then nothing
-            is computed.
-
-    Raises:
-        ModelError: a block has no attention of the known form, or a packed pair of
-            samples does not give the logits of each alone. The model is as before.
-    """
-    if any(isinstance(module, PackedRope) for module in model.modules()):
-        return  # done before
-    owners = [
-        module for module in model.modules() if isinstance(getattr(module, "rope", None), nn.Module)
-    ]
-    if len(owners) != len(model.layers):
-        raise ModelError("this architecture's attention has no rotary embedding in every block")
-    for owner in owners:
-        scale = getattr(owner, "scale", None)
-        owner.rope = PackedRope(owner.rope, scale if isinstance(scale, float) else None)
-    if proven_on is not None:
-        own = pack_kind(proven_on) is OwnAttention and _find_windows(model)
-    elif problem := _problem(model):
-        for owner in owners:
-            owner.rope = owner.rope.inner
-        raise ModelError(f"packed samples cannot be given to this architecture: {problem}")
-    else:
-        # CUDA has a fused attention with a backward pass; elsewhere MLX keeps all scores.
-        own = not mx.cuda.is_available() and _find_windows(model) and _takes_own_attention(model)
-    for owner in owners:
-        owner.rope.own = own
-
-
-def pack_kind(model: nn.Module) -> type[PackCache]:
-    """What a model for which packs are enabled takes as the cache of its blocks."""
-    ropes = [module for module in model.modules() if isinstance(module, PackedRope)]
-    return OwnAttention if ropes and all(rope.own for rope in ropes) else PackCache
-
-
-_NEVER = -1e30
-_Pack = TypeVar("_Pack", bound=PackCache)
-
-
-# Two samples, 1 2 3 and 1 2 4 5, in a grid of one row for the prefix 1 2 and one row that
-# holds 3, 4 5 and padding.
-_PROBE = ((1, 2, 0, 0), (3, 4, 5, 0))
-# Sixteen-bit types round at 1e-2; a wrong position or mask is off by far more.
-_BOUNDS = {mx.float32: 2e-4}
-_LOOSE = 5e-2
-# Scores nine hundred times as large show a cap on them, which small ones do not reach.
-_GAIN = 30.0
-
-
-def _problem(model: nn.Module) -> str | None:
-    """What is wrong with the logits of two packed samples; None if nothing is."""
-    try:
-        got = _logits(model, _probe(PackCache))
-        alone = [model(mx.array([[1, 2, 3]]))[0, 2:], model(mx.array([[1, 2, 4, 5]]))[0, 2:]]
-        off = _distance(got, mx.concatenate(alone))
-    except Exception as error:  # whatever an unknown architecture does with a cache
-        return str(error) or type(error).__name__
-    return None if off < _BOUNDS.get(got.dtype, _LOOSE) else f"logits differ by {off:.1e}"
-
-
-def _takes_own_attention(model: nn.Module) -> bool:
-    """Whether the logits of a pack are the same with attention of our own."""
-    if getattr(getattr(model, "args", None), "attn_logit_softcapping", None):
-        return False
-    try:
-        for gain, widest in ((1.0, sys.maxsize), (_GAIN, sys.maxsize), (1.0, 2)):
-            got, want = (
-                _logits(model, _probe(kind, gain, widest)) for kind in (OwnAttention, PackCache)
-            )
-            if _distance(got, want) > _BOUNDS.get(got.dtype, _LOOSE):
-                return False
-    except Exception:  # as above
-        return False
-    return True
-
-
-def _find_windows(model: nn.Module) -> bool:
-    """Tell the rotary embeddings how far their blocks look back; nothing is computed.
-
-    Returns:
-        False where a block is not given one of the masks that the model has asked for.
-    """
-    cache = _probe(_Asked)
-    windows: list[int | None] = []
-    classes = [type(layer) for layer in model.layers]
-
-    def watched(original: type) -> type:
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            for given in (*args, *kwargs.values()):
-                windows.extend(window for mask, window in cache.given if given is mask)
-            return original.__call__(self, *args, **kwargs)
-
-        return type(original.__name__, (original,), {"__call__": call})
-
-    try:
-        for layer, original in zip(model.layers, classes, strict=True):
-            layer.__class__ = watched(original)
-        _logits(model, cache)
-    except Exception:  # as above
-        return False
-    finally:
-        for layer, original in zip(model.layers, classes, strict=True):
-            layer.__class__ = original
-    modules = [module for layer in model.layers for module in layer.modules()]
-    ropes = [module for module in modules if isinstance(module, PackedRope)]
-    if not len(ropes) == len(windows) == len(classes):
-        return False
-    for rope, window in zip(ropes, windows, strict=True):
-        rope.window = window
-    return True
-
-
-def _probe(kind: type[_Pack], gain: float = 1.0, widest: int = sys.maxsize) -> _Pack:
-    """The pack of `_PROBE`."""
-    positions, segments = [[0, 1, 0, 0], [2, 2, 3, 0]], [[0, 0, -1, -1], [1, 2, 2, -1]]
-    cache = kind(mx.array(positions), mx.array(segments), 2)
-    cache.gain, cache.widest = gain, widest
-    return cache
-
-
-def _logits(model: nn.Module, cache: PackCache) -> mx.array:
-    """Logits of the three tokens of `_PROBE` after its prefix."""
-    tokens = mx.array(_PROBE).reshape(1, -1)
-    logits: mx.array = model(tokens, cache=[cache] * len(model.layers))
-    return logits[0, 4:7]
-
-
-def _distance(got: mx.array, want: mx.array) -> float:
-    """Largest difference, relative to the largest value; infinite if there is no number."""
-    error = scalar(mx.abs(got - want).max() / mx.abs(want).max())
-    return error if isfinite(error) else inf
+    def place(self, x: mx.array, pack: PackCache) -> mx.array:
+        """Rotate (1, heads, rows * width, dim) to where a pack's tokens are, as its rows."""
+        # `mx.fast.rope` takes one offset for each entry of the batch axis: with time on
+        # it, every token has its own position.
+        turned = self.inner(x.transpose(2, 1, 0, 3), offset=pack.positions.reshape(-1))
+        grid = pack.rows(turned.transpose(2, 1, 0, 3))
+        return grid * pack.gain if pack.gain != 1 else grid

@@ -54,35 +54,58 @@ def skeleton(config: Config, dtype: mx.Dtype, forms: Forms | None = None) -> nn.
 
 
 def tiny_twin(config: Config) -> nn.Module:
-    """A small model of the same architecture with random weights, to try what it can do.
+    """A small model of the same architecture, random and in float32, to try what it can do.
+
+    It has as many blocks as show every kind that the config names.
 
     Raises:
         ModelError: none can be made.
     """
+    has_head_dim = any(field.name == "head_dim" for field in fields(model_classes(config)[1]))
+    try:
+        model = built(_small(config, has_head_dim))
+    except ModelError:  # an architecture whose blocks take turns, of four mostly
+        model = built(_small(config, has_head_dim, least=4))
+    mx.eval(model.parameters())
+    return model
+
+
+def _small(config: Config, has_head_dim: bool, least: int = 2) -> Config:
+    """A config with small sizes; of a model that also sees, its language model's.
+
+    Args:
+        config: of a model.
+        has_head_dim: whether it takes `head_dim`.
+        least: blocks.
+    """
     config = dict(config)
+    if "num_hidden_layers" not in config and isinstance(config.get("text_config"), dict):
+        return config | {"text_config": _small(config["text_config"], False, least)}
     heads = int(config.get("num_attention_heads", 1))
-    pattern = config.get("sliding_window_pattern") or config.get("no_rope_layer_interval") or 2
-    count = min(int(config["num_hidden_layers"]), int(pattern))
+    blocks = int(config["num_hidden_layers"])
+    pattern = config.get("sliding_window_pattern") or config.get("no_rope_layer_interval")
+    kinds = config.get("layer_types") or []
+    shown = (kinds.index(kind) + 1 for kind in kinds)
+    count = min(blocks, max(least, int(pattern or least), *shown))
+    turns = 2 if config.get("num_kv_shared_layers") else 1  # the second has the first's keys
     for key, value in config.items():
-        if isinstance(value, list) and len(value) == config["num_hidden_layers"]:
-            config[key] = value[:count]
-    args = {field.name for field in fields(model_classes(config)[1])}
-    if "head_dim" in args:
+        if isinstance(value, list) and len(value) == blocks:
+            config[key] = turns * value[:count]
+    if has_head_dim or "head_dim" in config:
         config["head_dim"] = _TINY
     small = {
-        "num_hidden_layers": count,
+        "num_hidden_layers": turns * count,
+        "num_kv_shared_layers": (turns - 1) * count,
         "hidden_size": heads * _TINY,
         "intermediate_size": 2 * _TINY,
         "moe_intermediate_size": 2 * _TINY,
         "num_experts": 4,
         "num_experts_per_tok": 2,
         "vocab_size": 4 * _TINY,
+        "vocab_size_per_layer_input": 4 * _TINY,
         "rope_scaling": None,
     }
-    config |= {key: value for key, value in small.items() if key in config}
-    model = built(config)
-    mx.eval(model.parameters())
-    return model
+    return config | {key: value for key, value in small.items() if key in config}
 
 
 def hollow(model: nn.Module, dtype: mx.Dtype | None = None) -> None:

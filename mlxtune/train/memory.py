@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlxtune.arrays import flat, random_key, set_random_key
 from mlxtune.data.pack import Batch
 from mlxtune.errors import ModelError
-from mlxtune.models.heads import language_model
+from mlxtune.models.heads import language_model, training
 from mlxtune.train.step import LossFunction, batch_arrays
 
 GB = 10**9
@@ -116,7 +116,8 @@ def _peak(model: nn.Module, batch: Batch, blocks: int) -> int:
     mx.reset_peak_memory()
     try:
         body.layers = layers[:blocks]
-        mx.eval(nn.value_and_grad(model, loss)(arrays, batch.prefix, batch.packed))
+        with training(model):  # or the loss would keep all logits
+            mx.eval(nn.value_and_grad(model, loss)(arrays, batch.prefix, batch.packed))
         return max(0, mx.get_peak_memory() - before)
     except Exception as error:  # whatever an unknown architecture does without its blocks
         raise ModelError(

@@ -26,8 +26,9 @@ from mlxtune.layers.inject import (
 )
 from mlxtune.layers.quantized import packing_named
 from mlxtune.layers.routes import Routes, choose_routes, fix_routes
+from mlxtune.models.enable import enable_packs_by, pack_kind
 from mlxtune.models.load import DTYPES, LoadedModel, load_model, load_tokenizer
-from mlxtune.models.packed import enable_packs
+from mlxtune.models.packed import PackCache
 from mlxtune.models.resolve import resolve_model
 from mlxtune.models.targets import find_targets
 from mlxtune.recipe.schema import LoraSection, ModelSection, Recipe, TrainSection
@@ -74,10 +75,16 @@ def adapted_model(
     packing = recipe.train.packing
     if packing:
         try:
-            enable_packs(base.model)
+            enable_packs_by(base.model, base.config)
         except ModelError as error:
             packing = False
             notes.append(f"batches are padded, not packed: {error.what}")
+        else:
+            if pack_kind(base.model) is PackCache and not mx.cuda.is_available():
+                notes.append(
+                    "attention is mlx-lm's own, which keeps all scores: memory grows with the "
+                    "square of a row's length"
+                )
     use_gated_activations(base.model)
     mx.random.seed(recipe.seed)
     put_adapters(base.model, recipe.lora)

@@ -20,8 +20,8 @@ from mlxtune.losses.cross_entropy import (
     token_losses,
     weighted_cross_entropy,
 )
+from mlxtune.models.enable import pack_kind
 from mlxtune.models.heads import split_head
-from mlxtune.models.packed import pack_kind
 from mlxtune.train.distributed import Workers
 from mlxtune.train.neftune import embedding_noise, noise_sizes
 from mlxtune.train.optim import update
