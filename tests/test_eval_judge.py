@@ -18,6 +18,8 @@ from mlxtune.recipe.load import parse_recipe
 from mlxtune.train.metrics import Silent
 from mlxtune.train.session import fine_tune
 
+ASKED = [{"role": "user", "content": "q"}]
+
 
 class Endpoint(ThreadingHTTPServer):
     """Answers each request with the next of `script`, the last one again and again."""
@@ -87,7 +89,7 @@ def judge(endpoint, naps):
 def test_a_grade_is_scaled_and_its_cost_counted(endpoint, judge):
     endpoint.script = [good(5), good(1), good(2)]
     asked = judge()
-    assert [asked.grade("q", "ls", a) for a in ("ls", "rm", "ls -l")] == [1.0, 0.0, 0.25]
+    assert [asked.grade(ASKED, "ls", a) for a in ("ls", "rm", "ls -l")] == [1.0, 0.0, 0.25]
     report = asked.report()
     assert report["cost"] == pytest.approx((300 * 2 + 30 * 10) / 1e6)
     assert (report["graded"], report["requests"], asked.notes()) == (3, 3, [])
@@ -97,32 +99,44 @@ def test_a_grade_is_scaled_and_its_cost_counted(endpoint, judge):
     assert (
         "Is the command right?" in system["content"] and "from 1 (worst) to 5" in system["content"]
     )
-    assert json.loads(user["content"]) == {"question": "q", "reference": "ls", "answer": "ls"}
+    assert json.loads(user["content"]) == {
+        "conversation": ASKED, "reference": "ls", "answer": "ls",
+    }  # fmt: skip
 
 
 def test_what_was_asked_once_is_not_asked_again(endpoint, judge):
-    assert judge().grade("q", "ls", "ls") == 1
+    assert judge().grade(ASKED, "ls", "ls") == 1
     again = judge()
-    assert again.grade("q", "ls", "ls") == 1
+    assert again.grade(ASKED, "ls", "ls") == 1
     assert len(endpoint.seen) == 1
     assert (again.report()["from_cache"], again.report()["cost"]) == (1, 0)
-    judge(rubric="Another").grade("q", "ls", "ls")
+    judge(rubric="Another").grade(ASKED, "ls", "ls")
     assert len(endpoint.seen) == 2
+
+
+def test_the_judge_sees_the_conversation_and_the_tools(endpoint, judge):
+    tool = {"type": "function", "function": {"name": "run"}}
+    system = {"role": "system", "content": "Answer in French."}
+    assert judge().grade([system, *ASKED], "oui", "oui", tools=[tool]) == 1
+    judge().grade([system | {"content": "Answer in Latin."}, *ASKED], "oui", "oui", tools=[tool])
+    asked = [json.loads(body["messages"][1]["content"]) for _, _, body in endpoint.seen]
+    assert asked[0]["conversation"] == [system, *ASKED] and asked[0]["tools"] == [tool]
+    assert asked[1]["conversation"][0]["content"] == "Answer in Latin."
 
 
 def test_the_key_comes_from_the_environment(endpoint, judge, monkeypatch):
     monkeypatch.setenv("GRADER_KEY", "abc")
-    judge(api_key_env="GRADER_KEY").grade("q", "ls", "ls")
+    judge(api_key_env="GRADER_KEY").grade(ASKED, "ls", "ls")
     assert endpoint.seen[0][1] == "Bearer abc"
     monkeypatch.delenv("GRADER_KEY")
     without = judge(api_key_env="GRADER_KEY")
-    assert without.grade("q", "x", "y") is None and len(endpoint.seen) == 1
+    assert without.grade(ASKED, "x", "y") is None and len(endpoint.seen) == 1
     assert "GRADER_KEY" in without.notes()[0] and "1 of 1" in without.notes()[0]
 
 
 def test_overload_is_waited_for(endpoint, judge, naps):
     endpoint.script = [(429, {"Retry-After": "7"}, {}), (503, {}, b"busy"), (500, {}, b""), good(5)]
-    assert judge().grade("q", "ls", "ls") == 1
+    assert judge().grade(ASKED, "ls", "ls") == 1
     assert naps == [7.0, 2.0, 4.0]
 
 
@@ -135,36 +149,36 @@ def test_silence_is_waited_for(endpoint, judge, naps):
         mute.listen()
         url = f"http://127.0.0.1:{mute.getsockname()[1]}"
         slow = judge(endpoint=url, timeout=0.05, retries=1)
-        assert slow.grade("q", "ls", "ls") is None
+        assert slow.grade(ASKED, "ls", "ls") is None
     assert naps == [1.0] and "ReadTimeout" in slow.notes()[0]
 
 
 def test_an_endpoint_that_is_down_is_given_up_with_what_there_is(endpoint, judge, naps):
     endpoint.script = [good(4), (500, {}, b"")]
     asked = judge(retries=2)
-    grades = [asked.grade("q", "ls", a) for a in ("one", "two", "three", "four")]
+    grades = [asked.grade(ASKED, "ls", a) for a in ("one", "two", "three", "four")]
     assert grades == [0.75, None, None, None]
     assert len(endpoint.seen) == 1 + 3  # the third is not even asked for
     assert asked.notes() == [f"judge: 3 of 4 answers not graded: {endpoint.url} says 500"]
     endpoint.server_close()
     gone = judge(retries=0)
-    assert gone.grade("q", "other", "x") is None and "does not answer" in gone.notes()[0]
+    assert gone.grade(ASKED, "other", "x") is None and "does not answer" in gone.notes()[0]
 
 
 def test_what_cannot_even_be_sent_costs_no_more_than_the_grades(endpoint, judge, naps, monkeypatch):
     monkeypatch.setenv("GRADER_KEY", "schlüssel")  # a header is ASCII
     asked = judge(api_key_env="GRADER_KEY")
-    assert asked.grade("q", "ls", "a") is None and not endpoint.seen and not naps
+    assert asked.grade(ASKED, "ls", "a") is None and not endpoint.seen and not naps
     assert "1 of 1 answers not graded" in asked.notes()[0]
     endpoint.script = [(200, {"Content-Encoding": "gzip"}, b"none")]
-    assert (garbled := judge()).grade("q", "ls", "a") is None
+    assert (garbled := judge()).grade(ASKED, "ls", "a") is None
     assert "cannot be asked" in garbled.notes()[0]
 
 
 def test_a_refusal_is_not_repeated(endpoint, judge, naps):
     endpoint.script = [(401, {}, b'{"error": "bad key"}')]
     asked = judge()
-    assert asked.grade("q", "ls", "a") is None and len(endpoint.seen) == 1 and not naps
+    assert asked.grade(ASKED, "ls", "a") is None and len(endpoint.seen) == 1 and not naps
     assert "says 401" in asked.notes()[0] and "bad key" in asked.notes()[0]
 
 
@@ -172,7 +186,7 @@ def test_a_refusal_is_not_repeated(endpoint, judge, naps):
 def test_a_reply_without_a_grade_is_told(endpoint, judge, text):
     endpoint.script = [good(0, text)]
     asked = judge()
-    assert asked.grade("q", "ls", "a") is None
+    assert asked.grade(ASKED, "ls", "a") is None
     assert "1 of 1 replies hold no grade from 1 to 5" in asked.notes()[0]
 
 
@@ -180,13 +194,13 @@ def test_a_reply_without_a_grade_is_told(endpoint, judge, text):
 def test_a_reply_of_another_kind_is_told(endpoint, judge, reply):
     endpoint.script = [(200, {}, reply)]
     asked = judge()
-    assert asked.grade("q", "ls", "a") is None
+    assert asked.grade(ASKED, "ls", "a") is None
     assert "does not reply as OpenAI's API does" in asked.notes()[0]
 
 
 def test_a_grade_after_thoughts_is_found(endpoint, judge):
     endpoint.script = [good(3, 'I would say {{"grade": 1}} but: ```{{"grade": "{}"}}```')]
-    assert judge().grade("q", "ls", "a") == 0.5
+    assert judge().grade(ASKED, "ls", "a") == 0.5
 
 
 def test_a_recipe_names_its_suite_and_its_judge(endpoint, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 import pytest
-from cli_tools import mlxtune, save_tiny_model
+from cli_tools import TEMPLATE, mlxtune, save_tiny_model
 from click.testing import CliRunner
 from conftest import ROOT, SHELL_HELDOUT, write_jsonl
 
@@ -169,6 +169,47 @@ def test_results_are_written_together(tiny_run, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "heldout.json", "heldout.jsonl",
     ]  # fmt: skip
+
+
+def test_records_that_differ_in_what_comes_before_the_question_are_told_apart(
+    tiny_folder, tmp_path
+):
+    def record(system: str, answer: str) -> dict[str, object]:
+        turns = [("system", system), ("user", "a"), ("assistant", "b"), ("user", "go on")]
+        turns.append(("assistant", answer))
+        return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+    records = [record("Be brief.", "ls"), record("Be polite.", "ls"), record("Be brief.", "ls")]
+    data = write_jsonl(tmp_path / "chats.jsonl", records)
+    result = compare_models(str(tiny_folder), data=data, max_tokens=2)
+    _, answers = write_results(result, tmp_path / "out")
+    kept = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [answer["record"] for answer in kept] == [1, 2, 3]
+    assert [answer["messages"] for answer in kept] == [r["messages"][:-1] for r in records]
+    assert {answer["prompt"] for answer in kept} == {"go on"}
+
+
+def test_what_was_called_and_could_be_called_is_kept(tiny_folder, tmp_path):
+    call = {"id": "c1", "type": "function", "function": {"name": "run", "arguments": '{"x": 1}'}}
+    messages = [
+        {"role": "user", "content": "run it"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "done", "tool_call_id": "c1", "name": "run"},
+        {"role": "assistant", "content": "It ran."},
+    ]
+    tool = {"type": "function", "function": {"name": "run", "parameters": {"type": "object"}}}
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    template = model / "chat_template.jinja"
+    written = "{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}"
+    template.write_text("{{ tools | tojson }}" + TEMPLATE.replace("{{ m.content }}", written))
+    data = write_jsonl(tmp_path / "chats.jsonl", [{"messages": messages, "tools": [tool]}])
+    [answer] = compare_models(str(model), data=data, max_tokens=2).answers
+    assert answer.tools == (tool,)
+    assert answer.messages[1:] == (
+        {"role": "assistant", "content": "",
+         "tool_calls": [{"name": "run", "arguments": {"x": 1}}]},
+        {"role": "tool", "content": "done", "name": "run"},
+    )  # fmt: skip
 
 
 def test_a_judge_who_is_not_there_costs_nothing_else(tiny_run):

@@ -25,6 +25,7 @@ from mlxtune.recipe.load import parse_recipe
 from mlxtune.report.charts import charts, smoothed
 from mlxtune.report.collect import collect, read_run
 from mlxtune.report.page import page
+from mlxtune.report.results import results
 from mlxtune.report.summary import summarize
 from mlxtune.report.svg import MOST_POINTS, draw
 from mlxtune.report.write import write_report
@@ -32,6 +33,7 @@ from mlxtune.train.metrics import Silent
 from mlxtune.train.run import Run
 from mlxtune.train.session import fine_tune
 
+SUITE = "heldout"
 FULL = {"mean": 0.999, "low": 0.888, "high": 1.0, "count": 3}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FIGURES = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes")
@@ -249,6 +251,30 @@ def test_a_page_tells_plan_lengths_evaluation_recipe_and_environment(runs):
     counts = next(a["data-counts"] for _, a in dom.elements if "data-counts" in a)
     assert [int(n) for n in counts.split()] == status["lengths"]["counts"]
     assert not run.gaps and 'id="gaps"' not in text
+
+
+def test_samples_are_matched_by_all_that_was_asked(runs, tmp_path):
+    """Two records alike in question and answer, unlike in system prompt, over two runs."""
+
+    def answer(record: int, system: str, said: str) -> dict[str, object]:
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": "q"}]
+        kept = {"record": record, "prompt": "q", "messages": messages, "tools": [], "expected": "e"}
+        return kept | {"category": "", "said": {"base": "-", "tuned": said}, "scores": {}}
+
+    paths = [copied(runs[0], tmp_path / name) for name in "ab"]
+    answers = [answer(1, "one", "first"), answer(2, "two", "second")]
+    write_jsonl(paths[0] / f"eval/{SUITE}.jsonl", answers)
+    # The other was asked the second, and another first one.
+    others = [answer(1, "other", "third"), answer(2, "two", "fourth")]
+    write_jsonl(paths[1] / f"eval/{SUITE}.jsonl", others)
+    [result] = results(collect(paths))
+    assert [column.target for column in result.columns] == ["base", "tuned", "tuned"]
+    said = [[answer and answer.text for answer in sample.answers] for sample in result.samples]
+    assert said == [["-", "first", None], ["-", "second", "fourth"]]
+    assert [sample.conversation[0] for sample in result.samples] == [
+        ("system", "one"), ("system", "two"),
+    ]  # fmt: skip
+    assert "conversation of 2 turns" in Dom(page(collect(paths))).text
 
 
 def test_a_run_keeps_how_long_its_samples_are(runs, tiny_folder):

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxtune.adapters.store import fitted, put_adapter, read_adapter
-from mlxtune.data.records import Conversation
+from mlxtune.data.records import Conversation, Turn
 from mlxtune.data.render import Renderer
 from mlxtune.errors import DataError, MlxtuneError
 from mlxtune.evaluate.bootstrap import mean_interval, paired_difference, ratio_interval
@@ -158,7 +158,7 @@ def _compare(
             mx.clear_cache()
         measured, conversations = several.measured, several.shared()
         answered = [
-            _answered(c, {name: m.answers[number] for name, m in measured.items()}, scorer)
+            _answered(number, c, {k: m.answers[number] for k, m in measured.items()}, scorer)
             for number, c in conversations.items()
             if c.turns
         ]
@@ -166,8 +166,9 @@ def _compare(
     if judge is not None:
         for answer in answered:
             for name, said in answer.said.items():
-                grade = judge.grade(answer.prompt, answer.expected, said)
-                answer.scores[name]["judge"] = grade
+                answer.scores[name]["judge"] = judge.grade(
+                    answer.messages, answer.expected, said, tools=answer.tools
+                )
         notes += judge.notes()
     figures = _figures(measured, list(conversations), answered)
     notes += [
@@ -272,16 +273,34 @@ def _require_model(name: str) -> None:
         resolve_model(name)
 
 
-def _answered(conversation: Conversation, said: dict[str, str], scorer: Scorer) -> Answered:
-    asked = [turn.content for turn in conversation.prompt_turns() if turn.role == "user"]
+def _answered(
+    number: int, conversation: Conversation, said: dict[str, str], scorer: Scorer
+) -> Answered:
+    turns = conversation.prompt_turns()
+    asked = [turn.content for turn in turns if turn.role == "user"]
     expected = conversation.answer().strip()
     return Answered(
+        record=number,
         prompt=asked[-1] if asked else "",
+        messages=tuple(map(_message, turns)),
+        tools=conversation.tools,
         expected=expected,
         category=str(conversation.tags.get("category", "")),
         said=said,
         scores={name: scorer.score(answer, expected) for name, answer in said.items()},
     )
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    """A turn with what it holds, as OpenAI's API names it."""
+    message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+    if turn.reasoning:
+        message["reasoning_content"] = turn.reasoning
+    if turn.tool_calls:
+        message["tool_calls"] = [
+            {"name": call.name, "arguments": call.arguments} for call in turn.tool_calls
+        ]
+    return message | ({"name": turn.name} if turn.name is not None else {})
 
 
 def _figures(

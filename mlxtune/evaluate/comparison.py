@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,9 +46,23 @@ class Figures:
 
 @dataclass(frozen=True)
 class Answered:
-    """One record, what each model said, and what that is worth."""
+    """One record, what each model said, and what that is worth.
 
+    Attributes:
+        record: its number in the data, from 1.
+        prompt: what the user said last, to show.
+        messages: all that the models were given, turn by turn, as OpenAI's API has it.
+        tools: JSON schemas of the functions that they might call.
+        expected: the answer of the data.
+        category: of the record's own field.
+        said: each model's answer.
+        scores: metric to score, of each.
+    """
+
+    record: int
     prompt: str
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...]
     expected: str
     category: str
     said: dict[str, str]

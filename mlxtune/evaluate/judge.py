@@ -13,7 +13,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,15 @@ from mlxtune.recipe.judge import JudgeSection
 _LONGEST_PAUSE = 30.0
 _INSTRUCTION = """You grade answers. {rubric}
 
+You are given a conversation, a reference for what comes next in it, and the answer to \
+grade.
+
 Grade from {lowest} (worst) to {highest} (best). Reply with one JSON object and nothing \
 else: {{"reason": "one sentence", "grade": a whole number}}"""
 _GRADE = re.compile(r'"grade"\s*:\s*"?(-?\d+)')
+
+
+Messages = Sequence[Mapping[str, Any]]
 
 
 class _GaveUp(Exception):
@@ -64,11 +70,21 @@ class Judge:
         if key is not None and not self._key:
             self._stopped = f"the environment variable {key} with its key is not set"
 
-    def grade(self, prompt: str, expected: str, answer: str) -> float | None:
-        """An answer's grade, scaled to [0, 1]; None where there is none."""
+    def grade(
+        self, messages: Messages, expected: str, answer: str, *, tools: Messages = ()
+    ) -> float | None:
+        """An answer's grade, scaled to [0, 1]; None where there is none.
+
+        Args:
+            messages: the conversation up to the answer, system prompt and all: the same
+                answer may be right under one and wrong under another.
+            expected: the answer of the data.
+            answer: what is graded.
+            tools: schemas of the functions that might have been called.
+        """
         self._asked += 1
         self._progress(f"judge: {self._section.model}, answer {self._asked}")
-        body = self._body(prompt, expected, answer)
+        body = self._body(messages, expected, answer, tools)
         place = self._cache / f"{_hash(self._section.endpoint, body)}.json"
         reply = _kept(place)
         if reply is not None:
@@ -120,13 +136,18 @@ class Judge:
             "cost": cost,
         }
 
-    def _body(self, prompt: str, expected: str, answer: str) -> dict[str, Any]:
+    def _body(
+        self, messages: Messages, expected: str, answer: str, tools: Messages
+    ) -> dict[str, Any]:
         section = self._section
         instruction = _INSTRUCTION.format(
             rubric=section.rubric.strip(), lowest=section.lowest, highest=section.highest
         )
         # As JSON, an answer cannot pretend to be the end of itself.
-        question = {"question": prompt, "reference": expected, "answer": answer}
+        question: dict[str, Any] = {"conversation": list(messages)}
+        if tools:
+            question["tools"] = list(tools)
+        question |= {"reference": expected, "answer": answer}
         return {
             "model": section.model,
             "temperature": 0,

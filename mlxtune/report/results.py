@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,9 +65,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sample:
-    """One record and what each model said; None where one was not asked."""
+    """One record and what each model said; None where one was not asked.
+
+    `conversation` has the role and text of each turn where there are more than the prompt.
+    """
 
     prompt: str
+    conversation: tuple[tuple[str, str], ...]
     expected: str
     answers: tuple[Answer | None, ...]
 
@@ -182,20 +187,35 @@ def _samples(columns: Sequence[Column]) -> tuple[Sample, ...]:
     if not answered:
         return ()
     said = [
-        {(a["prompt"], a["expected"]): a["said"].get(column.target) for a in column.stored.answers}
+        {_identity(a): a["said"].get(column.target) for a in column.stored.answers}
         for column in columns
     ]
     every = max(1, len(answered) // SAMPLES)
     return tuple(
         Sample(
             _cut(str(record["prompt"])),
+            _turns(record),
             _cut(str(record["expected"])),
-            tuple(
-                _answer(texts.get((record["prompt"], record["expected"])), record["expected"])
-                for texts in said
-            ),
+            tuple(_answer(texts.get(_identity(record)), str(record["expected"])) for texts in said),
         )
         for record in answered[::every][:SAMPLES]
+    )
+
+
+def _identity(answer: dict[str, Any]) -> str:
+    """Which record it is of: by number, and all that it asks, for runs may differ in data."""
+    asked = answer.get("messages") or answer["prompt"]
+    return json.dumps([answer.get("record"), asked, answer.get("tools"), answer["expected"]])
+
+
+def _turns(answer: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    messages = answer.get("messages")
+    turns = [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+    if len(turns) < 2:
+        return ()
+    return tuple(
+        (str(m.get("role")), _cut(str(m.get("content") or m.get("tool_calls") or "")))
+        for m in turns
     )
 
 
