@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -185,6 +185,39 @@ def require_no_file(path: Path, overwrite: bool) -> None:
             where=str(path),
             remedy="choose another place, or pass --overwrite to replace it",
         )
+
+
+def require_apart(output: Path, sources: Iterable[Path], *, beside: bool = False) -> None:
+    """Refuse an output that would replace what it is made of.
+
+    Args:
+        output: to be written.
+        sources: files and folders that are used for it.
+        beside: whether it is a file, which may join a folder that is read.
+
+    Raises:
+        OutputExists: it is one of them, holds one or, if it is a folder, lies in one.
+    """
+    for source in sources:
+        if _lies_in(source, output):
+            what = f"{source} is used for it, and would be replaced"
+        elif not beside and _lies_in(output, source):
+            what = f"this is inside {source}, which is used for it"
+        else:
+            continue
+        raise OutputExists(
+            f"{what}; nothing was written", where=str(output), remedy="choose another place"
+        )
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether `path` is `folder` or in it, by whatever names: there are links, and disks on
+    which `Model` is `model`."""
+    place, wanted = path.resolve(), folder.resolve()
+    above = (place, *place.parents)
+    return wanted in above or (
+        wanted.exists() and any(one.exists() and wanted.samefile(one) for one in above)
+    )
 
 
 def _beside(path: Path, kind: str) -> Path:

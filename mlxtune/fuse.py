@@ -17,9 +17,10 @@ import mlx.nn as nn
 from mlxtune.arrays import scalar
 from mlxtune.data.render import Renderer
 from mlxtune.errors import OutputExists
-from mlxtune.files import atomic_folder, write_json
+from mlxtune.files import atomic_folder, require_apart, write_json
+from mlxtune.gguf.reader import GGUFFile
 from mlxtune.layers.dense import dense_tensors
-from mlxtune.models.folder import dense_pieces
+from mlxtune.models.folder import dense_pieces, weight_files
 from mlxtune.models.load import LoadedModel, load_model
 from mlxtune.models.resolve import ModelSource
 from mlxtune.models.safetensors import write_safetensors
@@ -76,6 +77,7 @@ def fuse_run(
     require_outside(output, path)
     with atomic_folder(output, overwrite=overwrite, marker=REPORT) as folder:
         run, live = open_run(path, adapter=adapter, for_inference=False)
+        require_apart(output, (*model_places(live.source.path), *([adapter] if adapter else [])))
         corpus = read_corpus(run.recipe(), Renderer(live.tokenizer))
         chosen = (corpus.held_out or corpus.parts[0].samples)[:PROOF_CONVERSATIONS]
         prompts = [sample.tokens.tolist() for sample in chosen]
@@ -113,6 +115,14 @@ def require_outside(output: Path, run: Path) -> None:
             where=str(output),
             remedy="choose another place with --output",
         )
+
+
+def model_places(path: Path) -> tuple[Path, ...]:
+    """What a model is read from: the files of a GGUF, or its folder and its weights.
+
+    Weights may be links to elsewhere.
+    """
+    return GGUFFile(path).paths if path.is_file() else (path, *weight_files(path))
 
 
 def save_model(folder: Path, model: LoadedModel, dtype: str) -> None:

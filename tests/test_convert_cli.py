@@ -13,7 +13,7 @@ import mlx_lm.utils
 import numpy as np
 import pytest
 import sentencepiece
-from cli_tools import mlxtune, save_real_vocabulary
+from cli_tools import listing, mlxtune, save_real_vocabulary
 from conftest import ROOT, SMOLLM2, tiny_llama
 from helpers import distance, tiny
 from transformers import AutoTokenizer
@@ -175,6 +175,53 @@ def test_what_is_there_is_not_replaced_unasked_and_nothing_half_written_stays(
         convert(str(folder), tmp_path / "m.gguf", file_type="f32", overwrite=True)
     assert (tmp_path / "m.gguf").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["model", "model", "--mlx-bits=2"],
+        ["model", "link", "--mlx-bits=2"],
+        ["link", "model"],
+        ["model", ".", "--mlx-bits=2"],
+        ["model", "model/packed", "--mlx-bits=2"],
+        ["links", "model"],
+        ["holder/source.gguf", "holder"],
+        ["holder/source.gguf", "holder/source.gguf", "--quantize=q2_k"],
+        ["holder/source.gguf", "linked.gguf", "--quantize=q2_k"],
+        ["linked.gguf", "holder/source.gguf", "--quantize=q2_k"],
+        ["parts/m-00001-of-00002.gguf", "parts/m-00002-of-00002.gguf"],
+        ["parts/m-00001-of-00002.gguf", "parts/m.gguf", "--split-max-size=300K"],
+        ["model", "use.dat.gguf", "--imatrix=use.dat.gguf", "--quantize=q2_k"],
+        ["model", "n.gguf", "--calibrate=t.txt", "--save-imatrix=t.txt", "--quantize=q2_k"],
+    ],
+    ids=" ".join,
+)
+def test_no_source_is_replaced_by_what_is_made_of_it(folder, tmp_path, arguments):
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "link").symlink_to("model")
+    (tmp_path / "links").mkdir()
+    for file in folder.iterdir():
+        (tmp_path / "links" / file.name).symlink_to(tmp_path / "model" / file.name)
+    convert(str(folder), tmp_path / "holder/source.gguf", verify=False)
+    (tmp_path / "linked.gguf").symlink_to("holder/source.gguf")
+    parts = convert(str(folder), tmp_path / "parts/m.gguf", split_max_bytes=200_000, verify=False)
+    for place in (tmp_path, tmp_path / "holder"):
+        shutil.copy(folder / "config.json", place)  # a folder that may be replaced
+    (tmp_path / "t.txt").write_text("text")
+    (tmp_path / "use.dat.gguf").write_bytes(b"GGUF")
+    before = listing(tmp_path)
+    assert len(parts.files) == 2
+    done = mlxtune("convert", *arguments, "--overwrite", cwd=tmp_path)
+    assert done.returncode == 1 and "is used for it" in done.stderr, done.stderr
+    assert listing(tmp_path) == before
+
+
+def test_a_file_may_join_the_folder_that_it_is_made_of(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    made = convert(str(tmp_path / "model"), tmp_path / "model/m.gguf")
+    again = convert(str(tmp_path / "model"), made.path, file_type="q8_0", overwrite=True)
+    assert again.types.keys() == {"F32", "Q8_0"}
 
 
 @pytest.mark.parametrize(

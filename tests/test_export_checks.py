@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from cli_tools import mlxtune, save_real_vocabulary
+from cli_tools import listing, mlxtune, save_real_vocabulary
 from conftest import SHELL_TRAIN, write_jsonl
 from gguf import GGUFReader
 from mlx.utils import tree_map
@@ -16,8 +17,9 @@ from mlxtune.cli.convert import verified_lines
 from mlxtune.errors import ExportError, OutputExists
 from mlxtune.export.adapter import export_adapter
 from mlxtune.export.bundle import export_run
-from mlxtune.export.convert import convert
+from mlxtune.export.convert import convert, convert_to_folder
 from mlxtune.export.runtime import check_in_llamacpp
+from mlxtune.fuse import fuse_run
 from mlxtune.gguf.imatrix import write_imatrix
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.models.load import load_model
@@ -45,6 +47,18 @@ def model(folder):
 def written(folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("gguf") / "small.gguf"
     return convert(str(folder), path, file_type="f32", verify=False).path
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    """A run of one step on a copy of the model."""
+    place = tmp_path_factory.mktemp("home-of-somebody")
+    shutil.copytree(folder, place / "base")
+    rows = [json.loads(line) for line in SHELL_TRAIN.read_text().splitlines()[:8]]
+    data = write_jsonl(place / "rows.jsonl", rows)
+    recipe = {"name": "small", "model": {"path": str(place / "base")}}
+    recipe |= {"data": [{"path": str(data)}], "train": {"max_steps": 1, "batch_size": 2}}
+    return fine_tune(parse_recipe(recipe, where="test"), place / "run", Silent()).path
 
 
 def test_llama_cpp_is_believed_when_it_disagrees(written, model):
@@ -85,6 +99,25 @@ def test_a_run_outlives_its_data(folder, tmp_path):
     without = export_run(run, output=tmp_path / "without", file_type="f32").verified
     assert (with_data.tried_on, without.tried_on) == ("records", "texts")
     assert min(with_data.llamacpp.places, without.llamacpp.places) > 10
+
+
+def test_the_base_of_a_run_is_not_replaced_by_what_is_made_of_it(run, tmp_path):
+    base, place = run.parent / "base", run.parent
+    for marker in ("model.gguf", "fuse.json"):  # as if an export, or a fused run, were the base
+        (base / marker).touch()
+    convert(str(run), tmp_path / "m.gguf", verify=False)
+    before = listing(place)
+    for write in (export_run, fuse_run):
+        with pytest.raises(OutputExists, match="is used for it"):
+            write(run, output=base, overwrite=True)
+    for output in (base, run, run / "adapter", place):
+        with pytest.raises(OutputExists, match="is used for it"):
+            convert_to_folder(str(run), output, overwrite=True)
+    inside = tmp_path / "out/importance.gguf"
+    how = {"calibration": place / "rows.jsonl", "save_imatrix": inside, "file_type": "q4_k_m"}
+    with pytest.raises(OutputExists, match="is used for it"):
+        export_run(run, output=tmp_path / "out", **how)
+    assert listing(place) == before and not (tmp_path / "out").exists()
 
 
 def test_an_importance_that_can_have_no_effect_is_refused(folder, tmp_path):

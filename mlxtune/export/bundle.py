@@ -17,8 +17,8 @@ from mlxtune.export.handover import GGUF, LABELS, MODELFILE, HandOver, run_comma
 from mlxtune.export.modelfile import Modelfile, modelfile
 from mlxtune.export.runtime import ROWS
 from mlxtune.export.source import from_loaded
-from mlxtune.files import atomic_folder, sha256, write_json, write_text
-from mlxtune.fuse import require_outside
+from mlxtune.files import atomic_folder, require_apart, sha256, write_json, write_text
+from mlxtune.fuse import model_places, require_outside
 from mlxtune.gguf.architectures import for_config
 from mlxtune.models.load import LoadedModel
 from mlxtune.models.resolve import is_hub_id, public_name
@@ -98,11 +98,14 @@ def export_run(
     file_type = file_type or recipe.export.quantize
     folder = _folder(path, output, file_type)
     require_outside(folder, path)
+    given = [file for file in (imatrix, calibration, save_imatrix) if file is not None]
+    used = (*model_places(model.source.path), *given)
     for_config(model.config)
     commands = _commands(folder, name or recipe.export.name or recipe.name)
     ollama = modelfile(Renderer(model.tokenizer), model.tokenizer, recipe.export)
     card = model_card(run, recipe, model, file_type, commands)
     with atomic_folder(folder, overwrite=overwrite, marker=GGUF) as temporary:
+        require_apart(folder, used)
         importance = importance_of(
             lambda: model,
             file_type,

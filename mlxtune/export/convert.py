@@ -16,7 +16,7 @@ from mlxtune.export.calibrate import importance_of
 from mlxtune.export.runtime import RuntimeCheck, check_in_llamacpp, installed
 from mlxtune.export.source import Convertible, open_source, require_whole
 from mlxtune.export.verify import SAMPLE, Readback, read_back, read_back_folder
-from mlxtune.files import atomic_files, atomic_folder, write_json
+from mlxtune.files import atomic_files, atomic_folder, require_apart, write_json
 from mlxtune.fuse import dense_config
 from mlxtune.gguf.architectures import for_config
 from mlxtune.gguf.tensors import SourceTensor
@@ -111,6 +111,11 @@ def convert(
     for_config(model.config)
     require_whole(model, source)
     parts = f"{glob.escape(output.stem)}-?????-of-?????.gguf" if split_max_bytes else None
+    given = [path for path in (imatrix, calibration) if path is not None]
+    for place in (output, *(output.parent.glob(parts) if parts else ())):
+        require_apart(place, (*model.places, *given), beside=True)
+    if save_imatrix is not None:
+        require_apart(save_imatrix, (*model.places, *given), beside=True)
     with atomic_files(output, overwrite=overwrite, parts=parts) as folder:
         importance = importance_of(
             model.load,
@@ -243,6 +248,7 @@ def convert_to_folder(
     """
     progress("opening")
     model = open_source(source)
+    require_apart(output, model.places)
     require_whole(model, source)
     dtype = dtype or model.dtype
     config = dense_config(model.config, dtype)
@@ -270,7 +276,7 @@ def convert_to_folder(
             tokenizer = model.tokenizer()._tokenizer
             readback = read_back_folder(folder, model.tensors(), tokenizer, kind, progress=progress)
             verified = Verified(readback, None)
-    types = Counter(kind(tensor) for tensor in model.tensors())
+        types = Counter(kind(tensor) for tensor in model.tensors())
     return Conversion(output, names, size, dict(types), verified)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxtune.arrays import flat
 from mlxtune.errors import ExportError, ModelError
+from mlxtune.fuse import model_places
 from mlxtune.gguf.architectures import for_config
 from mlxtune.gguf.metadata import text_config
 from mlxtune.gguf.model import read_config
@@ -42,6 +43,7 @@ class Convertible:
             pre-tokenizer where that is not recognised.
         tensors: gives all parameters; each call begins anew.
         load: gives the model, to be run.
+        places: files and folders that it is read from.
         only_pieces: whether its tokenizer is SentencePiece's own file, of which transformers,
             unlike SentencePiece and llama.cpp, drops the first of a text's spaces.
     """
@@ -53,6 +55,7 @@ class Convertible:
     vocabulary: Callable[[str | None], dict[str, Any]]
     tensors: Callable[[], Iterable[SourceTensor]]
     load: Callable[[], LoadedModel]
+    places: tuple[Path, ...]
     only_pieces: bool = False
 
 
@@ -68,7 +71,8 @@ def open_source(name: str) -> Convertible:
     path = Path(name).expanduser()
     if (path / STATUS).is_file():
         run, model = open_run(path, for_inference=False)
-        return from_loaded(run.recipe().name, model)
+        opened = from_loaded(run.recipe().name, model)
+        return replace(opened, places=(*opened.places, run.finished_adapter()))
     source = resolve_model(name)
     return _from_gguf(source) if source.is_gguf else _from_folder(source)
 
@@ -115,6 +119,7 @@ def from_loaded(name: str, model: LoadedModel) -> Convertible:
         vocabulary=_vocabulary(lambda: model.tokenizer, config, model.source.path),
         tensors=lambda: (tensor.source() for tensor in dense_tensors(model.model)),
         load=lambda: model,
+        places=model_places(model.source.path),
         only_pieces=_only_pieces(model.source.path),
     )
 
@@ -133,6 +138,7 @@ def _from_gguf(source: ModelSource) -> Convertible:
         vocabulary=_vocabulary(tokenizer, config, source.path),
         tensors=lambda: gguf_tensors(file, entry, config),
         load=lambda: load_model(source, tokenizer=tokenizer()),
+        places=file.paths,
     )
 
 
@@ -154,6 +160,7 @@ def _from_folder(source: ModelSource) -> Convertible:
         vocabulary=_vocabulary(tokenizer, config, source.path),
         tensors=lambda: folder_tensors(source.path, config),
         load=lambda: load_model(source, tokenizer=tokenizer()),
+        places=model_places(source.path),
         only_pieces=_only_pieces(source.path),
     )
 

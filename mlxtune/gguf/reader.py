@@ -74,6 +74,7 @@ class GGUFFile:
 
     Attributes:
         path: the file, or the first part.
+        paths: all of its parts.
         metadata: key to value; arrays are lists of Python values. Of the first part.
         tensors: name to `TensorInfo`.
 
@@ -87,7 +88,8 @@ class GGUFFile:
         if type(count) is not int or count < 1:
             raise damaged(path, f"{_PARTS} is {count!r}")
         self._parts = [opened] if count == 1 else _all_parts(opened, count)
-        self.path = self._parts[0].path
+        self.paths = tuple(part.path for part in self._parts)
+        self.path = self.paths[0]
         self.metadata = self._parts[0].metadata
         self.tensors: dict[str, TensorInfo] = {}
         for number, part in enumerate(self._parts):
