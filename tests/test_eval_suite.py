@@ -167,8 +167,25 @@ def test_results_are_written_together(tiny_run, tmp_path):
     assert set(lines[0]["said"]) == set(lines[0]["scores"]) == {"base", "tuned"}
     write_results(result, tmp_path / "out")  # again
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "heldout.json", "heldout.jsonl",
+        "heldout-tokens-2.json", "heldout-tokens-2.jsonl",
     ]  # fmt: skip
+
+
+def test_no_short_or_other_check_takes_the_place_of_the_whole(tiny_run, tiny_folder, tmp_path):
+    def stem(**how) -> str:
+        figures, answers = write_results(compare_run(tiny_run, **how), tmp_path / "out")
+        assert answers == figures.with_suffix(".jsonl")
+        return figures.stem
+
+    suite = Suite(name="s", metrics=("exact",), max_tokens=2)  # the suite's own cut is no other
+    assert stem(suite=suite) == "s"
+    assert stem(suite=suite, max_tokens=3) == "s-tokens-3"
+    assert stem(suite=suite, limit=3) == stem(suite=suite, limit=99) == "s"  # there are three
+    assert stem(suite=suite, limit=2, max_tokens=1) == "s-first-2-tokens-1"
+    others = {"q 8": str(tiny_folder), "a": str(tiny_folder)}
+    assert stem(suite=suite, others=others) == "s-with-a-q_8"
+    value = json.loads((tmp_path / "out/s-with-a-q_8.json").read_text())
+    assert list(value["targets"]) == ["base", "tuned", *others]
 
 
 def test_records_that_differ_in_what_comes_before_the_question_are_told_apart(
@@ -244,10 +261,10 @@ def test_the_command_shows_a_table_that_fits_and_keeps_the_answers(tiny_run):
         assert re.search(rf"│ {row} +│ +\S+( ±\d+)? │ +\S+( ±\d+)? │", done.stdout), done.stdout
     # Other data than the suite's: its name is in the files' and in the title.
     assert {p.name for p in (tiny_run / "eval").iterdir()} == {
-        "shell-data.json", "shell-data.jsonl",
+        "shell-data-tokens-4-with-fused-gguf.json", "shell-data-tokens-4-with-fused-gguf.jsonl",
     }  # fmt: skip
     assert "6 records of data.jsonl" in done.stdout
-    value = json.loads((tiny_run / "eval/shell-data.json").read_text())
+    value = json.loads((tiny_run / "eval/shell-data-tokens-4-with-fused-gguf.json").read_text())
     assert value["data"] == ["data.jsonl"] and value["models"]["gguf"] == "model.gguf"
     base, tuned, *others = value["targets"].values()
     assert list(value["targets"]) == ["base", "tuned", "fused", "gguf"]
@@ -262,7 +279,7 @@ def test_another_adapter_and_a_limit_do_not_pass_for_the_runs_own(tiny_run, tmp_
     shutil.copytree(Run(tiny_run).finished_adapter(), other)
     result = compare_run(tiny_run, adapter=other, limit=2, max_tokens=2)
     figures, answers = write_results(result, tmp_path / "out")
-    stem = "heldout-other-first-2"
+    stem = "heldout-other-first-2-tokens-2"
     assert (figures.name, answers.name) == (f"{stem}.json", f"{stem}.jsonl")
     value = read_results(figures).figures
     assert (value["adapter"], value["limit"], value["data"]) == (str(other), 2, [])
@@ -334,6 +351,11 @@ def test_models_are_compared_on_the_records_that_all_have(tmp_path, tiny_folder)
         assert result.figures[name].held_out_loss == pytest.approx(figures.held_out_loss, rel=1e-5)
         assert result.figures[name].metrics == figures.metrics
     assert [a.said for a in result.answers] == [a.said for a in alone.answers]
+    # A short check stays one, though it has fewer records than were asked for.
+    short = compare_run(tmp_path / "run", others=others, limit=3, max_tokens=2)
+    figures, _ = write_results(short, tmp_path / "out")
+    assert short.records == 2 and "-first-3-" in figures.name
+    assert described(figures_json(short)).startswith("2 of the first 3 held-out records")
 
 
 def test_the_table_fits_60_columns(tiny_run, monkeypatch, capsys):
@@ -355,7 +377,7 @@ def test_names_that_look_like_markup_are_shown_and_nothing_is_lost(tiny_folder, 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert {"[/p]", "[/b]", "[red]c", "[/q]", "[/a]*"} <= set(done.stdout.split()), done.stdout
-    assert len((tmp_path / "kept/heldout-d.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "kept/heldout-d-tokens-2-with-_q_.jsonl").read_text().splitlines()) == 2
 
 
 def test_figures_are_shown_even_if_they_cannot_be_kept(tiny_folder, tmp_path):
@@ -380,7 +402,7 @@ def test_figures_are_kept_even_if_nobody_reads_what_is_printed(tiny_folder, tmp_
     options = ["--data", str(data), "--max-tokens", "2", "-o", str(tmp_path / "kept")]
     with pytest.raises(BrokenPipeError):
         evaluate.main([str(tiny_folder), *options], standalone_mode=False)
-    assert (tmp_path / "kept/heldout-d.json").is_file()
+    assert (tmp_path / "kept/heldout-d-tokens-2.json").is_file()
 
 
 @pytest.mark.parametrize(

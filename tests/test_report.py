@@ -33,7 +33,7 @@ from mlxtune.train.metrics import Silent
 from mlxtune.train.run import Run
 from mlxtune.train.session import fine_tune
 
-SUITE = "heldout"
+SUITE = "heldout-tokens-8"
 FULL = {"mean": 0.999, "low": 0.888, "high": 1.0, "count": 3}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FIGURES = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes")
@@ -195,7 +195,7 @@ def test_figures_of_an_evaluation_are_read_on_a_phone_without_scrolling(runs, br
       document.body.dataset.wide = [...inside.querySelectorAll(".table:not(:has(code))")].map(
         (table) => table.scrollWidth - table.clientWidth);
     }</script>"""
-    figures = runs[0] / "eval/heldout.json"
+    figures = runs[0] / f"eval/{SUITE}.json"
     before = figures.read_text()
     stored = json.loads(before)
     for number, target in enumerate(stored["targets"].values()):
@@ -234,12 +234,12 @@ def test_a_page_tells_plan_lengths_evaluation_recipe_and_environment(runs):
     run = read_run(runs[0])
     text = page([run])
     dom = Dom(text)
-    figures = json.loads((runs[0] / "eval/heldout.json").read_text())
+    figures = json.loads((runs[0] / f"eval/{SUITE}.json").read_text())
     for target in ("base", "tuned"):
         assert f"{figures['targets'][target]['held_out_loss']:.4f}" in dom.text
     edit = figures["targets"]["tuned"]["metrics"]["edit"]
     assert f"{edit['mean']:.1%}" in dom.text
-    answers = [json.loads(line) for line in (runs[0] / "eval/heldout.jsonl").open()]
+    answers = [json.loads(line) for line in (runs[0] / f"eval/{SUITE}.jsonl").open()]
     for answer in answers[:: max(1, len(answers) // 8)][:8]:
         assert answer["prompt"] in dom.text and answer["expected"] in dom.text
         assert answer["said"]["tuned"] in dom.text and answer["said"]["base"] in dom.text
@@ -324,14 +324,14 @@ def copied(run: Path, to: Path) -> Path:
         (lambda r: (r / "metrics.jsonl").open("ab").write(b'\xff\xfe\n[1]\n{"step": "x"}\n'),
          "lines 17, 18, 19 cannot be read and are left out"),
         (lambda r: shutil.rmtree(r / "eval"), "no evaluation: mlxtune eval"),
-        (lambda r: (r / "eval/heldout.json").write_text("{"), "the evaluation cannot be read"),
-        (lambda r: (r / "eval/heldout.json").write_text('{"targets": {"base": {}}}'),
+        (lambda r: (r / f"eval/{SUITE}.json").write_text("{"), "the evaluation cannot be read"),
+        (lambda r: (r / f"eval/{SUITE}.json").write_text('{"targets": {"base": {}}}'),
          "this is no evaluation"),
-        (lambda r: (r / "eval/heldout.json").write_text(
+        (lambda r: (r / f"eval/{SUITE}.json").write_text(
             '{"targets": {"base": {"held_out_loss": "x", "metrics": {}}}}'),
          "this is no evaluation"),
-        (lambda r: (r / "eval/heldout.jsonl").unlink(), "heldout.jsonl is missing"),
-        (lambda r: (r / "eval/heldout.jsonl").write_text('{"prompt": "x"'), "line 1 of heldout"),
+        (lambda r: (r / f"eval/{SUITE}.jsonl").unlink(), f"{SUITE}.jsonl is missing"),
+        (lambda r: (r / f"eval/{SUITE}.jsonl").write_text('{"prompt": "x"'), "line 1 of heldout"),
         (lambda r: (r / "recipe.toml").unlink(), "recipe.toml is missing"),
         (lambda r: (r / "recipe.toml").write_text("name = "), "recipe.toml cannot be read"),
     ],

@@ -187,10 +187,11 @@ def _compare(
         source=Source(
             tuple(source.path for source in options.sources()),
             own=options.data is None,
-            limit=options.limit,
+            limit=options.limit if several.limited else None,
             max_tokens=options.max_tokens,
             adapter=str(adapter) if adapter is not None else None,
             models=dict(others),
+            executed=options.execute,
         ),
     )
 
@@ -202,6 +203,7 @@ class _Several:
         self._subject, self._recipe = subject, recipe
         self._suite, self._options = suite, options
         self._records: dict[int, Conversation] | None = None
+        self.limited = False
         self.measured: dict[str, Measured] = {}
         self.notes: list[str] = []
 
@@ -223,7 +225,11 @@ class _Several:
             if error.where != "eval":
                 raise
             raise DataError(error.what, where=self._subject, remedy=error.remedy) from None
-        records = records.first(options.limit) if before is None else records.only(before)
+        if before is None:
+            whole, records = len(records.conversations), records.first(options.limit)
+            self.limited = len(records.conversations) < whole
+        else:
+            records = records.only(before)
         if not records.conversations:
             raise DataError("none of the records is left in its tokens", where=name)
         suite = self._suite

@@ -86,10 +86,11 @@ class Source:
     Attributes:
         data: paths of the records; none for those that the recipe holds out.
         own: whether they are the suite's or the recipe's; another file was named otherwise.
-        limit: only the first so many were used.
+        limit: only the first so many were used; None if that is all there are.
         max_tokens: answers were cut off there, whatever the suite says.
         adapter: used instead of the run's own.
         models: name to model, of those beside the subject's.
+        executed: answers were run.
     """
 
     data: tuple[str, ...] = ()
@@ -98,6 +99,7 @@ class Source:
     max_tokens: int | None = None
     adapter: str | None = None
     models: dict[str, str] = field(default_factory=dict)
+    executed: bool = False
 
 
 @dataclass(frozen=True)

@@ -175,10 +175,11 @@ def answer_json(answer: Answered) -> dict[str, Any]:
 def write_results(result: Comparison, folder: Path) -> tuple[Path, Path]:
     """Write `<suite>.json` with the figures and `<suite>.jsonl` with every answer.
 
-    What is measured on other data than the suite's, on some of it, or with another adapter
-    than the run's says so in its name too, so that it neither passes for the run's own nor
-    takes its place. Both files appear when
-    both are whole; what an earlier evaluation of that name left is replaced.
+    What is measured on other data than the suite's, on some of it, with another adapter than
+    the run's, with answers cut off elsewhere, with other models beside it or with answers run
+    says so in its name too, so that it neither passes for the run's own nor takes its place.
+    Both files appear when both are whole; what an earlier evaluation of that name left is
+    replaced.
 
     Raises:
         StorageError: the disk refuses them.
@@ -223,8 +224,14 @@ def _stem(result: Comparison) -> str:
     others = [] if source.own else [Path(path).stem for path in source.data]
     if source.adapter is not None:
         others.append(Path(source.adapter).resolve().name)
-    if source.limit == result.records:
+    if source.limit is not None:
         others.append(f"first-{source.limit}")
+    if source.max_tokens is not None:
+        others.append(f"tokens-{source.max_tokens}")
+    if source.models:
+        others.append("-".join(["with", *sorted(source.models)]))
+    if source.executed:
+        others.append("executed")
     return _joined(result.suite, others)
 
 
@@ -241,7 +248,14 @@ def described(figures: dict[str, Any]) -> str:
     """
     count, data, limit = figures.get("records", "?"), figures.get("data"), figures.get("limit")
     kind = "records" if data else "held-out records"
-    text = f"the first {count} {kind}" if limit == count else f"{count} {kind}"
+    if limit is None:
+        text = f"{count} {kind}"
+    else:
+        text = (
+            f"the first {count} {kind}"
+            if limit == count
+            else f"{count} of the first {limit} {kind}"
+        )
     if data:
         text += " of " + ", ".join(Path(path).name for path in data)
     if cut := figures.get("max_tokens"):
