@@ -7,7 +7,6 @@ import math
 import re
 import shutil
 import socket
-from importlib import import_module
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,7 +14,6 @@ import mlx.nn as nn
 import mlx_lm
 import pytest
 from cli_tools import TEMPLATE, mlxtune, save_tiny_model
-from click.testing import CliRunner
 from conftest import ROOT, SHELL_HELDOUT, write_jsonl
 
 from mlxtune.data.render import Renderer
@@ -28,7 +26,6 @@ from mlxtune.evaluate.results import (
     figures_json,
     read_results,
     write_results,
-    write_tasks,
 )
 from mlxtune.evaluate.suite import Suite, load_suite
 from mlxtune.export.convert import convert
@@ -419,64 +416,3 @@ def test_figures_are_kept_even_if_nobody_reads_what_is_printed(tiny_folder, tmp_
 def test_options_that_exclude_each_other(tmp_path, arguments, told):
     done = mlxtune("eval", "runs/x", *arguments, cwd=tmp_path)
     assert done.returncode == 2 and told in done.stderr
-
-
-def test_names_of_tasks_may_have_spaces_between_them(monkeypatch):
-    verb = import_module("mlxtune.cli.evaluate")
-    asked = []
-    monkeypatch.setattr(verb, "prepare", lambda: None)
-    monkeypatch.setattr(verb, "_tasks", lambda *arguments: asked.append(arguments[2]))
-    assert CliRunner().invoke(verb.evaluate, ["m", "--tasks", " a, b,"]).exit_code == 0
-    assert asked == [["a", "b"]]
-
-
-def test_tasks_are_added_to_those_measured_before(tmp_path):
-    one = {"lm_eval": "0.4.9", "results": {"a": {"acc,none": 0.5}, "b": {"acc,none": 0.1}}}
-    two = {"lm_eval": "0.4.10", "results": {"b": {"acc,none": 0.2}}}
-    write_tasks(one, tmp_path, limit=None, adapter=None)
-    path = write_tasks(two, tmp_path, limit=7, adapter=None)
-    value = json.loads(path.read_text())
-    assert value["results"] == {"a": {"acc,none": 0.5}, "b": {"acc,none": 0.2}}
-    assert [value["measured"][t]["limit"] for t in "ab"] == [None, 7]
-    assert write_tasks(one, tmp_path, limit=None, adapter=tmp_path / "x").name == "lm-eval-x.json"
-
-
-TASK = """task: spell
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {file}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
-doc_to_choice: "{{{{choices}}}}"
-metric_list:
-  - metric: acc
-"""
-
-
-def test_a_task_file_runs_through_lm_eval(tiny_folder, tmp_path, monkeypatch):
-    pytest.importorskip("lm_eval")
-    from lm_eval.tasks import TaskManager
-
-    from mlxtune.errors import MlxtuneError
-    from mlxtune.evaluate import harness
-    from mlxtune.evaluate.harness import run_tasks
-
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    documents = [
-        {"question": "one and one", "choices": [" two", " three"], "answer": 0},
-        {"question": "two and one", "choices": [" two", " three"], "answer": 1},
-    ]
-    file = write_jsonl(tmp_path / "spell.jsonl", documents)
-    tasks = tmp_path / "tasks"
-    tasks.mkdir()
-    (tasks / "spell.yaml").write_text(TASK.format(file=file))
-    result = run_tasks(str(tiny_folder), ["spell"], task_path=tasks)
-    assert result["results"]["spell"]["acc,none"] in (0.0, 0.5, 1.0)
-    # Reading lm-eval's own thousands of task files takes seconds.
-    few = TaskManager(include_path=str(tasks), include_defaults=False)
-    monkeypatch.setattr(harness, "_manager", lambda *_arguments: few)
-    with pytest.raises(MlxtuneError, match="no task 'spel'"):
-        run_tasks(str(tiny_folder), ["spel"], task_path=tasks)

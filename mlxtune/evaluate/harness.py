@@ -6,7 +6,9 @@ a GGUF or an adapter is measured as any other model is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,6 @@ def run_tasks(
         RunError, ModelError: the model cannot be loaded.
     """
     try:
-        import lm_eval
         from lm_eval.tasks import TaskManager
         from mlx_lm.evaluate import MLXLM
     except ImportError as error:
@@ -58,25 +59,41 @@ def run_tasks(
         ) from None
     if task_path is not None and not task_path.is_dir():
         raise MlxtuneError("there is no such folder", where=f"--task-path {task_path}")
-    manager = _manager(TaskManager, tasks, task_path)
-    for task in tasks:
-        if not manager.match_tasks([task]):
-            raise MlxtuneError(
-                f"lm-eval {version('lm_eval')} has no task {task!r}",
-                where="--tasks",
-                remedy="`lm-eval ls tasks` lists them; --task-path adds a folder of your own",
-            )
-    loaded = _load(model, adapter)
-    progress(f"tasks: {', '.join(tasks)}")
+    # The libraries tell their progress on stdout, which is for figures.
+    with redirect_stdout(sys.stderr):
+        manager = _manager(TaskManager, tasks, task_path)
+        for task in tasks:
+            if not manager.match_tasks([task]):
+                raise MlxtuneError(
+                    f"lm-eval {version('lm_eval')} has no task {task!r}",
+                    where="--tasks",
+                    remedy="`lm-eval ls tasks` lists them; --task-path adds a folder of your own",
+                )
+        loaded = _load(model, adapter)
+        progress(f"tasks: {', '.join(tasks)}")
+        found = _evaluated(_wrapped(MLXLM, loaded), tasks, manager, limit)
+    return {"lm_eval": version("lm_eval"), "results": found["results"]}
+
+
+def _evaluated(wrapped: Any, tasks: Sequence[str], manager: Any, limit: int | None) -> Any:
+    """What lm-eval's own entry gives.
+
+    Raises:
+        MlxtuneError: a task's data is neither here nor to be had.
+    """
+    from lm_eval import evaluator
+
     try:
-        found = lm_eval.simple_evaluate(
-            model=_wrapped(MLXLM, loaded),
-            tasks=list(tasks),
-            task_manager=manager,
-            limit=limit,
-            apply_chat_template=loaded.tokenizer.chat_template is not None,
-            bootstrap_iters=1000,
-        )
+        with _without_git(evaluator):
+            return evaluator.simple_evaluate(
+                model=wrapped,
+                tasks=list(tasks),
+                task_manager=manager,
+                limit=limit,
+                apply_chat_template=wrapped.use_chat_template,
+                bootstrap_iters=1000,
+                torch_random_seed=None,  # nothing here is torch's, which takes long to import
+            )
     except (OSError, ConnectionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise MlxtuneError(
@@ -84,7 +101,21 @@ def run_tasks(
             where="--tasks",
             remedy="most tasks download their data once; a task of files goes by --task-path",
         ) from error
-    return {"lm_eval": version("lm_eval"), "results": found["results"]}
+
+
+@contextmanager
+def _without_git(evaluator: Any) -> Iterator[None]:
+    """Keep lm-eval from asking git for the commit of the folder that it is called in.
+
+    Outside a checkout git complains past us to the terminal; inside one the commit is the
+    user's own, which says nothing of the model.
+    """
+    asked = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = asked
 
 
 def _manager(made: Any, tasks: Sequence[str], task_path: Path | None) -> Any:
