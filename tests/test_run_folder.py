@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -110,6 +111,48 @@ def test_the_checkpoint_of_the_lowest_held_out_loss_stays(recipe, few, tmp_path,
     run = fine_tune(settings, tmp_path / "run", Silent())
     assert [path.name for path in checkpoints(run.checkpoints)] == ["step-2", "step-6"]
     assert run.best_adapter.is_dir()
+
+
+def test_a_best_loss_between_checkpoints_gets_one_of_its_own(recipe, few, tmp_path, monkeypatch):
+    losses = iter([4.0, 3.0, 5.0, 6.0])
+    monkeypatch.setattr(loop, "held_out_loss", lambda *_, **__: next(losses))
+    settings = recipe(few, eval={"path": str(few), "steps": 2}, checkpoint={"steps": 5, "keep": 1})
+    run = fine_tune(settings, tmp_path / "run", Silent())
+    assert [path.name for path in checkpoints(run.checkpoints)] == ["step-2", "step-6"]
+
+
+def test_a_run_that_had_too_little_memory_goes_on_with_less_of_it(begun, recipe, few):
+    assert begun.status()["checkpointed_blocks"] == []
+    told = Notes()
+    other = recipe(few, checkpoint={"steps": 1}, train={"gradient_checkpointing": True})
+    fine_tune(other, begun.path, told, resume=True)
+    assert begun.status()["checkpointed_blocks"] == [0, 1]
+    assert any("computed twice" in note for note in told.notes)
+    assert begun.recipe().train.gradient_checkpointing is True
+
+
+def test_a_killed_run_is_not_said_to_be_running(begun):
+    begun.write_status(status="running")
+    with begun.held():
+        assert begun.status()["status"] == "running"
+    assert begun.status()["status"] == "interrupted"
+
+
+def test_a_run_whose_reader_has_gone_is_interrupted(recipe, few, tmp_path):
+    class Gone(Silent):
+        def started(self, outline):
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        fine_tune(recipe(few), tmp_path / "run", Gone())
+    assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "interrupted"
+
+
+def test_a_damaged_line_of_metrics_takes_no_other_with_it(begun):
+    path = begun.path / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], '{"step": 1, "lo', *lines[1:]]) + "\n")
+    assert [json.dumps(entry) for entry in begun.metrics()] == lines
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])

@@ -67,7 +67,7 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/step-N`, whole or not at all; then drop all but the latest `keep`.
 
-    The one of the lowest held-out loss, if it was measured where one was written, stays too.
+    The one of the lowest held-out loss stays too.
 
     Raises:
         StorageError: the disk refuses the write; earlier checkpoints stand.

@@ -185,14 +185,13 @@ class Trainer:
                 keep_freed_buffers()
                 if step % self._log.steps == 0 or last:
                     self._report(rate, norm)
-                if step % self._eval_every == 0 or last:
-                    self._measure()
+                best = (step % self._eval_every == 0 or last) and self._measure()
                 if not last and self._enough():
                     last = True
                     if self._progress.loss_weight:
                         self._report(rate, norm)
                 stop = self._workers.stopping
-                if step % self._checkpoint.steps == 0 or last or stop:
+                if step % self._checkpoint.steps == 0 or best or last or stop:
                     self._save()
                 if last:
                     break
@@ -293,10 +292,10 @@ class Trainer:
         self._run.log(report.as_entry())
         self._reporter.reported(report)
 
-    def _measure(self) -> None:
-        """Held-out loss; the adapter is kept if it is the best so far."""
+    def _measure(self) -> bool:
+        """Held-out loss; the adapter is kept if it is the best so far, which is returned."""
         if not self._held_out:
-            return
+            return False
         loss = held_out_loss(
             self._model,
             self._held_out,
@@ -319,11 +318,11 @@ class Trainer:
             self._progress = replace(now, best_loss=loss, best_step=now.step, no_better=0)
             if now.step:
                 self._keep(self._run.best_adapter)
-        if not self._workers.first:
-            return
-        epoch = now.step / self._plan.steps_per_epoch
-        self._run.log({"step": now.step, "epoch": epoch, "held_out_loss": loss})
-        self._reporter.measured(now.step, loss, best)
+        if self._workers.first:
+            epoch = now.step / self._plan.steps_per_epoch
+            self._run.log({"step": now.step, "epoch": epoch, "held_out_loss": loss})
+            self._reporter.measured(now.step, loss, best)
+        return best
 
     def _keep(self, path: Path) -> None:
         """Write the adapter."""

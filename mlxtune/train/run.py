@@ -14,7 +14,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,11 +177,24 @@ class Run:
         write_text(self.path / RECIPE, dump_recipe(recipe))
 
     def status(self) -> dict[str, Any]:
-        """What run.json says.
+        """What run.json says; a run that nobody trains any more is not `running`.
 
         Raises:
             RunError: it cannot be read.
         """
+        value = self._written_status()
+        if value["status"] == "running" and not self._is_held():
+            value["status"] = "interrupted"  # it was killed before it could say so
+        return value
+
+    def _is_held(self) -> bool:
+        try:
+            with self.held():
+                return False
+        except RunError:
+            return True
+
+    def _written_status(self) -> dict[str, Any]:
         try:
             value: dict[str, Any] = json.loads((self.path / STATUS).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -198,7 +211,7 @@ class Run:
 
     def write_status(self, **changes: Any) -> None:
         """Change entries of run.json."""
-        before = self.status() if (self.path / STATUS).is_file() else {}
+        before = self._written_status() if (self.path / STATUS).is_file() else {}
         write_json(self.path / STATUS, before | changes)
 
     def log(self, entry: dict[str, Any]) -> None:
@@ -208,14 +221,12 @@ class Run:
             handle.write(json.dumps(entry) + "\n")
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """Objects of metrics.jsonl; a last line cut off by a crash is passed over."""
+        """Objects of metrics.jsonl; a line cut off by a crash is passed over."""
         if not (self.path / METRICS).is_file():
             return
         for line in (self.path / METRICS).read_text(encoding="utf-8").splitlines():
-            try:
+            with suppress(ValueError):
                 yield json.loads(line)
-            except ValueError:
-                return
 
     def forget_after(self, step: int) -> None:
         """Drop what metrics.jsonl says of steps after `step`, which will be run again."""

@@ -151,6 +151,11 @@ def _fine_tune(
     # Blocks computed twice draw their dropout apart, so a resumed run does as it did before.
     if (twice := before.get("checkpointed_blocks")) is None:
         twice = blocks_computed_twice(base.model, plan, recipe.train, budget, notes)
+        if run is not None:
+            notes.append(
+                "other blocks than before may be computed twice: losses may differ in their last "
+                "digits, with dropout in what is dropped"
+            )
     twice = json.loads(workers.texts(json.dumps(twice))[0])
     facts["checkpointed_blocks"] = twice
     checkpoint_blocks(base.model, twice)
@@ -162,6 +167,7 @@ def _fine_tune(
         run = Run.create(path, recipe, facts, overwrite=overwrite)
     else:
         notes += require_same(before, facts)
+        run.write_status(checkpointed_blocks=twice)
     trackers = Trackers(recipe.log.report_to if workers.first else (), run, _flat_texts(recipe))
     trainer = Trainer(
         base.model,
@@ -183,8 +189,8 @@ def _fine_tune(
             notes += damaged
         outline = _outline(recipe, run, adapted, corpus, notes, first, trainer.total_steps, workers)
         outline = replace(outline, plan=said)
-        reporter.started(outline)
         with _status_kept(run, trackers, workers) if workers.first else nullcontext():
+            reporter.started(outline)
             trackers.started(outline)
             trainer()
     return run
@@ -197,7 +203,7 @@ def _status_kept(run: Run, trackers: Trackers, workers: Workers) -> Iterator[Non
         run.write_status(status="running")
         try:
             yield
-        except (Interrupted, KeyboardInterrupt):
+        except (Interrupted, KeyboardInterrupt, BrokenPipeError):
             run.write_status(status="interrupted")
             tell("interrupted")
             raise
@@ -281,11 +287,16 @@ def _resumable(path: Path, recipe: Recipe) -> Run:
         )
     if changed:
         run.write_recipe(recipe)
+    if any(key in _MEMORY for key in changed):
+        run.write_status(checkpointed_blocks=None)  # to be chosen anew
     return run
 
 
-# What may change while a run is interrupted: nothing of it reaches the weights.
-_FREE = ("checkpoint.", "log.", "export.", "prep.", "judge.", "eval.suite")
+# How much memory training may take: a run that had too little goes on with less of it.
+_MEMORY = ("train.memory_limit", "train.gradient_checkpointing")
+# What may change while a run is interrupted: nothing of it reaches the weights, but for
+# rounding where blocks are computed twice.
+_FREE = ("checkpoint.", "log.", "export.", "prep.", "judge.", "eval.suite", *_MEMORY)
 
 
 def _flat(values: dict[str, Any], form: Callable[[object], str] = repr) -> dict[str, str]:
