@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
+from importlib import import_module
 
 import pytest
+from conftest import write_jsonl
+from skips import lacking
 
 from mlxtune.errors import MlxtuneError
 from mlxtune.evaluate.sandbox import refusal, sandbox
@@ -114,12 +118,12 @@ def test_without_bubblewrap_it_is_refused_clearly(monkeypatch):
 @pytest.fixture(scope="module")
 def box():
     if shutil.which("bwrap") is None:
-        pytest.skip("bubblewrap is not installed")
+        lacking("bubblewrap is not installed")
     try:
         with sandbox() as made:
             yield made
     except MlxtuneError as error:
-        pytest.skip(str(error))
+        lacking(str(error))
 
 
 def test_answers_are_judged_by_what_they_print(box, monkeypatch):
@@ -130,6 +134,52 @@ def test_answers_are_judged_by_what_they_print(box, monkeypatch):
     assert box.same_output("cat notes.txt", "rm notes.txt") is None
     monkeypatch.setattr("mlxtune.evaluate.sandbox._SECONDS", 0.5)
     assert box.same_output("tail -f notes.txt", "tail notes.txt") is False  # does not end
+
+
+def test_execute_runs_the_answers_and_measures_what_they_print(
+    box, tiny_folder, tmp_path, monkeypatch, capsys
+):
+    pairs = [
+        ("wc -l notes.txt", "cat notes.txt | wc -l | sed s/$/x/"),  # sed may not run: no match
+        ("grep -c ERROR server.log", "grep ERROR server.log | wc -l"),
+        ("sort numbers.txt", "sort -n numbers.txt"),
+        ("rm notes.txt", "rm notes.txt"),  # cannot be told
+    ]
+    records = [{"prompt": "x", "expected_command": expected} for expected, _ in pairs]
+    data = write_jsonl(tmp_path / "d.jsonl", records)
+    monkeypatch.setattr(
+        "mlxtune.evaluate.measure.answers", lambda *_, **__: [answer for _, answer in pairs]
+    )
+    verb = import_module("mlxtune.cli.evaluate")
+    monkeypatch.setattr(verb, "prepare", lambda: None)
+
+    def evaluated(*options):
+        arguments = [str(tiny_folder), "--data", str(data), "-o", str(tmp_path / "out"), "--json"]
+        verb.evaluate.main([*arguments, *options], standalone_mode=False)
+        return json.loads(capsys.readouterr().out)
+
+    value = evaluated("--execute")
+    assert value["executed"] and (tmp_path / "out/heldout-d-executed.json").is_file()
+    scores = [answer["scores"]["model"]["output"] for answer in value["answers"]]
+    assert scores == [0, 1, 0, None]
+    output = value["targets"]["model"]["metrics"]["output"]
+    assert (output["mean"], output["count"]) == (pytest.approx(1 / 3), 3)
+    value = evaluated()
+    assert not value["executed"] and "output" not in value["targets"]["model"]["metrics"]
+    assert (tmp_path / "out/heldout-d.json").is_file()
+
+
+def test_what_is_lacking_fails_where_ci_should_have_it(monkeypatch):
+    for told, raised in (
+        (None, pytest.skip.Exception),
+        ("false", pytest.skip.Exception),
+        ("true", pytest.fail.Exception),
+    ):
+        monkeypatch.delenv("CI", raising=False)
+        if told is not None:
+            monkeypatch.setenv("CI", told)
+        with pytest.raises(raised, match="no browser"):
+            lacking("no browser")
 
 
 def test_nothing_is_visible_or_writable_inside(box):

@@ -17,7 +17,10 @@ import numpy as np
 import pytest
 from cli_tools import listing, mlxtune
 from conftest import SHELL_HELDOUT, SHELL_TRAIN, write_jsonl
+from skips import lacking
 
+from mlxtune.bench.machine import mac
+from mlxtune.bench.plan import Planner
 from mlxtune.errors import OutputExists, RunError
 from mlxtune.evaluate.compare import compare_run
 from mlxtune.evaluate.results import write_results
@@ -26,7 +29,7 @@ from mlxtune.report.charts import charts, smoothed
 from mlxtune.report.collect import collect, read_run
 from mlxtune.report.page import page
 from mlxtune.report.results import results
-from mlxtune.report.summary import summarize
+from mlxtune.report.summary import clock, gigabytes, summarize
 from mlxtune.report.svg import MOST_POINTS, draw
 from mlxtune.report.write import write_report
 from mlxtune.train.metrics import Silent
@@ -36,6 +39,7 @@ from mlxtune.train.session import fine_tune
 SUITE = "heldout-tokens-8"
 FULL = {"mean": 0.999, "low": 0.888, "high": 1.0, "count": 3}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+PLANNED = ("peak_memory_bytes", "seconds_per_step", "steps")  # as `mlxtune lora` keeps it
 FIGURES = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes")
 
 
@@ -59,9 +63,11 @@ def runs(tiny_folder, tmp_path_factory) -> tuple[Path, Path]:
             "train": {"batch_size": 4, "max_steps": steps, "learning_rate": rate},
             "log": {"steps": 1},
         }
-        run = fine_tune(parse_recipe(values, where="test"), folder / name, Silent())
-        plan = {"peak_memory_bytes": 30_000_000, "seconds_per_step": 0.05}
-        run.write_status(plan=plan)
+        recipe = parse_recipe(values, where="test")
+        run = fine_tune(recipe, folder / name, Silent())
+        # For a Mac: to measure the machine at hand takes seconds.
+        plan = Planner(recipe, mac("M2 Pro", 16)).estimate(recipe).as_json()
+        run.write_status(plan={key: plan[key] for key in PLANNED})
     write_results(compare_run(folder / "a", max_tokens=8), folder / "a/eval")
     return folder / "a", folder / "b"
 
@@ -112,7 +118,7 @@ def browse(*arguments: str, profile: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def browser(tmp_path):
     if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
+        lacking("chromium is not installed")
     return lambda *arguments: browse(*arguments, profile=tmp_path / "profile")
 
 
@@ -247,7 +253,15 @@ def test_a_page_tells_plan_lengths_evaluation_recipe_and_environment(runs):
     status = Run(runs[0]).status()
     for value in (status["device"], status["versions"]["mlx"], *status["hashes"].values()):
         assert value in dom.text
-    assert "planned 0.03 GB" in dom.text
+    plan = status["plan"]
+    assert plan["peak_memory_bytes"] > 1e6 and plan["seconds_per_step"] > 0
+    assert f"planned {gigabytes(plan['peak_memory_bytes'])}" in dom.text
+    rows = dom.text.split("Planned and measured")[1].split("Evaluation")[0]
+    last = entries(runs[0], "loss")[-1]
+    for seconds in (plan["seconds_per_step"], last["seconds"] / last["step"]):
+        assert clock(seconds) in rows
+    for memory in (plan["peak_memory_bytes"], last["peak_memory_bytes"]):
+        assert gigabytes(memory) in rows
     counts = next(a["data-counts"] for _, a in dom.elements if "data-counts" in a)
     assert [int(n) for n in counts.split()] == status["lengths"]["counts"]
     assert not run.gaps and 'id="gaps"' not in text

@@ -88,8 +88,10 @@ def share_text(value: float | None) -> str:
 
 
 def gigabytes(value: float | None) -> str:
-    """Bytes."""
-    return "–" if value is None else f"{value / GB:.2f} GB"
+    """Bytes, of small models in MB."""
+    if value is None:
+        return "–"
+    return f"{value / GB:.2f} GB" if value >= GB / 10 else f"{1000 * value / GB:.3g} MB"
 
 
 def rate_text(value: float | None) -> str:
