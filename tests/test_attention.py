@@ -10,6 +10,7 @@ import pytest
 from helpers import GEMMA4, distance, random_samples, tiny, with_adapters
 
 from mlxtune.data.pack import pack
+from mlxtune.device import as_on_gpu
 from mlxtune.models import attention as module
 from mlxtune.models import enable
 from mlxtune.models.attention import attention, blocks
@@ -87,6 +88,17 @@ def test_capped_scores_have_the_values_and_gradients_of_the_formula(monkeypatch,
         results.append([function(*given), *gradient(*given)])
     for got, want in zip(*results, strict=True):
         assert distance(got, want) < 2e-6
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_on_a_gpu_too_little_is_computed_above_the_diagonal(rows):
+    width = 2048
+    with as_on_gpu():
+        parts = list(blocks(rows, width, 0, 8))
+    pairs = [(b.rows.stop - b.rows.start) * (b.queries.stop - b.queries.start) for b in parts]
+    pairs = [queries * block.seen for queries, block in zip(pairs, parts, strict=True)]
+    assert sum(pairs) < 1.3 * rows * width * width / 2
+    assert max(pairs) * 8 <= module._GPU_SCORES
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])

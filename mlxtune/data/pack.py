@@ -213,7 +213,8 @@ def _batch(placed: list[_Placed], grid: Grid, *, packed: bool) -> Batch:
         targets.append(item.sample.tokens[trained])
         weights.append(item.sample.weights[trained])
     supervised = sum(len(t) for t in targets)
-    size = _rounded(max(supervised, 1), TARGET_STEP, grid.few_shapes)
+    # Targets cost little beside tokens, so more of them may be nothing.
+    size = _rounded(max(supervised, 1), TARGET_STEP, grid.few_shapes, sizes=2)
 
     def filled(parts: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
         return np.pad(np.concatenate(parts), (0, size - supervised))
@@ -237,8 +238,9 @@ def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def _rounded(value: int, step: int, few_shapes: bool) -> int:
-    """Up to a multiple of `step`; if shapes are to be few, to one of four sizes an octave."""
+def _rounded(value: int, step: int, few_shapes: bool, *, sizes: int = 4) -> int:
+    """Up to a multiple of `step`; if shapes are to be few, to one of `sizes` an octave."""
     if few_shapes:
-        step = max(step, 1 << max(0, (value - 1).bit_length() - 3))
+        octave = 1 << max(0, (value - 1).bit_length() - 1)
+        step = max(step, octave // sizes)
     return _round_up(value, step)

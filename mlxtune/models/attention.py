@@ -17,9 +17,12 @@ from mlxtune.arrays import custom_gradient, exp
 from mlxtune.device import on_cpu
 
 # Scores of one block: 2 MiB of float32 on a CPU, whose caches hold that; a GPU needs many
-# at once to be busy.
-_CPU_SCORES, _GPU_SCORES = 1 << 19, 1 << 26
+# at once to be busy, and the backward pass has a few arrays of that size.
+_CPU_SCORES, _GPU_SCORES = 1 << 19, 1 << 25
 _LEAST_QUERIES = 32
+# In longer rows what lies above the diagonal is left out, which is most of what a row's square
+# and half of it differ by; smaller blocks would keep a GPU less busy.
+_MOST_QUERIES = 512
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,14 @@ def blocks(
     stands before them in it, and none of their own keys.
     """
     limit = _CPU_SCORES if on_cpu() else _GPU_SCORES
-    # No more queries than a window holds: they see twice as many keys at most.
-    sight = width if window is None else min(width, max(window, _LEAST_QUERIES))
-    seen = prefix + min(width, 2 * sight)
+    sight, seen = min(width, _MOST_QUERIES), prefix + width
+    if window is not None:
+        # No more queries than a window holds: they see twice as many keys at most.
+        sight = min(sight, max(window, _LEAST_QUERIES))
+        seen = prefix + min(width, window + sight)
     queries = min(sight, max(_LEAST_QUERIES, limit // (heads * seen)))
     queries = -(-width // -(-width // queries))  # all blocks of a row alike
-    group = max(1, limit // (heads * queries * seen)) if queries == width else 1
+    group = max(1, limit // (heads * queries * seen))
     full = prefix // width  # rows of nothing but the prefix
     for begin, stop in ((0, full), (full, rows)):
         for row in range(begin, stop, group):
@@ -171,8 +176,8 @@ def attention(
             total = p.sum(axis=-1, keepdims=True)
             flat = p.reshape(*own.shape[:-1], block.seen).astype(v.dtype)
             mixed = flat @ v[block.rows, :, block.keys]
-            mixed = mixed.reshape(*total.shape[:-1], dim) / total.astype(v.dtype)
-            outputs.append(mixed)
+            mixed = mixed.reshape(*total.shape[:-1], dim) / total
+            outputs.append(mixed.astype(v.dtype))
             logs.append(peak + mx.log(total))
         return _joined(parts, outputs), _joined(parts, logs)
 

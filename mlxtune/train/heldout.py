@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
@@ -35,11 +36,17 @@ def held_out_loss(
     # Samples of similar length together waste the least; a sum has no order.
     ordered = sorted(samples, key=lambda s: len(s.tokens))
     share = ordered[workers.rank :: workers.size]
+    before = mx.array(0.0)
     with evaluating(model):
         for at in range(0, len(share), batch_size):
             for batch in passes(share[at : at + batch_size], batch_size, layout):
-                total += scalar(loss_of(batch_arrays(batch), batch.prefix, batch.packed))
+                loss = loss_of(batch_arrays(batch), batch.prefix, batch.packed)
+                # This pass was made ready while the one before it was computed.
+                total += scalar(before)
+                mx.async_eval(loss)
+                before = loss
                 weight += batch.weight
+    total += scalar(before)
     total, weight = workers.totals(total, weight)
     return total / weight
 
