@@ -365,6 +365,25 @@ def test_the_table_fits_60_columns(tiny_run, monkeypatch, capsys):
     assert max(map(len, printed.splitlines())) <= 60 and "…" not in printed.split("samples")[0]
 
 
+@pytest.mark.parametrize(
+    ("metrics", "shown"), [(("edit", "exact"), "exact match"), (("f1", "edit"), "token F1")]
+)
+def test_categories_show_exact_match_or_the_suites_first_metric(
+    tiny_run, capsys, monkeypatch, metrics, shown
+):
+    from mlxtune.cli.tables import show_comparison
+
+    def commands(_model, _tokenizer, prompts, **_):
+        return ["ls", "ls -l x", "pwd | cat"][: len(prompts)]
+
+    monkeypatch.setattr("mlxtune.evaluate.measure.answers", commands)
+    show_comparison(compare_run(tiny_run, suite=Suite(name="s", metrics=metrics)), samples=0)
+    table = capsys.readouterr().out.split(f"{shown} by category")[1]
+    files, paths = re.findall(r"│ (?:files|paths) +│ +(\d) │ +(\d+)% │ +(\d+)% │", table)
+    half = "70" if shown == "token F1" else "50"  # 1, and 2 shared of 2 + 3 words
+    assert files == ("2", half, half) and paths == ("1", "100", "100")
+
+
 def test_names_that_look_like_markup_are_shown_and_nothing_is_lost(tiny_folder, tmp_path):
     record = {"prompt": "[/p]", "expected_command": "ls [/a]*", "category": "[/b]"}
     write_jsonl(tmp_path / "d.jsonl", [record, record | {"category": "[red]c"}])

@@ -366,6 +366,85 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(runs, tmp_path, spoil, sa
         same_as_metrics(Dom(page([record])), [runs[0]])
 
 
+def test_a_picture_never_takes_the_place_of_its_page(runs, tmp_path):
+    run = copied(runs[0], tmp_path / "run")
+    for arguments in (["-o", "x", "--png", "./x"], ["--png", "run/report.html"]):
+        done = mlxtune("report", "run", *arguments, "--overwrite", cwd=tmp_path)
+        assert done.returncode == 2 and "is the page's own file" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert not (run / "report.html").exists()
+
+
+def test_a_damaged_run_among_several_costs_only_itself(runs, tmp_path):
+    copied(runs[0], tmp_path / "good")
+    for name, text in (("cut", '{"status": "fin'), ("other", "[]")):
+        (copied(runs[1], tmp_path / name) / "run.json").write_text(text)
+    done = mlxtune("report", "cut", "good", "other", "nope", "--json", cwd=tmp_path)
+    assert done.returncode == 0
+    printed = json.loads(done.stdout)
+    assert [run["path"] for run in printed["runs"]] == ["good"]
+    assert list(printed["missing"]) == ["cut", "other", "nope"]
+    assert "note: other is left out: the run's status is damaged" in done.stderr
+    # Several were asked for: the page is not that of the one which is left.
+    assert printed["files"] == ["report.html"] and not (tmp_path / "good/report.html").exists()
+    text = Dom((tmp_path / "report.html").read_text()).text
+    assert "cut: this run: the run's status cannot be read" in text
+    assert "nope: this run: there is no such run" in text
+    same_as_metrics(Dom((tmp_path / "report.html").read_text()), [runs[0]])
+    done = mlxtune("report", "cut", "other", cwd=tmp_path)
+    assert done.returncode == 1 and "the run's status cannot be read" in done.stderr
+
+
+def test_a_run_whose_process_died_is_shown_as_interrupted(runs, tmp_path):
+    run = copied(runs[0], tmp_path / "run")
+    Run(run).write_status(status="running")
+    with Run(run).held():
+        assert read_run(run).status == "running" and not read_run(run).gaps
+    record = read_run(run)
+    assert record.status == summarize(record).status == "interrupted"
+    assert '<span class="badge interrupted">interrupted</span>' in page([record])
+    # A report changes no run.
+    assert json.loads((run / "run.json").read_text())["status"] == "running"
+
+
+def test_the_first_figure_is_of_a_whole_evaluation(runs, tmp_path):
+    run = copied(runs[0], tmp_path / "run")
+    stored = json.loads((run / f"eval/{SUITE}.json").read_text())
+    kinds = {
+        "a-first-3": ({"limit": 3, "max_tokens": None}, 0.111),
+        "b-of-other-data": ({"own": False, "max_tokens": None, "data": ["x/b.jsonl"]}, 0.222),
+        "c": ({"max_tokens": None}, 0.333),
+    }
+    for name, (changes, mean) in kinds.items():
+        stored["targets"]["tuned"]["metrics"]["exact"] = FULL | {"mean": mean}
+        (run / f"eval/{name}.json").write_text(json.dumps(stored | changes))
+        shutil.copy(run / f"eval/{SUITE}.jsonl", run / f"eval/{name}.jsonl")
+
+    def tile():
+        text = re.sub(r"<[^>]+>", " ", page([read_run(run)]).split('class="tiles"')[1])
+        return " ".join(text.split("exact match")[1].split()[:12])
+
+    assert [result.suite for result in results([read_run(run)])] == [*list(kinds)[::-1][:2],
+        "a-first-3", SUITE]  # fmt: skip
+    for name in ("c", "b-of-other-data"):
+        assert tile().startswith(f"{kinds[name][1]:.1%} base") and "first" not in tile()
+        (run / f"eval/{name}.json").unlink()
+    assert tile().startswith("11.1% base") and "3 held-out records" in tile()
+
+
+def test_what_the_judge_did_and_cost_is_on_the_page(runs, tmp_path):
+    run = copied(runs[0], tmp_path / "run")
+    path = run / f"eval/{SUITE}.json"
+    judge = {"model": "qwen3:8b", "answers": 6, "graded": 5, "from_cache": 1, "requests": 5,
+             "prompt_tokens": 700, "completion_tokens": 70, "cost": 0.0123}  # fmt: skip
+    said = "judge qwen3:8b: 5 of 6 answers graded, 1 from the cache, 700 + 70 tokens, cost 0.0123"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"judge": judge}))
+    assert said in Dom(page([read_run(run)])).text
+    assert f"tiny (run): {said}" in Dom(page(collect([run, runs[1]]))).text
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"judge": {"cost": "x"}}))
+    assert "judge ?: ? of ? answers graded" in Dom(page([read_run(run)])).text
+
+
 def test_figures_of_other_types_are_left_out(runs, tmp_path):
     run = copied(runs[0], tmp_path / "run")
     lines = ['{"step": 20, "loss": NaN}', '{"step": 21, "loss": "x", "grad_norm": 1}',

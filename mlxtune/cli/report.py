@@ -29,15 +29,21 @@ def report(
     Curves, evaluation, samples, recipe. The page needs no network. RUN/report.html is
     replaced; any other file only with --overwrite.
     """
-    from mlxtune.report.collect import collect
+    from mlxtune.report.collect import collect_readable
     from mlxtune.report.summary import summarize
-    from mlxtune.report.write import write_report
+    from mlxtune.report.write import place_of, write_report
 
-    records = collect(runs)
-    written = write_report(records, output, png=png, overwrite=overwrite)
+    records, lost = collect_readable(runs)
+    if png is not None and png.resolve() == place_of(records, output, lost).resolve():
+        raise click.UsageError(f"--png {png} is the page's own file: name another for the picture")
+    written = write_report(records, output, lost=lost, png=png, overwrite=overwrite)
+    for run in lost:
+        click.echo(f"note: {run.path} is left out: {run.error.what}", err=True)
     if as_json:
         found = [summarize(record).as_json() for record in records]
-        click.echo(json.dumps({"files": [str(path) for path in written], "runs": found}, indent=2))
+        missing = {str(run.path): run.error.what for run in lost}
+        value = {"files": [str(path) for path in written], "runs": found, "missing": missing}
+        click.echo(json.dumps(value, indent=2))
         return
     for record in records:
         for gap in record.gaps:

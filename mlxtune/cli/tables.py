@@ -14,7 +14,13 @@ from rich.text import Text
 
 from mlxtune.evaluate.bootstrap import Interval
 from mlxtune.evaluate.comparison import Comparison, Figures
-from mlxtune.evaluate.results import METRIC_NAMES, described, figures_json, task_rows
+from mlxtune.evaluate.results import (
+    METRIC_NAMES,
+    described,
+    figures_json,
+    judge_line,
+    task_rows,
+)
 
 
 def show_comparison(result: Comparison, *, samples: int) -> None:
@@ -31,10 +37,11 @@ def show_comparison(result: Comparison, *, samples: int) -> None:
     for note in result.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
     if result.judge is not None:
-        console.print(_judge_line(result.judge), highlight=False, markup=False)
-    categories = result.by_category()
-    if len(categories) > 1 and "exact" in first.metrics:
-        console.print(_categories(result))
+        console.print(judge_line(result.judge), highlight=False, markup=False)
+    # Exact match, or the suite's first metric where it does not ask for that.
+    metric = "exact" if "exact" in first.metrics else next(iter(first.metrics), None)
+    if metric is not None and len(result.by_category(metric)) > 1:
+        console.print(_categories(result, metric))
     if samples and result.answers:
         console.print(_samples(result, samples))
 
@@ -74,11 +81,11 @@ def _figures(result: Comparison) -> Table:
     return table
 
 
-def _categories(result: Comparison) -> Table:
-    table = Table(title="exact match by category")
+def _categories(result: Comparison, metric: str) -> Table:
+    table = Table(title=f"{METRIC_NAMES.get(metric, metric)} by category")
     for column in ("category", "records", *result.figures):
         table.add_column(Text(column), justify="left" if column == "category" else "right")
-    for name, (count, *means) in result.by_category().items():
+    for name, (count, *means) in result.by_category(metric).items():
         table.add_row(Text(name), str(count), *("–" if m is None else f"{m:.0%}" for m in means))
     return table
 
@@ -106,15 +113,6 @@ def _gain(first: str, name: str, figures: Figures) -> str | None:
     metric, gain = told
     change = f"{gain.mean:+.1%} ({gain.low:+.1%} to {gain.high:+.1%})"
     return f"{first} → {name}: {METRIC_NAMES.get(metric, metric)} {change}"
-
-
-def _judge_line(judge: dict[str, Any]) -> str:
-    cost = f", cost {judge['cost']:.4g}" if judge["cost"] else ""
-    return (
-        f"judge {judge['model']}: {judge['graded']} of {judge['answers']} answers graded, "
-        f"{judge['from_cache']} from the cache, {judge['prompt_tokens']} + "
-        f"{judge['completion_tokens']} tokens{cost}"
-    )
 
 
 def _share(interval: Interval | None) -> str:

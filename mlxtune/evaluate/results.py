@@ -263,6 +263,31 @@ def described(figures: dict[str, Any]) -> str:
     return text + (f", adapter {figures['adapter']}" if figures.get("adapter") else "")
 
 
+def is_short(figures: dict[str, Any]) -> bool:
+    """Whether an evaluation is of some records only, of answers cut off, or of another adapter.
+
+    Args:
+        figures: what `figures_json` made.
+    """
+    return any(figures.get(key) is not None for key in ("limit", "max_tokens", "adapter"))
+
+
+def judge_line(judge: dict[str, Any]) -> str:
+    """What the judge did and what it cost.
+
+    Args:
+        judge: what `Judge.report` gives.
+    """
+    known = {key: judge.get(key, "?") for key in ("model", "answers", "graded", "from_cache")}
+    cost = judge.get("cost")
+    return (
+        f"judge {known['model']}: {known['graded']} of {known['answers']} answers graded, "
+        f"{known['from_cache']} from the cache, {judge.get('prompt_tokens', '?')} + "
+        f"{judge.get('completion_tokens', '?')} tokens"
+        + (f", cost {cost:.4g}" if _is_number(cost) and cost else "")
+    )
+
+
 def task_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """Task, metric, value and standard error of lm-eval's figures, a row each.
 

@@ -73,14 +73,48 @@ class RunRecord:
         return min(self.held_out, key=lambda entry: float(entry["held_out_loss"]), default=None)
 
 
+@dataclass(frozen=True)
+class Lost:
+    """A run of several that cannot be shown.
+
+    Attributes:
+        path: as it was named.
+        error: why.
+    """
+
+    path: Path
+    error: RunError
+
+
 def collect(paths: Iterable[Path]) -> list[RunRecord]:
     """Runs, each once, with names that tell them apart.
 
     Raises:
         RunError: a folder is no run, or its run.json is damaged.
     """
+    runs, lost = collect_readable(paths)
+    if lost:
+        raise lost[0].error
+    return runs
+
+
+def collect_readable(paths: Iterable[Path]) -> tuple[list[RunRecord], list[Lost]]:
+    """Runs as `collect` gives them, and those that are none or damaged.
+
+    Raises:
+        RunError: no run is left.
+    """
     folders = {path.expanduser().resolve(): path.expanduser() for path in paths}
-    return _told_apart([read_run(path) for path in folders.values()])
+    runs: list[RunRecord] = []
+    lost: list[Lost] = []
+    for path in folders.values():
+        try:
+            runs.append(read_run(path))
+        except RunError as error:
+            lost.append(Lost(path, error))
+    if lost and not runs:
+        raise lost[0].error
+    return _told_apart(runs), lost
 
 
 def read_run(path: Path) -> RunRecord:

@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined, Template
 import mlxtune
 from mlxtune.evaluate.results import task_rows
 from mlxtune.report.charts import charts
-from mlxtune.report.collect import Lengths, RunRecord, differences
+from mlxtune.report.collect import Lengths, Lost, RunRecord, differences
 from mlxtune.report.results import Results, results
 from mlxtune.report.summary import (
     Summary,
@@ -54,11 +54,12 @@ class Histogram:
     y_ticks: tuple[Any, ...]
 
 
-def page(runs: Sequence[RunRecord]) -> str:
+def page(runs: Sequence[RunRecord], lost: Sequence[Lost] = ()) -> str:
     """The page of one run, or of several laid over each other.
 
     Args:
         runs: at least one.
+        lost: others, which cannot be shown.
     """
     summaries = [summarize(run) for run in runs]
     found = results(runs)
@@ -69,7 +70,11 @@ def page(runs: Sequence[RunRecord]) -> str:
         runs=runs,
         summaries=summaries,
         tiles=_tiles(runs[0], summaries[0], found) if len(runs) == 1 else [],
-        gaps=[(run.name, run.gaps) for run in runs if run.gaps],
+        gaps=[
+            *((str(run.path), [f"this run: {run.error.what}"]) for run in lost),
+            *((run.name, run.gaps) for run in runs if run.gaps),
+        ],
+        named=len(runs) + len(lost) > 1,
         differences=differences(runs) if len(runs) > 1 else {},
         pictures=[draw(chart) for chart in charts(runs)],
         histograms=_histograms(runs),
@@ -109,7 +114,7 @@ def _tiles(run: RunRecord, summary: Summary, found: Sequence[Results]) -> list[T
 
 
 def _score_tiles(found: Sequence[Results]) -> list[Tile]:
-    """Exact match of the adapted model, where that was asked."""
+    """Exact match of the adapted model, where that was asked: of a whole evaluation, if any."""
     for result in found:
         names = [column.target for column in result.columns]
         if "tuned" not in names:
@@ -117,7 +122,7 @@ def _score_tiles(found: Sequence[Results]) -> list[Tile]:
         metrics = result.columns[names.index("tuned")].figures["metrics"]
         if (tuned := metrics.get("exact")) is None:
             continue
-        note = f"{tuned['count']} records"
+        note = result.records if result.short else f"{tuned['count']} records"
         if "base" in names:
             base = result.columns[names.index("base")].figures["metrics"].get("exact")
             note = f"base {share_text(base['mean'] if base else None)}, {note}"

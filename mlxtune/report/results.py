@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlxtune.evaluate.results import METRIC_NAMES, Stored, described
+from mlxtune.evaluate.results import METRIC_NAMES, Stored, described, is_short, judge_line
 from mlxtune.report.collect import RunRecord
 
 SAMPLES = 8
@@ -82,6 +82,7 @@ class Results:
 
     suite: str
     records: str
+    short: bool
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     category_metric: str
@@ -91,9 +92,17 @@ class Results:
 
 
 def results(runs: Sequence[RunRecord]) -> list[Results]:
-    """Each suite once, with the models of all runs side by side."""
+    """Each suite once, with the models of all runs side by side.
+
+    Those of the suite's own data come first, then those of other data, then short checks.
+    """
     suites = sorted({suite for run in runs for suite in run.evaluations})
-    return [_suite(suite, runs) for suite in suites]
+    return sorted((_suite(suite, runs) for suite in suites), key=_place)
+
+
+def _place(result: Results) -> tuple[bool, bool]:
+    own = all(column.stored.figures.get("own", True) for column in result.columns)
+    return result.short, not own
 
 
 def _suite(suite: str, runs: Sequence[RunRecord]) -> Results:
@@ -103,9 +112,11 @@ def _suite(suite: str, runs: Sequence[RunRecord]) -> Results:
     chosen = "exact" if "exact" in metrics or not metrics else metrics[0]
     records = {described(column.stored.figures) for column in columns}
     notes = [str(n) for c in columns for n in c.stored.figures.get("notes") or ()]
+    notes += _judges(suite, runs)
     return Results(
         suite=suite,
         records=" or ".join(sorted(records)),
+        short=any(is_short(column.stored.figures) for column in columns),
         columns=columns,
         rows=tuple(row for row in rows if any(cell.text != "–" for cell in row.cells)),
         category_metric=METRIC_NAMES.get(chosen, chosen),
@@ -113,6 +124,17 @@ def _suite(suite: str, runs: Sequence[RunRecord]) -> Results:
         samples=_samples(columns),
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _judges(suite: str, runs: Sequence[RunRecord]) -> list[str]:
+    """What the judge of each run's evaluation did and cost."""
+    lines = []
+    for run in runs:
+        stored = run.evaluations.get(suite)
+        judge = stored.figures.get("judge") if stored is not None else None
+        if isinstance(judge, dict):
+            lines.append((f"{run.name}: " if len(runs) > 1 else "") + judge_line(judge))
+    return lines
 
 
 def _columns(suite: str, runs: Sequence[RunRecord]) -> tuple[Column, ...]:
