@@ -253,7 +253,7 @@ def test_seventy_billion_weights_are_planned_from_their_config_alone(tmp_path):
 
 @pytest.mark.slow
 def test_what_does_not_fit_gets_advice_and_a_recipe_that_does():
-    recipe = recipe_of(train={"max_seq_length": 512}, lora={"rslora": True})
+    recipe = recipe_of(train={"max_seq_length": 512}, lora={"rslora": True, "rank": 64})
     facts = ModelFacts(LLAMA, None, None, "a test")
     lengths = Lengths((Part(samples_of([400] * 16)),), "tokenized", "16 records")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -14,9 +14,11 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 
+from mlxtune.bench.advice import Advice, Trial, advice_for, fitting_changes, with_changes
 from mlxtune.bench.depth import StepEstimator
 from mlxtune.bench.lengths import Lengths, lengths_of_recipe
 from mlxtune.bench.machine import Machine
+from mlxtune.bench.words import assignments, size
 from mlxtune.data.batches import Part, Plan
 from mlxtune.data.pack import Batch
 from mlxtune.data.render import Sample
@@ -35,6 +37,13 @@ from mlxtune.train.step import rows_to_a_chunk
 
 # Steps that are looked at to know an average one.
 _STEPS = 8
+# Keys that say how records come to passes: the model is the same whatever they say.
+_OF_PASSES = {
+    "train.batch_size": 1,
+    "train.gradient_accumulation_steps": 1,
+    "train.gradient_checkpointing": False,
+    "train.max_seq_length": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -52,23 +61,6 @@ class ModelFacts:
     forms: Forms | None
     source: ModelSource | None
     origin: str
-
-
-@dataclass(frozen=True)
-class Advice:
-    """A change to a recipe, and what it saves.
-
-    Attributes:
-        changes: keys of the recipe to their new values.
-        saves_bytes: of the peak.
-        fits: whether it alone makes the recipe fit.
-        why: what it costs.
-    """
-
-    changes: dict[str, Any]
-    saves_bytes: int
-    fits: bool
-    why: str
 
 
 @dataclass(frozen=True)
@@ -90,7 +82,8 @@ class RunPlan:
         seconds_per_step: of an average step; None where no rate is known.
         steps: of the whole run; None where neither the records nor `max_steps` say.
         flops_per_step: of products.
-        advice: what would make it fit, or nothing if it does.
+        advice: what each change would save, or nothing if it fits.
+        together: changes that make it fit where no single one does, if there are any.
     """
 
     machine: str
@@ -115,6 +108,7 @@ class RunPlan:
     steps: int | None
     flops_per_step: float
     advice: tuple[Advice, ...] = ()
+    together: dict[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """As `mlxtune plan --json` prints it."""
@@ -153,6 +147,18 @@ def model_facts(recipe: Recipe) -> ModelFacts:
         ) from None
 
 
+@dataclass(frozen=True)
+class _Memory:
+    """What a recipe takes at most, and what that was found by."""
+
+    model: StepEstimator
+    batches: Plan
+    largest: Batch
+    twice: int
+    peak: int
+    budget: int
+
+
 class Planner:
     """Makes plans of recipes with one model and one set of records.
 
@@ -182,6 +188,8 @@ class Planner:
         self._lengths = lengths or lengths_of_recipe(recipe, self._facts.source)
         self._workers = workers
         self._made: dict[str, RunPlan] = {}
+        self._looked_at: dict[str, _Memory] = {}
+        self._estimators: dict[str, StepEstimator] = {}
 
     def __call__(self, progress: Callable[[str], None] = lambda _: None) -> RunPlan:
         """The plan of the recipe, with advice if it does not fit.
@@ -192,63 +200,84 @@ class Planner:
         plan = self.estimate(self.recipe)
         if plan.fits:
             return plan
-        advice = []
-        for changes, why in _candidates(self.recipe):
-            other = self._changed(self.recipe, changes, progress)
-            saved = plan.peak_memory_bytes - other.peak_memory_bytes
-            advice.append(Advice(changes, saved, other.fits, why))
-        useful = sorted((a for a in advice if a.saves_bytes > 0), key=lambda a: -a.saves_bytes)
-        return replace(plan, advice=tuple(useful))
+        before, tried = self._trial(self.recipe), self._trials(progress)
+        advice = advice_for(self.recipe, before, tried)
+        if any(each.fits for each in advice):
+            return replace(plan, advice=advice)
+        together, _ = fitting_changes(self.recipe, before, tried)
+        return replace(plan, advice=advice, together=together)
 
     def fitted(
         self, progress: Callable[[str], None] = lambda _: None
     ) -> tuple[Recipe, RunPlan, dict[str, Any]]:
-        """A recipe that fits, its plan, and what was changed: what costs least, first.
+        """A recipe that fits, its plan, and what was changed: nothing that it could do without.
 
         It trains on the same records: none is refused for its length that was not before.
 
         Args:
             progress: is told which change is tried.
+
+        Raises:
+            ModelError: nothing makes it fit.
         """
-        recipe = self.recipe
-        changed: dict[str, Any] = {}
-        plan = self.estimate(recipe)
-        while not plan.fits:
-            for changes, _why in _candidates(recipe):
-                if "train.max_seq_length" in changes and _refuses_long(recipe):
-                    continue
-                better = self._changed(recipe, changes, progress)
-                if better.peak_memory_bytes < plan.peak_memory_bytes:
-                    recipe, plan = with_changes(recipe, changes), better
-                    changed |= changes
-                    break
-            else:
-                raise ModelError(
-                    f"nothing makes it fit {plan.budget_bytes / GB:.1f} GB: at least "
-                    f"{plan.peak_memory_bytes / GB:.1f} GB are needed",
-                    where=self.machine.name,
-                    remedy="take a smaller model, or a machine with more memory",
-                )
-        return recipe, plan, changed
+        before = self._trial(self.recipe)
+        if before.fits:
+            return self.recipe, self.estimate(self.recipe), {}
+        changes, least = fitting_changes(self.recipe, before, self._trials(progress))
+        if changes is None:
+            budget = self._budget(self.recipe.train.memory_limit)
+            raise ModelError(
+                f"nothing makes it fit {size(budget)}: at least {size(least)} are needed",
+                where=self.machine.name,
+                remedy="take a smaller model, or a machine with more memory",
+            )
+        recipe = with_changes(self.recipe, changes)
+        return recipe, self.estimate(recipe), changes
 
     def estimate(self, recipe: Recipe) -> RunPlan:
         """The plan of a recipe, without advice."""
         key = recipe.model_dump_json()
         if key not in self._made:
-            with as_on_gpu() if self.machine.gpu else nullcontext():
+            with self._as_there():
                 self._made[key] = self._estimate(recipe)
         return self._made[key]
 
     def _estimate(self, recipe: Recipe) -> RunPlan:
-        facts, train = self._facts, recipe.train
-        dtype = self._dtype(recipe)
-        rates = self.machine.rates
-        try:
-            model = StepEstimator(recipe, facts.config, facts.forms, dtype, rates)
-        except ModelError as error:
-            if error.where == "config.json":
-                error.where = f"config.json of {recipe.model.path}"
-            raise
+        facts, found = self._facts, self._memory(recipe)
+        model, sizes = found.model, found.model.sizes
+        seconds, flops = self._time(model, found.batches, found.twice)
+        rest = found.peak - sizes.weights - 2 * sizes.adapters - sizes.optimizer
+        logits = min(rest, _logits_bytes(facts.config, found.largest))
+        return RunPlan(
+            machine=self.machine.name,
+            measured_rates=self.machine.measured,
+            model=facts.origin,
+            lengths=self._lengths.note,
+            dtype=self._dtype(recipe),
+            parameters_trained=model.trainable,
+            packed=model.packing,
+            blocks=model.blocks,
+            checkpointed_blocks=found.twice,
+            peak_memory_bytes=found.peak,
+            weights_bytes=sizes.weights,
+            adapters_bytes=sizes.adapters,
+            gradients_bytes=sizes.adapters,
+            optimizer_bytes=sizes.optimizer,
+            logits_bytes=logits,
+            activations_bytes=rest - logits,
+            budget_bytes=found.budget,
+            fits=found.peak <= found.budget,
+            seconds_per_step=seconds,
+            steps=self._steps(found.batches, recipe.train),
+            flops_per_step=flops,
+        )
+
+    def _memory(self, recipe: Recipe) -> _Memory:
+        """What a recipe takes at most; its time is not looked at."""
+        key = recipe.model_dump_json()
+        if key in self._looked_at:
+            return self._looked_at[key]
+        train, model = recipe.train, self._estimator(recipe)
         batches = Plan(
             self._parts(train.max_seq_length),
             train.batch_size,
@@ -263,34 +292,43 @@ class Planner:
         several = len(next(iter(batches.steps(0, 1)))) > 1
         extra = model.sizes.adapters if several else 0
         twice, peak = self._checkpointed(model, largest, recipe, budget - extra)
-        peak += extra
-        seconds, flops = self._time(model, batches, twice)
-        sizes = model.sizes
-        rest = peak - sizes.weights - 2 * sizes.adapters - sizes.optimizer
-        logits = min(rest, _logits_bytes(facts.config, largest))
-        return RunPlan(
-            machine=self.machine.name,
-            measured_rates=self.machine.measured,
-            model=facts.origin,
-            lengths=self._lengths.note,
-            dtype=dtype,
-            parameters_trained=model.trainable,
-            packed=model.packing,
-            blocks=model.blocks,
-            checkpointed_blocks=twice,
-            peak_memory_bytes=peak,
-            weights_bytes=sizes.weights,
-            adapters_bytes=sizes.adapters,
-            gradients_bytes=sizes.adapters,
-            optimizer_bytes=sizes.optimizer,
-            logits_bytes=logits,
-            activations_bytes=rest - logits,
-            budget_bytes=budget,
-            fits=peak <= budget,
-            seconds_per_step=seconds,
-            steps=self._steps(batches, train),
-            flops_per_step=flops,
-        )
+        found = _Memory(model, batches, largest, twice, peak + extra, budget)
+        self._looked_at[key] = found
+        return found
+
+    def _estimator(self, recipe: Recipe) -> StepEstimator:
+        """Of steps with a recipe's model, which knows again what it was asked before."""
+        alike = with_changes(recipe, _OF_PASSES)
+        key = alike.model_dump_json()
+        if key not in self._estimators:
+            facts, rates = self._facts, self.machine.rates
+            try:
+                made = StepEstimator(alike, facts.config, facts.forms, self._dtype(recipe), rates)
+            except ModelError as error:
+                if error.where == "config.json":
+                    error.where = f"config.json of {recipe.model.path}"
+                raise
+            self._estimators[key] = made
+        return self._estimators[key]
+
+    def _trial(self, recipe: Recipe) -> Trial:
+        with self._as_there():
+            found = self._memory(recipe)
+        return Trial(found.peak, found.peak <= found.budget)
+
+    def _trials(self, progress: Callable[[str], None]) -> Callable[[dict[str, Any]], Trial]:
+        """What the recipe comes to with other values, each told before it is looked at."""
+
+        def tried(changes: dict[str, Any]) -> Trial:
+            recipe = with_changes(self.recipe, changes)
+            if recipe.model_dump_json() not in self._looked_at:
+                progress(f"it does not fit; with {assignments(changes)}?")
+            return self._trial(recipe)
+
+        return tried
+
+    def _as_there(self) -> AbstractContextManager[None]:
+        return as_on_gpu() if self.machine.gpu else nullcontext()
 
     def _budget(self, limit: float | None) -> int:
         """Bytes that training may take; `limit` in GB, as the recipe says."""
@@ -336,6 +374,9 @@ class Planner:
         if wish is not False and wish != "auto":
             count = len(range(0, every, wish))
             return count, model.step(batch, count).peak_within(budget)
+        sizes = model.sizes
+        if wish == "auto" and sizes.weights + 2 * sizes.adapters + sizes.optimizer >= budget:
+            return every, model.step(batch, every).peak_within(budget)
         without = model.step(batch)
         if wish is False or without.peak_within(budget) <= budget:
             return 0, without.peak_within(budget)
@@ -356,44 +397,6 @@ class Planner:
         seconds = None if total.seconds is None else total.seconds * times
         return seconds, total.flops * times
 
-    def _changed(
-        self, recipe: Recipe, changes: dict[str, Any], progress: Callable[[str], None]
-    ) -> RunPlan:
-        values = ", ".join(f"{key} = {json.dumps(value)}" for key, value in changes.items())
-        progress(f"it does not fit; with {values}?")
-        return self.estimate(with_changes(recipe, changes))
-
-
-def _candidates(recipe: Recipe) -> Iterator[tuple[dict[str, Any], str]]:
-    """Changes that save memory, those that cost least first."""
-    train, model = recipe.train, recipe.model
-    if train.gradient_checkpointing is not True:
-        yield {"train.gradient_checkpointing": True}, "steps take about a third longer"
-    if train.batch_size > 1:
-        half = train.batch_size // 2 if train.batch_size % 2 == 0 else 1
-        more = train.gradient_accumulation_steps * train.batch_size // half
-        changes = {"train.batch_size": half, "train.gradient_accumulation_steps": more}
-        yield changes, "the same steps in smaller passes, a little slower"
-    if train.optimizer == "adamw":
-        yield {"train.optimizer": "adamw_8bit"}, "moments of a byte each"
-    if model.dequantize:
-        yield {"model.dequantize": False}, "weights stay packed as their file has them"
-    elif model.quantize is None:
-        yield {"model.quantize": 4}, "QLoRA: a base of four bits, which loses a little"
-    if train.max_seq_length > 256:
-        half = train.max_seq_length // 2
-        yield {"train.max_seq_length": half}, "longer records need truncate, or are refused"
-    if recipe.lora.rank > 4:
-        half = recipe.lora.rank // 2
-        same = recipe.lora.model_copy(update={"rank": half}).scale / recipe.lora.scale
-        alpha = round(recipe.lora.alpha / same, 6)
-        yield {"lora.rank": half, "lora.alpha": alpha}, "less to learn with, at the same scale"
-
-
-def _refuses_long(recipe: Recipe) -> bool:
-    """Whether a record over `max_seq_length` stops the run."""
-    return any(source.truncate == "error" for source in recipe.data)
-
 
 def _logits_bytes(config: Config, batch: Batch) -> int:
     """Of a chunk of the loss: the logits, their powers and their gradient in float32."""
@@ -405,12 +408,3 @@ def _cut(sample: Sample, limit: int) -> Sample:
     if len(sample.tokens) <= limit:
         return sample
     return replace(sample, tokens=sample.tokens[:limit], weights=np.ones(limit, np.float32))
-
-
-def with_changes(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
-    """The recipe with other values of some keys, such as `train.batch_size`."""
-    for key, value in changes.items():
-        section, name = key.split(".")
-        own = getattr(recipe, section).model_copy(update={name: value})
-        recipe = recipe.model_copy(update={section: own})
-    return recipe

@@ -11,16 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlxtune.bench.words import advice_lines, plan_lines, size, summary_lines
 from mlxtune.cli.shared import PATH, SET, prepare
 
 if TYPE_CHECKING:
-    from mlxtune.bench.machine import Machine
-    from mlxtune.bench.plan import RunPlan
     from mlxtune.recipe.schema import Recipe
     from mlxtune.train.corpus import Corpus
     from mlxtune.train.session import Forecast
-
-_GB = 1e9
 
 
 @click.command()
@@ -75,7 +72,7 @@ def plan(
     if as_json:
         click.echo(json.dumps(result.as_json() | ({"changed": changed} if fit else {}), indent=2))
         return
-    for line in plan_lines(result, machine):
+    for line in plan_lines(result):
         click.echo(line)
     for key, value in changed.items():
         click.echo(f"changed  {key} = {json.dumps(value)}")
@@ -111,8 +108,8 @@ def forecast(*, force: bool) -> Forecast:
             with planning_line() as progress:
                 advice = advice_lines(planner(progress))
             raise TooLarge(
-                f"this run needs about {result.peak_memory_bytes / _GB:.1f} GB, and "
-                f"{result.budget_bytes / _GB:.1f} GB are there for it",
+                f"this run needs about {size(result.peak_memory_bytes)}, and "
+                f"{size(result.budget_bytes)} are there for it",
                 remedy="\n  ".join([*advice, "or train all the same: --force"]),
             )
         figures = result.as_json()
@@ -127,72 +124,3 @@ def planning_line() -> AbstractContextManager[Callable[[str], None]]:
     from mlxtune.cli.display import status_line
 
     return status_line("planning", every=0.2 if sys.stderr.isatty() else 10.0)
-
-
-def plan_lines(result: RunPlan, machine: Machine) -> list[str]:
-    """A plan as people read it."""
-    lines = [
-        f"machine  {result.machine}, {result.dtype}",
-        f"model    {result.model}",
-        f"adapter  {result.parameters_trained / 1e6:.2f} M parameters train",
-        f"data     {result.lengths}",
-        *summary_lines(result),
-        "",
-        "  " + "  ".join(f"{name} {value / _GB:.2f}" for name, value in _parts(result)) + "  GB",
-    ]
-    if result.checkpointed_blocks:
-        lines.append(
-            f"  gradient checkpointing in {result.checkpointed_blocks} of {result.blocks} blocks"
-        )
-    if not result.fits:
-        lines += ["", *advice_lines(result)]
-    return lines
-
-
-def summary_lines(result: RunPlan) -> list[str]:
-    """The two lines that matter: whether it fits, and how long it takes."""
-    verdict = "fits" if result.fits else "DOES NOT FIT"
-    memory = (
-        f"memory   {result.peak_memory_bytes / _GB:.2f} GB at most of "
-        f"{result.budget_bytes / _GB:.1f}: {verdict} (estimate)"
-    )
-    if result.seconds_per_step is None:
-        return [memory, "time     unknown: no arithmetic rate of this chip is published"]
-    basis = "rates measured here" if result.measured_rates else "published rates of the chip"
-    each = f"{result.seconds_per_step:.2f} s"
-    if result.steps is None:
-        return [memory, f"time     {each} a step; the records say how many (estimate from {basis})"]
-    total = _span(result.seconds_per_step * result.steps)
-    return [memory, f"time     {total} for {result.steps} steps of {each} (estimate from {basis})"]
-
-
-def advice_lines(result: RunPlan) -> list[str]:
-    """What would make a recipe fit."""
-    if not result.advice:
-        return ["nothing in the recipe would make it fit: take a smaller model"]
-    lines = ["what saves memory:"]
-    for advice in result.advice:
-        keys = ", ".join(f"{key} = {json.dumps(value)}" for key, value in advice.changes.items())
-        fits = "; fits then" if advice.fits else ""
-        lines.append(f"  {keys}: {advice.saves_bytes / _GB:.2f} GB less{fits} ({advice.why})")
-    return lines
-
-
-def _parts(result: RunPlan) -> list[tuple[str, int]]:
-    return [
-        ("weights", result.weights_bytes),
-        ("adapters", result.adapters_bytes),
-        ("gradients", result.gradients_bytes),
-        ("optimizer", result.optimizer_bytes),
-        ("logits", result.logits_bytes),
-        ("activations", result.activations_bytes),
-    ]
-
-
-def _span(seconds: float) -> str:
-    """A time, in the unit that one says it in."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
