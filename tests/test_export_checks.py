@@ -11,6 +11,7 @@ import pytest
 from cli_tools import listing, mlxtune, save_real_vocabulary
 from conftest import SHELL_TRAIN, write_jsonl
 from gguf import GGUFReader
+from helpers import tiny
 from mlx.utils import tree_map
 
 from mlxtune.cli.convert import verified_lines
@@ -18,10 +19,13 @@ from mlxtune.errors import ExportError, OutputExists
 from mlxtune.export.adapter import export_adapter
 from mlxtune.export.bundle import export_run
 from mlxtune.export.convert import convert, convert_to_folder
+from mlxtune.export.meant import unlike
 from mlxtune.export.runtime import check_in_llamacpp
-from mlxtune.fuse import fuse_run
+from mlxtune.fuse import dense_config, fuse_run
 from mlxtune.gguf.imatrix import write_imatrix
+from mlxtune.gguf.mixing import FILE_TYPES
 from mlxtune.gguf.reader import GGUFFile
+from mlxtune.gguf.rope import rope_metadata
 from mlxtune.models.load import load_model
 from mlxtune.models.resolve import ModelSource
 from mlxtune.recipe.load import parse_recipe
@@ -72,6 +76,79 @@ def test_llama_cpp_is_believed_when_it_disagrees(written, model):
     model.update(tree_map(lambda a: a * mx.nan, model.parameters()))
     with pytest.raises(ExportError, match="divergence nan"):
         check_in_llamacpp(written, model, ROWS, "q4_k_m")
+
+
+@pytest.mark.parametrize("file_type", FILE_TYPES)
+def test_every_type_has_a_bound(written, model, monkeypatch, file_type):
+    pytest.importorskip("xllamacpp")
+    monkeypatch.setattr("mlxtune.export.runtime._divergence", lambda *_: 3.5)
+    with pytest.raises(ExportError, match=r"other tokens than MLX: divergence 3\.5 nats"):
+        check_in_llamacpp(written, model, ROWS, file_type)
+
+
+def divided(entry, config):
+    key = f"{entry.name}.rope.freq_base"
+    meant = rope_metadata(entry, config)
+    return meant | {key: meant[key] / 1000}
+
+
+@pytest.mark.parametrize("file_type", ["f32", "q4_0"])
+def test_a_wrong_rotation_is_seen_without_running_it(folder, tmp_path, monkeypatch, file_type):
+    monkeypatch.setattr("mlxtune.gguf.writer.rope_metadata", divided)
+    monkeypatch.setattr("mlxtune.export.convert.installed", lambda: False)
+    with pytest.raises(ExportError, match=r"rope\.base is 10\.0 there, and 10000 in its"):
+        convert(str(folder), tmp_path / "m.gguf", file_type=file_type)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("llama.attention.layer_norm_rms_epsilon", 1e-3, r"eps is 0\.001 there"),
+        ("llama.context_length", 4096, "config.max_position_embeddings is 4096 there"),
+        ("llama.rope.scaling.type", "linear", r"rope\.scale is 0\.25 there"),
+        ("tokenizer.ggml.eos_token_id", 5, "its eos token is number 5"),
+        ("tokenizer.ggml.add_bos_token", True, "only the file puts a mark before a text"),
+    ],
+)
+def test_wrong_metadata_is_an_error(folder, tmp_path, monkeypatch, key, value, said):
+    monkeypatch.setattr("mlxtune.export.convert.installed", lambda: False)
+    shutil.copytree(folder, tmp_path / "m")
+    for file in (tmp_path / "m").glob("*.jinja"):
+        file.unlink()  # templates write marks too, and are looked at before
+    more = {"llama.rope.scaling.factor": 4.0} if "scaling" in key else {}
+
+    class Otherwise(GGUFFile):
+        def __init__(self, path):
+            super().__init__(path)
+            self.metadata |= {key: value} | more
+
+    monkeypatch.setattr("mlxtune.export.verify.GGUFFile", Otherwise)
+    with pytest.raises(ExportError, match=said):
+        convert(str(tmp_path / "m"), tmp_path / "m.gguf", file_type="q2_k")
+
+
+def test_a_folder_with_another_config_is_an_error(folder, tmp_path, monkeypatch):
+    def otherwise(config, dtype):
+        return dense_config(config, dtype) | {"rope_theta": 77.0}
+
+    monkeypatch.setattr("mlxtune.export.convert.dense_config", otherwise)
+    with pytest.raises(ExportError, match=r"rope\.base is 77\.0 there"):
+        convert_to_folder(str(folder), tmp_path / "m")
+
+
+def test_what_computes_the_same_may_be_written_otherwise():
+    sizes = {k: v for k, v in vars(tiny("llama").args).items() if v is not None}
+    assert unlike(sizes, sizes | {"sliding_window": 512, "model_type": "mistral"}) is None
+    assert unlike(sizes, sizes | {"rope_theta": 10_000}) is None
+    scaling = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+    scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    stretched = sizes | {"rope_scaling": scaling}
+    assert unlike(stretched, stretched) is None
+    said = unlike(stretched, stretched | {"rope_scaling": scaling | {"factor": 32.0}})
+    assert said == "model.layers.1.self_attn.rope._freqs has other values than in its source"
+    assert "rope is 'RoPE' there" in unlike(stretched, sizes)
+    assert unlike({"model_type": "none"}, sizes) is None  # mlx-lm knows no such
 
 
 def test_what_does_not_fit_beside_its_source_is_not_run(folder, tmp_path, monkeypatch):

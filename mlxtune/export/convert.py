@@ -181,7 +181,16 @@ def write_model(
     if not verify:
         return written, None
     texts = [text.lstrip(" ") for text in SAMPLE] if model.only_pieces else SAMPLE
-    readback = read_back(written.files[0], model.tensors(), tokenizer, texts, progress=progress)
+    readback = read_back(
+        written.files[0],
+        model.config,
+        model.tensors(),
+        tokenizer,
+        texts,
+        # transformers puts none before a text where it is told nothing, others do.
+        begins=not model.only_pieces,
+        progress=progress,
+    )
     if not installed():
         return written, Verified(readback, None)
     needed, budget = _running_bytes(model, written), memory_budget(None)
@@ -274,7 +283,9 @@ def convert_to_folder(
         verified = None
         if verify:
             tokenizer = model.tokenizer()._tokenizer
-            readback = read_back_folder(folder, model.tensors(), tokenizer, kind, progress=progress)
+            readback = read_back_folder(
+                folder, model.config, model.tensors(), tokenizer, kind, progress=progress
+            )
             verified = Verified(readback, None)
         types = Counter(kind(tensor) for tensor in model.tensors())
     return Conversion(output, names, size, dict(types), verified)

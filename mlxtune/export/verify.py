@@ -12,6 +12,8 @@ import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType as Type
 
 from mlxtune.errors import ExportError
+from mlxtune.export.meant import unlike
+from mlxtune.gguf.architectures import for_config
 from mlxtune.gguf.metadata import text_config
 from mlxtune.gguf.model import read_config
 from mlxtune.gguf.reader import GGUFFile
@@ -100,43 +102,50 @@ class Readback:
 
 def read_back(
     path: Path,
+    config: dict[str, Any],
     tensors: Iterable[SourceTensor],
     tokenizer: Any,
     texts: Sequence[str] = SAMPLE,
     *,
+    begins: bool = True,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Readback:
     """Compare a GGUF with its source, one tensor in memory at a time.
 
     Args:
         path: the GGUF, or its first part.
+        config: of the source.
         tensors: of the source.
         tokenizer: of the source, Hugging Face's.
         texts: to tokenize with both.
+        begins: whether a text has to begin with the same mark.
         progress: is told how many tensors have been compared.
 
     Raises:
-        ExportError: a tensor is missing or further off than its type explains, or the
-            tokenizer or template is not what was written.
+        ExportError: a tensor is missing or further off than its type explains, the metadata
+            is of another model, or the tokenizer or template is not what was written.
     """
     file = GGUFFile(path)
-    entry, config = read_config(file)
-    types = [info.type for name, info in file.tensors.items() if is_parameter(name, config)]
+    _, got = read_config(file)
+    entry = for_config(config)
+    if said := unlike(config, got, entry):
+        raise _wrong(said, path)
+    types = [info.type for name, info in file.tensors.items() if is_parameter(name, got)]
     written = {
         tensor.name: (tensor, type_.name, USUAL_ERROR.get(type_, np.inf))
-        for tensor, type_ in zip(gguf_tensors(file, entry, config), types, strict=True)
+        for tensor, type_ in zip(gguf_tensors(file, entry, got), types, strict=True)
     }
     compared = _compared(written, tensors, path, progress)
     again = read_tokenizer(file.metadata, where=str(path))
-    return Readback(
-        *compared,
-        texts=_same_tokens(again, tokenizer, texts, path),
-        template_kept=_same_templates(again, tokenizer, path),
-    )
+    alike = _same_tokens(again, tokenizer, texts, path)
+    template_kept = _same_templates(again, tokenizer, path)
+    _same_marks(again, tokenizer, begins, path)
+    return Readback(*compared, texts=alike, template_kept=template_kept)
 
 
 def read_back_folder(
     folder: Path,
+    config: dict[str, Any],
     tensors: Iterable[SourceTensor],
     tokenizer: Any,
     kind: Callable[[SourceTensor], str],
@@ -148,6 +157,7 @@ def read_back_folder(
 
     Args:
         folder: of Hugging Face's or MLX's layout.
+        config: of the source.
         tensors: of the source.
         tokenizer: of the source, Hugging Face's.
         kind: what a tensor is written as, of `FOLDER_ERROR`.
@@ -155,12 +165,15 @@ def read_back_folder(
         progress: is told how many tensors have been compared.
 
     Raises:
-        ExportError: a tensor is missing or further off than its type explains, or the
-            tokenizer or template is not what was written.
+        ExportError: a tensor is missing or further off than its type explains, the config is
+            of another model, or the tokenizer or template is not what was written.
     """
     source = ModelSource(str(folder), folder)
+    got = text_config(model_config(source))
+    if said := unlike(config, got):
+        raise _wrong(said, folder)
     written = {}
-    for tensor in folder_tensors(folder, text_config(model_config(source))):
+    for tensor in folder_tensors(folder, got):
         type_ = kind(tensor)
         written[tensor.name] = tensor, type_, FOLDER_ERROR[type_]
     compared = _compared(written, tensors, folder, progress)
@@ -242,6 +255,17 @@ def _same_tokens(again: Any, tokenizer: Any, texts: Sequence[str], path: Path) -
         if got != want:
             raise _wrong(f"its tokenizer cuts {text[:40]!r} differently than the source's", path)
     return len(texts)
+
+
+def _same_marks(again: Any, tokenizer: Any, begins: bool, path: Path) -> None:
+    for mark in ("bos", "eos"):
+        want, got = (getattr(one, f"{mark}_token_id") for one in (tokenizer, again))
+        if want is not None and got != want:
+            raise _wrong(f"its {mark} token is number {got}, and {want} in its source", path)
+    first, second = (one("a").input_ids[0] == one.bos_token_id for one in (tokenizer, again))
+    if begins and first != second:
+        which = ("the file", "its source")[first]
+        raise _wrong(f"only {which} puts a mark before a text", path)
 
 
 def _same_templates(again: Any, tokenizer: Any, path: Path) -> bool | None:
