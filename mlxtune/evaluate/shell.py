@@ -19,8 +19,8 @@ from types import FrameType
 from typing import Any
 
 from mlxtune.errors import MlxtuneError
-from mlxtune.evaluate.find import read_find
-from mlxtune.evaluate.options import WORD_OPTIONS, WRAPPERS, read_options, read_word_options
+from mlxtune.evaluate.shell_find import read_find
+from mlxtune.evaluate.shell_options import WORD_OPTIONS, WRAPPERS, read_options, read_word_options
 
 # Nobody asks for a longer command, and a parser in Python would take its time over it.
 MAX_LENGTH = 4000
