@@ -5,15 +5,18 @@
 PAIRS.jsonl has one {"prompt", "expected_command"} a line. Both trainers run at the same
 time in processes of their own and take turns, so that a noisy machine is noisy for both.
 They load the same folder and train the same examples in the same batches, with the same
-rank, scale, type and BLAS; medians over the rounds. Keeps all figures in
-benchmarks/results/ and prints the table of benchmarks/README.md.
+rank, scale, type and BLAS; medians over the rounds. Prints the table of
+benchmarks/README.md and keeps all figures in benchmarks/results/, but for those of fewer
+than five rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -27,17 +30,21 @@ from training.flops import matmul_rate
 from training.models import make_models
 from training.workloads import WORKLOADS, Workload, read_pairs
 
-from mlxtune.device import device_name
+from mlxtune.device import device_name, on_cpu
+from mlxtune.models.load import DTYPES
 
 HERE = Path(__file__).parent
 RANK, ALPHA, LEARNING_RATE = 8, 16.0, 2e-4
+FEWEST_ROUNDS = 5  # to be kept
 HEADER = (
     "| | mlx-lm ex/s | mlxtune ex/s | ratio | mlx-lm peak | mlxtune peak | ratio | rounds "
     "| of matmul rate |\n|---|---|---|---|---|---|---|---|---|"
 )
 
 
-def measure(workload: Workload, models: Path, pairs: Path, rounds: int) -> dict[str, Any]:
+def measure(
+    workload: Workload, models: Path, pairs: Path, rounds: int, dtype: str
+) -> dict[str, Any]:
     """Figures of both trainers on one workload."""
     model = models / workload.model
     with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +73,7 @@ def measure(workload: Workload, models: Path, pairs: Path, rounds: int) -> dict[
         turns: dict[str, list[dict[str, Any]]] = {trainer: [] for trainer in TRAINERS}
         rates = []
         for number in range(rounds):
-            rates.append(matmul_rate())
+            rates.append(matmul_rate(DTYPES[dtype]))
             for trainer in TRAINERS if number % 2 else reversed(TRAINERS):
                 turns[trainer].append(workers[trainer].turn())
                 print(workload.name, number, trainer, turns[trainer][-1], file=sys.stderr)
@@ -74,6 +81,9 @@ def measure(workload: Workload, models: Path, pairs: Path, rounds: int) -> dict[
             worker.stop()
     examples = workload.steps * workload.batch_size
     figures: dict[str, Any] = {"what": workload.what, "examples_per_turn": examples}
+    # One workload may be measured again long after the others, and elsewhere.
+    figures |= {"dtype": dtype, "machine": machine()}
+    figures["versions"] = {p: version(p) for p in ("mlxtune", "mlx", "mlx-lm")}
     for trainer in TRAINERS:
         seconds = [turn["seconds"] for turn in turns[trainer]]
         figures[trainer] = {
@@ -100,28 +110,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pairs", type=Path)
     parser.add_argument("workloads", nargs="*", default=list(WORKLOADS))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=FEWEST_ROUNDS)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32" if on_cpu() else "bfloat16")
     parser.add_argument("--models", type=Path, default=HERE.parent / ".cache" / "benchmarks")
     given = parser.parse_args()
-    make_models(given.models)
+    models = given.models / given.dtype
+    make_models(models, given.dtype)
     results = HERE / "results"
     device = device_name()
     name = "".join(c if c.isalnum() else "-" for c in device.lower()).strip("-")
     path = results / f"train-{name}.json"
     figures = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    figures |= {
-        "benchmark": "train",
-        "device": device,
-        "machine": platform.platform(),
-    }
+    figures |= {"benchmark": "train", "device": device}
     print(HEADER)
     for letter in given.workloads:
-        measured = measure(WORKLOADS[letter], given.models, given.pairs, given.rounds)
-        # One workload may be measured again long after the others.
-        measured["versions"] = {p: version(p) for p in ("mlxtune", "mlx", "mlx-lm")}
-        figures.setdefault("workloads", {})[letter] = measured
-        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        measured = measure(WORKLOADS[letter], models, given.pairs, given.rounds, given.dtype)
         print(row(letter, measured))
+        if given.rounds >= FEWEST_ROUNDS:
+            figures.setdefault("workloads", {})[letter] = measured
+            path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def machine() -> dict[str, Any]:
+    """What the figures are of, and how busy it was before."""
+    processor = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = re.findall(r"^model name\s*:\s*(.*)$", cpuinfo.read_text(), re.MULTILINE)
+        processor = names[0] if names else processor
+    preloaded = os.environ.get("LD_PRELOAD", "").split()
+    return {
+        "platform": platform.platform(),
+        "processor": processor,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "blas": [Path(path).name for path in preloaded],
+        "load": os.getloadavg()[0],
+    }
 
 
 def row(letter: str, measured: dict[str, Any]) -> str:

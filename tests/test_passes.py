@@ -15,6 +15,7 @@ from helpers import random_samples, with_adapters
 from mlxtune.data.ahead import ahead
 from mlxtune.data.pack import pack
 from mlxtune.data.passes import Layout, passes
+from mlxtune.models.attention import blocks
 from mlxtune.models.enable import enable_packs
 from mlxtune.train.heldout import held_out_loss, sample_losses
 
@@ -61,6 +62,27 @@ def test_samples_with_the_same_beginning_come_together():
     assert [batch.prefix for batch in made] == [300, 300]
     # Eight computed alone would be five times as many tokens.
     assert area(made) < 1100 < sum(len(s.tokens) for s in mixed) / 2
+
+
+def attention_pairs(made) -> int:
+    """Pairs of tokens that attention multiplies."""
+    parts = [(b, blocks(*b.tokens.shape, b.prefix, heads=9)) for b in made]
+    areas = (
+        (p.rows.stop - p.rows.start) * (p.queries.stop - p.queries.start) * p.seen
+        for _, some in parts
+        for p in some
+    )
+    return sum(areas)
+
+
+@pytest.mark.parametrize(
+    "lengths", [[2000, *[20] * 60], [60, 90, 120] * 20, [900, 700, *[40] * 30]]
+)
+def test_attention_grows_with_the_squares_of_the_samples_not_of_the_pack(lengths):
+    for times in (1, 4):
+        samples = random_samples([n + 30 for n in lengths * times], prefix=30, untrained=30)
+        needed = times * sum(n * (30 + n / 2) for n in lengths)
+        assert attention_pairs(passes(samples, len(samples), Layout())) < 3 * needed
 
 
 def test_few_shapes_occur_where_few_are_asked_for():

@@ -48,9 +48,9 @@ class Flops:
         return total
 
 
-def matmul_rate() -> float:
-    """The best rate of a large float32 product on this device, in operations a second."""
-    a, b = mx.random.normal((1024, 2048)), mx.random.normal((2048, 2048))
+def matmul_rate(dtype: mx.Dtype = mx.float32) -> float:
+    """The best rate of a large product on this device, in operations a second."""
+    a, b = (mx.random.normal(shape).astype(dtype) for shape in ((1024, 2048), (2048, 2048)))
     mx.eval(a, b)
     best = 0.0
     for _ in range(12):

@@ -13,7 +13,7 @@ from training.workloads import SMOLLM2
 
 from mlxtune.arrays import flat
 from mlxtune.layers.inject import dequantize_layers, own_quantized_layers
-from mlxtune.models.load import load_model
+from mlxtune.models.load import DTYPES, load_model
 from mlxtune.models.resolve import resolve_model
 
 # Config of google/gemma-3-270m. Its weights do not matter here, so they are random.
@@ -37,14 +37,14 @@ GEMMA3 = {
 }
 
 
-def make_models(folder: Path) -> None:
-    """Make the folders `smollm2`, `smollm2-4bit` and `gemma3`, in float32."""
+def make_models(folder: Path, dtype: str = "float32") -> None:
+    """Make the folders `smollm2`, `smollm2-4bit` and `gemma3`, in a float type."""
     folder.mkdir(parents=True, exist_ok=True)
     plain, packed, gemma = (folder / n for n in ("smollm2", "smollm2-4bit", "gemma3"))
     if not plain.exists():
-        base = load_model(resolve_model(SMOLLM2), dtype="float32")
+        base = load_model(resolve_model(SMOLLM2), dtype=dtype)
         own_quantized_layers(base.model)
-        dequantize_layers(base.model, mx.float32)
+        dequantize_layers(base.model, DTYPES[dtype])
         _save(plain, flat(base.model.parameters()), base.config)
         base.tokenizer.save_pretrained(plain)
     if not packed.exists():
@@ -53,6 +53,7 @@ def make_models(folder: Path) -> None:
         model_class, args_class = mlx_lm.utils._get_classes(GEMMA3)
         mx.random.seed(0)
         model = model_class(args_class.from_dict(GEMMA3))
+        model.set_dtype(DTYPES[dtype])
         # mlx-lm makes a head for it, and takes the embedding where the folder has none.
         arrays = flat(model.parameters())
         del arrays["lm_head.weight"]
