@@ -1,4 +1,4 @@
-"""The judge against a stand-in for an endpoint, which misbehaves on demand."""
+"""The judge against a stand-in for an endpoint, which misbehaves on demand, and a real one."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from cli_tools import mlxtune, save_tiny_model
-from conftest import write_jsonl
+from conftest import SMOLLM2, write_jsonl
 
+from mlxtune.data.records import Turn
+from mlxtune.data.render import Renderer
 from mlxtune.evaluate.compare import compare_run
 from mlxtune.evaluate.judge import Judge
 from mlxtune.evaluate.suite import Suite
+from mlxtune.models.resolve import resolve_model
 from mlxtune.recipe.judge import JudgeSection
 from mlxtune.recipe.load import parse_recipe
+from mlxtune.recipe.schema import ModelSection
 from mlxtune.train.metrics import Silent
+from mlxtune.train.model import tokenizer_of
 from mlxtune.train.session import fine_tune
 
 ASKED = [{"role": "user", "content": "q"}]
@@ -232,6 +237,45 @@ def test_a_recipe_names_its_suite_and_its_judge(endpoint, tmp_path, monkeypatch)
     own = other.model_copy(update={"judge": JudgeSection(**judge | {"model": "another"})})
     result = compare_run(tmp_path / "runs/judged", suite=own, max_tokens=2)
     assert result.judge["model"] == "another"
+
+
+@pytest.mark.slow
+def test_a_real_model_judges_over_http(tmp_path, monkeypatch):
+    """SmolLM2 in llama.cpp's server. It is too small to judge: what it says is counted."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    monkeypatch.setenv("MLXTUNE_CACHE", str(tmp_path))
+    params = xllamacpp.CommonParams()
+    params.model.path = str(resolve_model(SMOLLM2).path)
+    params.n_ctx, params.cpuparams.n_threads, params.warmup = 1024, 2, False
+    params.verbosity = -1
+    server = xllamacpp.Server(params)
+    section = JudgeSection(
+        endpoint=f"{server.listening_address}/v1",
+        model="smollm2",
+        rubric="Is the command right?",
+        max_tokens=24,
+        price_output=1e6,
+    )
+    asked = [{"role": "system", "content": "Answer with a command."}, *ASKED]
+    first = Judge(section)
+    grades = [first.grade(asked, "ls", answer) for answer in ("ls", "I like cheese")]
+    report = first.report()
+    assert (report["answers"], report["requests"], report["from_cache"]) == (2, 2, 0)
+    read = [grade for grade in grades if grade is not None]
+    assert report["graded"] == len(read) and all(0 <= grade <= 1 for grade in read)
+    unread = [f"judge: {2 - len(read)} of 2 replies hold no grade from 1 to 5"]
+    assert first.notes() == (unread if len(read) < 2 else [])
+    # The server counts what it reads and writes: all that we sent, in the model's template.
+    renderer = Renderer(tokenizer_of(ModelSection(path=SMOLLM2)))
+    sent = [first._body(asked, "ls", a, ())["messages"] for a in ("ls", "I like cheese")]
+    turns = [[Turn(m["role"], m["content"]) for m in messages] for messages in sent]
+    expected = sum(len(renderer.encode(renderer.text(t, ask=True))) for t in turns)
+    assert report["prompt_tokens"] == expected
+    assert 0 < report["completion_tokens"] <= 2 * 24
+    assert report["cost"] == report["completion_tokens"]
+    again = Judge(section)
+    assert [again.grade(asked, "ls", a) for a in ("ls", "I like cheese")] == grades
+    assert (again.report()["requests"], again.report()["from_cache"]) == (0, 2)
 
 
 def test_a_suite_that_is_not_there_is_told_before_training(tmp_path):
