@@ -545,6 +545,25 @@ def test_models_that_remember_otherwise_are_padded_and_say_so(
     assert losses(run)[-1] < losses(run)[0]
 
 
+def test_a_cpu_that_computes_otherwise_than_the_weights_are_stored_says_so(
+    recipe, few, tmp_path, tiny_folder
+):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    weights = mx.load(str(folder / "model.safetensors"))
+    half = {name: array.astype(mx.bfloat16) for name, array in weights.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), half)
+
+    class Told(Silent):
+        def started(self, outline):
+            self.outline = outline
+
+    told = Told()
+    settings = recipe(few, model={"path": str(folder)}, train={"max_steps": 1})
+    fine_tune(settings, tmp_path / "run", told)
+    assert told.outline.dtype == "float32"
+    assert any("computed in float32" in note and "bfloat16" in note for note in told.outline.notes)
+
+
 @pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_cli_stops_when_asked_to_and_says_how_to_go_on(recipe, few, tmp_path, asked):
     file = tmp_path / "t.toml"

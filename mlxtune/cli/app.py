@@ -116,7 +116,7 @@ def lora(
         folder = output or Path("runs") / checked.name
         silent = workers is not None and not workers.first
         with nullcontext(Silent()) if silent else training_display() as display:
-            fine_tune(
+            run = fine_tune(
                 checked,
                 folder,
                 display,
@@ -128,6 +128,11 @@ def lora(
     if silent:
         return
     click.echo(f"adapter: {folder / 'adapter'}")
+    if (best := run.better_before()) is not None:
+        click.echo(
+            f"the held-out loss was lowest after step {best}: {folder / 'adapter-best'}, which "
+            "eval, fuse and export take by --adapter"
+        )
     click.echo(f"next: mlxtune eval {folder}   mlxtune report {folder}   mlxtune export {folder}")
 
 

@@ -72,6 +72,11 @@ def adapted_model(
     if recipe.model.quantized_matmul == "auto":
         routes = choose_routes(base.model, DTYPES[base.dtype], recorded)
     notes = []
+    if recipe.model.dtype == "auto" and base.dtype != base.stored_dtype:
+        notes.append(
+            f"computed in {base.dtype}, the only type that is fast on a CPU, not in "
+            f"{base.stored_dtype}"
+        )
     packing = recipe.train.packing
     if packing:
         try:
