@@ -26,6 +26,9 @@ import mlx.nn as nn
 
 from mlxtune.models.attention import Block, attention
 
+Given = tuple[mx.array, mx.array, mx.array]  # queries, keys, values
+Cap = float | None
+
 _NEVER = -1e30  # added to a score that is not to be seen
 
 
@@ -92,23 +95,26 @@ class PackCache:
             window: how far a token looks back, where it is.
             cap: of the scores, see `attention`.
         """
-        if cap is None:
-            mixed = mx.fast.scaled_dot_product_attention(
-                queries, keys, values, scale=scale, mask=mask
-            )
-        else:
-            rows, heads, width, dim = queries.shape
-            grouped = (queries * scale).reshape(rows, keys.shape[1], -1, width, dim)
-            scores = mx.tanh(grouped @ keys[:, :, None].swapaxes(-1, -2) / cap) * cap
-            if mask is not None:
-                scores = mx.where(mask[:, :, None], scores, mx.finfo(scores.dtype).min)
-            scores = mx.softmax(scores, axis=-1, precise=True)
-            mixed = (scores @ values[:, :, None]).reshape(rows, heads, width, -1)
-        return self._in_one_row(mixed)
-
-    def _in_one_row(self, mixed: mx.array) -> mx.array:
+        mixed = self._attended((queries, keys, values), scale, mask, window, cap)
         rows, heads, width, dim = mixed.shape
         return mixed.transpose(0, 2, 1, 3).reshape(1, rows * width, heads * dim)
+
+    def _attended(
+        self, given: Given, scale: float, mask: mx.array | None, _window: int | None, cap: Cap
+    ) -> mx.array:
+        """`attend`, by rows: (rows, heads, width, dim)."""
+        queries, keys, values = given
+        if cap is None:
+            return mx.fast.scaled_dot_product_attention(
+                queries, keys, values, scale=scale, mask=mask
+            )
+        rows, heads, width, dim = queries.shape
+        grouped = (queries * scale).reshape(rows, keys.shape[1], -1, width, dim)
+        scores = mx.tanh(grouped @ keys[:, :, None].swapaxes(-1, -2) / cap) * cap
+        if mask is not None:
+            scores = mx.where(mask[:, :, None], scores, mx.finfo(scores.dtype).min)
+        scores = mx.softmax(scores, axis=-1, precise=True)
+        return (scores @ values[:, :, None]).reshape(rows, heads, width, -1)
 
     def _with_prefix(self, x: mx.array) -> mx.array:
         if x.shape[0] != self.positions.shape[0]:
@@ -191,30 +197,12 @@ class OwnAttention(PackCache):
         mixed = self.attend(queries, *self.fetch(keys, values), scale=scale, window=window)
         return mx.zeros((1, 1, 1, 1), mixed.dtype), mixed.reshape(1, 1, 1, -1)
 
-    def attend(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        *,
-        scale: float,
-        mask: mx.array | None = None,
-        window: int | None = None,
-        cap: float | None = None,
+    def _attended(
+        self, given: Given, scale: float, _mask: mx.array | None, window: int | None, cap: Cap
     ) -> mx.array:
-        """As of any pack, by `attention`."""
         window = self._reach(window)
-        mixed = attention(
-            queries,
-            keys,
-            values,
-            scale=scale,
-            prefix=self.prefix,
-            bias=partial(self._bias, window),
-            window=window,
-            cap=cap,
-        )
-        return self._in_one_row(mixed)
+        bias = partial(self._bias, window)
+        return attention(*given, scale=scale, prefix=self.prefix, bias=bias, window=window, cap=cap)
 
 
 class PackedRope(nn.Module):
