@@ -197,6 +197,18 @@ def test_the_base_of_a_run_is_not_replaced_by_what_is_made_of_it(run, tmp_path):
     assert listing(place) == before and not (tmp_path / "out").exists()
 
 
+def test_what_is_shipped_says_nothing_of_this_machine(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = export_run(run, file_type="q8_0", verify=False)
+    assert str(run) in made.commands["llama.cpp"]
+    card = (made.folder / "README.md").read_text()
+    assert "`ollama create small -f Modelfile && ollama run small`" in card
+    assert "`llama-cli -m model.gguf -cnv`" in card and "`mistralrs run -f model.gguf`" in card
+    for file in made.folder.iterdir():
+        for part in (str(run), str(run.parent), run.parent.name):
+            assert part.encode() not in file.read_bytes(), file.name
+
+
 def test_an_importance_that_can_have_no_effect_is_refused(folder, tmp_path):
     of_another = tmp_path / "other.gguf"
     sums, counts = ({"blk.0.attn_z.weight": np.ones(n, np.float32)} for n in (64, 1))

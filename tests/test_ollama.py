@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import socket
 import stat
 import threading
@@ -25,11 +26,11 @@ from typing import get_args
 import httpx
 import mlx.core as mx
 import pytest
-from cli_tools import mlxtune, save_tiny_model
+from cli_tools import listing, mlxtune, save_tiny_model
 from click.testing import CliRunner
 from conftest import write_jsonl
 
-from mlxtune.errors import ExportError, ModelError
+from mlxtune.errors import ExportError, ModelError, OutputExists
 from mlxtune.export import ollama
 from mlxtune.export.handover import hand_over, run_commands
 from mlxtune.export.modelfile import Modelfile
@@ -430,11 +431,69 @@ def test_what_is_exported_is_handed_over_without_doing_it_again(tmp_path, monkey
     assert file.stat().st_mtime_ns == written
     done = mlxtune(*arguments, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0 and "ollama create again" in done.stdout
+    assert f"{run.path}/export/f32: model.gguf (" in done.stdout
+    assert "written before" in done.stdout.splitlines()[0] and "read back: 2" in done.stdout
+    told = json.loads(mlxtune(*arguments, "--dry-run", "--json", cwd=tmp_path).stdout)
+    assert told["verified"]["readback"]["tensors"] == 20 and told["written_before"]
+    # Without having been read back it is not what is asked for, nor when it is damaged.
+    report = file.with_name("export.json")
+    kept, whole = json.loads(report.read_text()), file.read_bytes()
+    report.write_text(json.dumps({k: v for k, v in kept.items() if k != "readback"}))
+    assert "exists already, and it was not read back" in tried()
+    assert mlxtune(*arguments, "--dry-run", "--no-verify", cwd=tmp_path).returncode == 0
+    report.write_text(json.dumps(kept))
+    os.truncate(file, len(whole) - 32)
+    assert "exists already, and the file is not as long as it was" in tried()
+    file.write_bytes(whole)
     # Another adapter has taken the place of the one that was exported.
     weights = run.adapter / "adapters.safetensors"
     arrays = {name: array + 1 for name, array in mx.load(str(weights)).items()}
     mx.save_safetensors(str(weights), arrays)
-    assert "exists already" in tried()
+    assert "exists already, and it was made of another adapter" in tried()
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory) -> Path:
+    """A run of one step whose model can be written as GGUF."""
+    place = tmp_path_factory.mktemp("merged")
+    (place / "model").mkdir()
+    save_tiny_model(place / "model", merged=True)
+    data = write_jsonl(place / "d.jsonl", [{"prompt": "list", "expected_command": "ls"}] * 2)
+    recipe = {"name": "again", "model": {"path": str(place / "model")}}
+    recipe |= {"data": [{"path": str(data)}], "train": {"max_steps": 1, "batch_size": 2}}
+    return fine_tune(parse_recipe(recipe, where="-"), place / "run", Silent()).path
+
+
+@pytest.mark.parametrize(
+    "option", [pytest.param("--imatrix", marks=pytest.mark.slow), "--calibrate"]
+)
+def test_an_export_with_importance_is_handed_over_again(merged, tmp_path, nobody, option):
+    """And is not taken for one without, or with another."""
+    texts = tmp_path / "t.txt"
+    texts.write_text("list all files " * 40)
+    given = texts
+    if option == "--imatrix":
+        given = tmp_path / "importance.gguf"
+        kept = ("--calibrate", str(texts), "--save-imatrix", str(given))
+        write = ("convert", str(merged), "x.gguf", "--pre", "gpt-2", "--quantize", "q4_0", *kept)
+        assert mlxtune(*write, cwd=tmp_path).returncode == 0
+    arguments = ["export", str(merged), "--pre", "gpt-2", "--quantize", "q4_0", "--to", "ollama"]
+    arguments += ["--output", str(tmp_path / "out")]
+
+    def tried(*more):
+        done = mlxtune(*arguments, *more, cwd=tmp_path)
+        assert done.returncode == 1
+        return done.stdout + done.stderr
+
+    first, second = tried(option, str(given)), tried(option, str(given))
+    assert "Ollama does not answer" in first and "Ollama does not answer" in second
+    assert "written before" in second and "written before" not in first
+    assert "exists already, and it was made with" in tried()
+    shutil.copy(given, tmp_path / "other.txt")
+    with (tmp_path / "other.txt").open("ab") as file:
+        file.write(b" more")
+    assert "exists already, and it was made with" in tried(option, str(tmp_path / "other.txt"))
+    assert "exists already, and it was made with" in tried(option, str(tmp_path / "none.txt"))
 
 
 def test_llama_cpp_answers(program, folder):
@@ -650,6 +709,24 @@ def test_an_adapter_alone_goes_to_ollama_with_a_file_below_it(tuned, server, ggu
     body = server.models["tiny:latest"]
     assert body["files"] == {"model.gguf": digest_of(gguf)} and "from" not in body
     assert set(server.blobs) == {digest_of(gguf), *body["adapters"].values()}
+
+
+def test_an_adapter_alone_is_handed_over_again(tuned, tmp_path, nobody):
+    from mlxtune.export.adapter import export_adapter
+
+    how = {"output": tmp_path / "out", "base": "smollm2:135m", "name": "a"}
+    assert not export_adapter(tuned, "ollama", **how).written_before
+    before = listing(tmp_path)
+    again = export_adapter(tuned, "ollama", **how)
+    assert again.written_before and listing(tmp_path) == before
+    arguments = ["export", str(tuned), "--adapter-only", "--to=ollama", "--base=smollm2:135m"]
+    done = mlxtune(*arguments, "--output=out", cwd=tmp_path)
+    assert "written before" in done.stdout and "Ollama does not answer" in done.stderr
+    with pytest.raises(OutputExists, match="its Modelfile says something else"):
+        export_adapter(tuned, "ollama", **how | {"base": "other"})
+    os.truncate(tmp_path / "out/adapter.gguf", 100)
+    with pytest.raises(OutputExists, match="not as long as it was"):
+        export_adapter(tuned, "ollama", **how)
 
 
 def test_an_adapters_base_has_to_be_told(tuned, nobody, tmp_path):

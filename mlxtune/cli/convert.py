@@ -186,9 +186,18 @@ def _bytes(size: str) -> int:
     return int(found[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[found[2]]
 
 
+def file_size(count: int) -> str:
+    """Bytes as people say them."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            number = count / size
+            return f"{number:.1f} {unit}" if number < 10 else f"{number:.0f} {unit}"
+    return f"{count} bytes"
+
+
 def _told(made: Conversion) -> str:
     types = ", ".join(f"{count} {name}" for name, count in made.types.items())
-    lines = [f"{made.path}: {made.nbytes / 1e6:,.0f} MB, tensors: {types}"]
+    lines = [f"{made.path}: {file_size(made.nbytes)}, tensors: {types}"]
     if len(made.files) > 1:
         lines.append(f"  in {len(made.files)} files; runtimes are given the first")
     if made.verified is not None:

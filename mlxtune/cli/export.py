@@ -17,6 +17,7 @@ from mlxtune.cli.convert import (
     PRE,
     SAVE_IMATRIX,
     VERIFY,
+    file_size,
     on_command_line,
     require_one_importance,
     verified_lines,
@@ -129,9 +130,18 @@ def export(
     if to == "ollama":
         require_name(name)
     bundle = None
-    if to is not None and not (overwrite or imatrix or calibration):
+    if to is not None and not overwrite:
         # Handed over once more, to a program that was not there the first time.
-        bundle = exported_before(run, output=output, file_type=quantize, name=name, pre=pre)
+        bundle = exported_before(
+            run,
+            output=output,
+            file_type=quantize,
+            name=name,
+            imatrix=imatrix,
+            pre=pre,
+            calibration=calibration,
+            verify=verify,
+        )
     with status_line("opening", every=0.2 if sys.stderr.isatty() else 10.0) as progress:
         bundle = bundle or export_run(
             run,
@@ -169,7 +179,9 @@ def _tell_hand_over(handed: HandOver, as_json: str | None) -> None:
 
 
 def _tell_bundle(bundle: Bundle, *, commands: bool) -> None:
-    click.echo(f"{bundle.folder}: model.gguf ({bundle.gguf_bytes / 1e6:.0f} MB), Modelfile, README")
+    before = ", written before" * bundle.written_before
+    size = file_size(bundle.gguf_bytes)
+    click.echo(f"{bundle.folder}: model.gguf ({size}), Modelfile, README{before}")
     if bundle.verified is not None:
         click.echo("\n".join(verified_lines(bundle.verified)))
     if commands:
@@ -193,7 +205,9 @@ def _export_adapter(
 
     written = export_adapter(path, layout, output=output, base=base, name=name, overwrite=overwrite)
     if not as_json:
-        click.echo(f"{written.folder}: {written.kind} on {written.layers} layers, for {layout}")
+        before = ", written before" * written.written_before
+        layers = f"{written.kind} on {written.layers} layers, for {layout}"
+        click.echo(f"{written.folder}: {layers}{before}")
     if written.modelfile is None:
         click.echo(written.as_json() if as_json else f"  {written.load}")
         return

@@ -18,7 +18,8 @@ from mlxtune.errors import ExportError
 from mlxtune.export.handover import MODELFILE, HandOver, run_commands
 from mlxtune.export.modelfile import Modelfile, modelfile
 from mlxtune.export.ollama import require_name
-from mlxtune.files import atomic_folder, write_text
+from mlxtune.export.record import REPORT, SIZE, of_weights, read_record, require_same
+from mlxtune.files import atomic_folder, write_json, write_text
 from mlxtune.fuse import require_outside
 from mlxtune.models.load import load_tokenizer, model_config
 from mlxtune.models.resolve import resolve_model
@@ -52,6 +53,7 @@ class AdapterExport:
         load: how that library loads it.
         name: what Ollama is to call the model.
         modelfile: what the file of that name says; None for other layouts.
+        written_before: whether it was there already, and has only been looked at.
     """
 
     folder: Path
@@ -61,6 +63,7 @@ class AdapterExport:
     load: str
     name: str = ""
     modelfile: Modelfile | None = None
+    written_before: bool = False
 
     def as_json(self, handed: HandOver | None = None) -> str:
         """For `--json`, with what became of it; the Modelfile is in the folder."""
@@ -89,7 +92,8 @@ def export_adapter(
         base: for Ollama, what the adapter goes on: a model that Ollama has, or a .gguf file.
             By default the model that was trained, where that is Ollama's.
         name: what Ollama is to call the model; what the recipe says by default.
-        overwrite: replace `output` if it exists.
+        overwrite: replace `output` if it exists. What was written for Ollama of the same
+            adapter and on the same base is taken as it is without that.
 
     Raises:
         RunError: there is no finished run, and no adapter that is known, at `path`.
@@ -118,16 +122,39 @@ def export_adapter(
         name = name or (_own_name(run) if run is not None else path.absolute().name)
         require_name(name)
         made = _modelfile(adapter, run, base)
+    load = _LAYOUTS[layout].format(folder=output, base=adapter.base) if made is None else ""
+    if made is not None and name is not None:
+        load = " && ".join(run_commands(OLLAMA, output, name))
+    export = AdapterExport(
+        output, layout, adapter.kind, len(adapter.targets), load, name or "", made
+    )
+    if made is not None and not overwrite and _exported_before(output, path, made):
+        return replace(export, written_before=True)
     with atomic_folder(output, overwrite=overwrite, marker=marker) as folder:
         write(folder, adapter)
         if made is not None:
             write_text(folder / MODELFILE, made.text())
-    if made is not None and name is not None:
-        load = " && ".join(run_commands(OLLAMA, output, name))
-    else:
-        load = _LAYOUTS[layout].format(folder=output, base=adapter.base)
-    layers = len(adapter.targets)
-    return AdapterExport(output, layout, adapter.kind, layers, load, name or "", made)
+            size = {SIZE: (folder / GGUF).stat().st_size}
+            write_json(folder / REPORT, _made_of(path, made) | size)
+    return export
+
+
+def _exported_before(output: Path, path: Path, made: Modelfile) -> bool:
+    """Whether what would be written is there, to be handed over again.
+
+    Raises:
+        OutputExists: an export is there that is another.
+    """
+    record = read_record(output)
+    if record is None or not (output / GGUF).is_file():
+        return False
+    size = {SIZE: (output / GGUF).stat().st_size}
+    require_same(output, record, _made_of(path, made) | size)
+    return True
+
+
+def _made_of(path: Path, made: Modelfile) -> dict[str, Any]:
+    return {"adapter": of_weights(adapter_folder(path)), "modelfile": made.text()}
 
 
 def _own_name(run: Run) -> str:

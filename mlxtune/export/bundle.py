@@ -15,9 +15,19 @@ from mlxtune.export.calibrate import importance_of
 from mlxtune.export.convert import Verified, write_model
 from mlxtune.export.handover import GGUF, LABELS, MODELFILE, HandOver, run_commands
 from mlxtune.export.modelfile import Modelfile, modelfile
-from mlxtune.export.runtime import ROWS
+from mlxtune.export.record import (
+    REPORT,
+    SIZE,
+    different,
+    of_file,
+    of_weights,
+    read_record,
+    require_same,
+)
+from mlxtune.export.runtime import ROWS, RuntimeCheck
 from mlxtune.export.source import from_loaded
-from mlxtune.files import atomic_folder, require_apart, sha256, write_json, write_text
+from mlxtune.export.verify import Readback
+from mlxtune.files import atomic_folder, require_apart, write_json, write_text
 from mlxtune.fuse import model_places, require_outside
 from mlxtune.gguf.architectures import for_config
 from mlxtune.models.load import LoadedModel
@@ -28,7 +38,7 @@ from mlxtune.train.model import tokenizer_of
 from mlxtune.train.run import Run
 from mlxtune.train.session import open_run
 
-CARD, REPORT = "README.md", "export.json"
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ class Bundle:
         verified: how it differs from the trained model; None if it was not looked at.
         commands: runtime to the command that runs it.
         modelfile: what the file of that name says.
+        written_before: whether it was there already, and has only been looked at.
     """
 
     folder: Path
@@ -50,6 +61,7 @@ class Bundle:
     verified: Verified | None
     commands: dict[str, str]
     modelfile: Modelfile
+    written_before: bool = False
 
     def as_json(self, handed: HandOver | None = None) -> str:
         """For `--json`, with what became of it; the Modelfile is in the folder."""
@@ -101,9 +113,11 @@ def export_run(
     given = [file for file in (imatrix, calibration, save_imatrix) if file is not None]
     used = (*model_places(model.source.path), *given)
     for_config(model.config)
-    commands = _commands(folder, name or recipe.export.name or recipe.name)
+    name = name or recipe.export.name or recipe.name
     ollama = modelfile(Renderer(model.tokenizer), model.tokenizer, recipe.export)
-    card = model_card(run, recipe, model, file_type, commands)
+    # The folder is shipped: its card knows no place on this machine.
+    card = model_card(run, recipe, model, file_type, _commands(Path(), name))
+    made_of = _made_of(run, file_type, pre, imatrix, calibration)
     with atomic_folder(folder, overwrite=overwrite, marker=GGUF) as temporary:
         require_apart(folder, used)
         importance = importance_of(
@@ -126,10 +140,12 @@ def export_run(
             progress=progress,
         )
         seen = {} if verified is None else asdict(verified)
-        write_json(temporary / REPORT, _made_of(run, file_type, pre) | seen)
+        size = {SIZE: (temporary / GGUF).stat().st_size}
+        write_json(temporary / REPORT, made_of | size | seen)
         write_text(temporary / MODELFILE, ollama.text())
         write_text(temporary / CARD, card)
-    return Bundle(folder, file_type, (folder / GGUF).stat().st_size, verified, commands, ollama)
+    commands = _commands(folder, name)
+    return Bundle(folder, file_type, size[SIZE], verified, commands, ollama)
 
 
 def exported_before(
@@ -138,42 +154,71 @@ def exported_before(
     output: Path | None = None,
     file_type: str | None = None,
     name: str | None = None,
+    imatrix: Path | None = None,
     pre: str | None = None,
+    calibration: Path | None = None,
+    verify: bool = True,
 ) -> Bundle | None:
-    """What `export_run` has written of this run in this type, to be handed over again.
+    """What `export_run` has written of this run, to be handed over again.
 
     Args:
-        path, output, file_type, name, pre: as in `export_run`.
+        path, output, file_type, name, imatrix, pre, calibration: as in `export_run`.
+        verify: it has to have been read back.
 
     Returns:
-        None if nothing is there, or something else.
+        None if no export is there.
+
+    Raises:
+        OutputExists: an export is there that is not what `export_run` would write.
     """
     run = Run.open(path)
     recipe = run.recipe()
     file_type = file_type or recipe.export.quantize
     folder = _folder(path, output, file_type)
-    try:
-        report: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-        size = (folder / GGUF).stat().st_size
-    except (OSError, ValueError):
+    record = read_record(folder)
+    if record is None or not (folder / GGUF).is_file():
         return None
-    if any(report.get(key) != value for key, value in _made_of(run, file_type, pre).items()):
-        return None
+    size = (folder / GGUF).stat().st_size
+    wanted = _made_of(run, file_type, pre, imatrix, calibration) | {SIZE: size}
+    require_same(folder, record, wanted)
+    verified = _read_verified(record)
+    if verify and verified is None:
+        raise different(folder, "it was not read back (--no-verify hands it over as it is)")
     tokenizer = tokenizer_of(recipe.model)
     ollama = modelfile(Renderer(tokenizer), tokenizer, recipe.export)
     commands = _commands(folder, name or recipe.export.name or recipe.name)
-    return Bundle(folder, file_type, size, None, commands, ollama)
+    return Bundle(folder, file_type, size, verified, commands, ollama, written_before=True)
+
+
+def _read_verified(record: dict[str, Any]) -> Verified | None:
+    """What `export_run` has kept of what it saw; None where it did not look."""
+    try:
+        ran = record["llamacpp"]
+        return Verified(
+            Readback(**record["readback"]),
+            None if ran is None else RuntimeCheck(**ran),
+            record["tried_on"],
+            record["not_run"],
+        )
+    except (KeyError, TypeError):
+        return None
 
 
 def _folder(path: Path, output: Path | None, file_type: str) -> Path:
     return output or path / "export" / file_type
 
 
-def _made_of(run: Run, file_type: str, pre: str | None) -> dict[str, Any]:
-    """What tells an export from those of other types, and of the run before it was overwritten."""
-    adapter = run.finished_adapter()
-    hashes = {file.name: sha256(file) for file in sorted(adapter.glob("*.safetensors"))}
-    return {"file_type": file_type, "pre": pre, "adapter": hashes}
+def _made_of(
+    run: Run, file_type: str, pre: str | None, imatrix: Path | None, calibration: Path | None
+) -> dict[str, Any]:
+    """What tells an export from others, and from those of the run before it was overwritten."""
+    return {
+        "file_type": file_type,
+        "pre": pre,
+        "adapter": of_weights(run.finished_adapter()),
+        "imatrix": of_file(imatrix),
+        "calibration": of_file(calibration),
+    }
 
 
 def _held_out_rows(recipe: Recipe, model: LoadedModel) -> list[list[int]] | None:
@@ -232,7 +277,7 @@ def model_card(
         lines.append(f"| steps | {last['step']} ({last['examples']} examples) |")
     if held_out:
         lines.append(f"| held-out loss | {held_out[0]:.4f} before, {held_out[-1]:.4f} after |")
-    lines += ["", "## How to run it", ""]
+    lines += ["", "## How to run it", "", "In this folder:", ""]
     lines += [f"- {runtime}: `{command}`" for runtime, command in commands.items()]
     made_with = run.status().get("versions", {}).get("mlxtune", "of an unknown version")
     lines += ["", f"Made with mlxtune {made_with}."]
