@@ -129,6 +129,17 @@ def test_the_judge_sees_the_conversation_and_the_tools(endpoint, judge):
     assert asked[1]["conversation"][0]["content"] == "Answer in Latin."
 
 
+def test_progress_is_no_line_for_each_answer(endpoint, judge, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("mlxtune.evaluate.judge.time.monotonic", lambda: now[0])
+    told = []
+    asked = Judge(judge()._section, progress=told.append)
+    for number in range(20):
+        asked.grade(ASKED, "ls", f"answer {number}")
+        now[0] += 1
+    assert told == [f"judge: grader, answer {number}" for number in (1, 6, 11, 16)]
+
+
 def test_the_key_comes_from_the_environment(endpoint, judge, monkeypatch):
     monkeypatch.setenv("GRADER_KEY", "abc")
     judge(api_key_env="GRADER_KEY").grade(ASKED, "ls", "ls")

@@ -217,6 +217,42 @@ def test_figures_of_an_evaluation_are_read_on_a_phone_without_scrolling(runs, br
     assert len(wide) == 2 and all(table == "0" for table in wide), wide
 
 
+def test_figures_of_several_runs_are_read_on_a_desktop_without_scrolling(runs, browser, tmp_path):
+    paths = [copied(runs[0], tmp_path / name) for name in ("one", "another")]
+    for path in paths:
+        figures = path / f"eval/{SUITE}.json"
+        stored = json.loads(figures.read_text())
+        tuned = stored["targets"]["tuned"]
+        tuned["metrics"] = dict.fromkeys([*tuned["metrics"], "bash", "programs"], FULL)
+        tuned["gains"] = dict.fromkeys(tuned["metrics"], FULL)
+        figures.write_text(json.dumps(stored))
+    probe = """<script>onload = () => { document.body.dataset.wide =
+      [...document.querySelectorAll(".table:not(:has(code))")].map(
+        (table) => table.scrollWidth - table.clientWidth)}</script>"""
+    text = re.sub(r"<meta http-equiv[^>]*>", "", page(collect(paths)))
+    (tmp_path / "probe.html").write_text(text + probe)
+    window = "--window-size=1280,900"
+    dom = browser("--dump-dom", window, (tmp_path / "probe.html").as_uri()).stdout
+    wide = re.search(r'data-wide="([^"]*)"', dom).group(1).split(",")
+    assert len(wide) == 3 and all(table == "0" for table in wide), wide
+
+
+def test_an_answer_of_nothing_is_said_to_be_one(runs, tmp_path):
+    run = copied(runs[0], tmp_path / "run")
+    path = run / f"eval/{SUITE}.jsonl"
+    answers = [json.loads(line) for line in path.open()]
+    for answer in answers:
+        answer["said"]["tuned"] = ""
+    write_jsonl(path, answers)
+    assert page([read_run(run)]).count('<i class="empty">nothing</i>') >= len(answers)
+
+
+def test_sizes_are_read_without_counting_zeros():
+    sizes = (None, 4_420_000, 63_290_000, 999_400_000, 1_000_000_000, 24_600_000_000)
+    told = ["–", "4.4 MB", "63 MB", "999 MB", "1.00 GB", "24.60 GB"]
+    assert [gigabytes(size) for size in sizes] == told
+
+
 def test_a_page_refers_to_nothing_outside_and_runs_no_script_but_its_own(runs):
     text = page(collect(runs))
     assert text == page(collect(runs))

@@ -99,6 +99,8 @@ def _samples(result: Comparison, samples: int) -> Table:
     for answer in result.answers[::every][:samples]:
         said = [
             Text(_short(text), style="green" if text == answer.expected else "")
+            if text
+            else Text("nothing", style="dim italic")
             for text in answer.said.values()
         ]
         table.add_row(Text(answer.prompt), Text(answer.expected), *said)

@@ -25,6 +25,7 @@ from mlxtune.files import cache_folder, write_json
 from mlxtune.recipe.judge import JudgeSection
 
 _LONGEST_PAUSE = 30.0
+_TELL_EVERY = 5.0  # seconds: where progress goes to a file, each is a line
 _INSTRUCTION = """You grade answers. {rubric}
 
 You are given a conversation, a reference for what comes next in it, and the answer to \
@@ -63,6 +64,7 @@ class Judge:
         self._cache = cache_folder() / "judge"
         self._client = httpx.Client(timeout=section.timeout)
         self._stopped: str | None = None
+        self._tell_after = 0.0
         self._asked = self._graded = self._cached = self._unreadable = self._requests = 0
         self._tokens = {"prompt_tokens": 0, "completion_tokens": 0}
         key = section.api_key_env
@@ -83,7 +85,9 @@ class Judge:
             tools: schemas of the functions that might have been called.
         """
         self._asked += 1
-        self._progress(f"judge: {self._section.model}, answer {self._asked}")
+        if time.monotonic() >= self._tell_after:
+            self._tell_after = time.monotonic() + _TELL_EVERY
+            self._progress(f"judge: {self._section.model}, answer {self._asked}")
         body = self._body(messages, expected, answer, tools)
         place = self._cache / f"{_hash(self._section.endpoint, body)}.json"
         reply = _kept(place)

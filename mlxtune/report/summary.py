@@ -88,10 +88,12 @@ def share_text(value: float | None) -> str:
 
 
 def gigabytes(value: float | None) -> str:
-    """Bytes, of small models in MB."""
+    """Bytes, less than a GB in MB."""
     if value is None:
         return "–"
-    return f"{value / GB:.2f} GB" if value >= GB / 10 else f"{1000 * value / GB:.3g} MB"
+    if value >= GB:
+        return f"{value / GB:.2f} GB"
+    return f"{1000 * value / GB:.{0 if value >= GB / 100 else 1}f} MB"
 
 
 def rate_text(value: float | None) -> str:
