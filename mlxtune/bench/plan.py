@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -190,6 +190,7 @@ class Planner:
         self._made: dict[str, RunPlan] = {}
         self._looked_at: dict[str, _Memory] = {}
         self._estimators: dict[str, StepEstimator] = {}
+        self._passes: dict[Hashable, Batch] = {}
 
     def __call__(self, progress: Callable[[str], None] = lambda _: None) -> RunPlan:
         """The plan of the recipe, with advice if it does not fit.
@@ -286,7 +287,7 @@ class Planner:
             layout_for(model.packing),
             ranks=self._workers,
         )
-        largest = batches.largest()
+        largest = self._largest(batches, train)
         budget = self._budget(train.memory_limit)
         # Gradients of several passes are added up.
         several = len(next(iter(batches.steps(0, 1)))) > 1
@@ -295,6 +296,18 @@ class Planner:
         found = _Memory(model, batches, largest, twice, peak + extra, budget)
         self._looked_at[key] = found
         return found
+
+    def _largest(self, batches: Plan, train: TrainSection) -> Batch:
+        """The pass that takes most: the run's own where its records are known, else the
+        longest records together."""
+        key = (batches.batch_size, batches.accumulation, train.max_seq_length, batches.layout)
+        if key not in self._passes:
+            if self._lengths.basis == "tokenized":
+                steps = batches.total_steps(epochs=train.epochs, max_steps=train.max_steps)
+                self._passes[key] = batches.largest_of_run(steps)
+            else:
+                self._passes[key] = batches.largest()
+        return self._passes[key]
 
     def _estimator(self, recipe: Recipe) -> StepEstimator:
         """Of steps with a recipe's model, which knows again what it was asked before."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,10 @@ from mlxtune.data.render import Sample
 from mlxtune.data.store import lengths_of
 
 Order = npt.NDArray[np.int32]
+
+# To find a run's largest pass so many samples are looked through, a second's work, and so many
+# steps laid out, another's.
+_LOOKED_THROUGH, _LAID_OUT = 1 << 21, 128
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,12 @@ class Plan:
 
         There are none where a small last step has fewer samples than there are workers.
         """
+        return self._laid_out(range(start, stop))
+
+    def _laid_out(self, numbers: Iterable[int]) -> Iterator[list[Batch]]:
         order: Order = np.empty((0, 2), np.int32)
         current = -1
-        for step in range(start, stop):
+        for step in numbers:
             epoch, within = divmod(step, self.steps_per_epoch)
             if epoch != current:
                 order, current = self._order(epoch), epoch
@@ -87,6 +94,41 @@ class Plan:
                 self.parts[part].samples[int(at)] for part, at in group[self.rank :: self.ranks]
             ]
             yield passes(chosen, self.batch_size, self.layout)
+
+    def largest_of_run(self, steps: int) -> Batch:
+        """The largest pass that any worker has in the first so many steps.
+
+        Where they are many, those are laid out in which it is expected. Of a run that sees
+        more samples than one would look through it is `largest`.
+        """
+        if steps * self.samples_per_step > _LOOKED_THROUGH:
+            return self.largest()
+        expected = self._expected(steps)
+        chosen = np.argsort(-expected, axis=None, kind="stable")[:_LAID_OUT]
+        found = [
+            batch
+            for rank in range(self.ranks)
+            for step in replace(self, rank=rank)._laid_out(
+                sorted(int(at) // self.ranks for at in chosen if at % self.ranks == rank)
+            )
+            for batch in step
+        ]
+        return max(found, key=_tokens_of)
+
+    def _expected(self, steps: int) -> npt.NDArray[np.float64]:
+        """(steps, ranks): about how many tokens the largest pass of each has."""
+        lengths = [lengths_of(part.samples) for part in self.parts]
+        starts = np.cumsum([0, *map(len, lengths)])
+        each, size = np.concatenate(lengths), self.samples_per_step
+        rows = []
+        for epoch in range(-(-steps // self.steps_per_epoch)):
+            order = self._order(epoch)
+            seen = np.zeros(self.steps_per_epoch * size, np.int64)
+            seen[: len(order)] = each[starts[order[:, 0]] + order[:, 1]]
+            rows.append(seen.reshape(-1, size))
+        together = np.concatenate(rows)[:steps]
+        shares = [together[:, rank :: self.ranks] for rank in range(self.ranks)]
+        return np.stack([largest_expected(s, self.batch_size, self.layout) for s in shares], axis=1)
 
     def largest(self) -> Batch:
         """A pass of the longest samples that there are: no other takes more memory.
@@ -102,12 +144,12 @@ class Plan:
         found = self._largest_of(chosen)
         if found.prefix and (other := self._parting(chosen)) is not None:
             parted = self._largest_of([*chosen[:-1], other])
-            found = max(found, parted, key=lambda batch: batch.tokens.size)
+            found = max(found, parted, key=_tokens_of)
         return found
 
     def _largest_of(self, samples: list[Sample]) -> Batch:
         found = passes(samples, self.batch_size, self.layout)
-        return max(found, key=lambda batch: batch.tokens.size)
+        return max(found, key=_tokens_of)
 
     def _parting(self, chosen: list[Sample]) -> Sample | None:
         """Of all samples the one that, in the place of the last of these, makes most tokens."""
@@ -145,6 +187,38 @@ class Plan:
             for turn in range(start // size, -(-stop // size))
         ]
         return np.concatenate(rounds)[start % size :][:count]
+
+
+def largest_expected(
+    lengths: npt.NDArray[np.int64], batch_size: int, layout: Layout
+) -> npt.NDArray[np.float64]:
+    """About how many tokens the largest pass of each step has, without laying it out.
+
+    As if samples of like length came together, in the number of passes that costs least.
+
+    Args:
+        lengths: (steps, samples), 0 where there is none.
+        batch_size, layout: as of `passes`.
+    """
+    count = lengths.shape[1]
+    ordered = -np.sort(-lengths, axis=1)
+    largest, least = np.zeros(len(lengths)), np.full(len(lengths), np.inf)
+    fewest = -(-count // batch_size)
+    for factor in (1, 2, 4, 8) if layout.packing else (1,):
+        size = min(batch_size, -(-count // min(factor * fewest, count)))
+        groups = np.pad(ordered, ((0, 0), (0, -count % size))).reshape(len(lengths), -1, size)
+        longest = groups[:, :, 0]
+        tokens = groups.sum(axis=2) if layout.packing else size * longest
+        # A key costs about a thousandth of a token, as in `grid_of`.
+        cost = (tokens * (1 + longest / 1000) + layout.pass_cost * (longest > 0)).sum(axis=1)
+        largest = np.where(cost < least, tokens.max(axis=1), largest)
+        least = np.minimum(cost, least)
+    return largest
+
+
+def _tokens_of(batch: Batch) -> int:
+    """Of the grid, on which a pass's memory hangs."""
+    return batch.tokens.size
 
 
 def _longest(lengths: npt.NDArray[np.int64], count: int) -> list[int]:
