@@ -184,8 +184,8 @@ def _cell(interval: dict[str, Any] | None, gain: dict[str, Any] | None) -> Cell:
     if not gain:
         return Cell(text, (mean, low, high))
     # Where it has to be in two lines, the interval is one of them.
-    interval = f"({gain['low']:+.1%} to {gain['high']:+.1%})".replace(" ", "\N{NO-BREAK SPACE}")
-    change = f"{gain['mean']:+.1%} {interval}"
+    span = f"({gain['low']:+.1%} to {gain['high']:+.1%})".replace(" ", "\N{NO-BREAK SPACE}")
+    change = f"{gain['mean']:+.1%} {span}"
     sure = gain["low"] > 0 or gain["high"] < 0
     return Cell(text, (mean, low, high), change, gain["mean"] > 0 if sure else None)
 
