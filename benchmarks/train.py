@@ -20,18 +20,23 @@ import re
 import statistics
 import sys
 import tempfile
+from collections import deque
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mlx_lm.utils import load_tokenizer
 from training.driver import TRAINERS, Worker
-from training.flops import matmul_rate
+from training.flops import Flops, matmul_rate
 from training.models import make_models
+from training.worker import MlxLmBatches, recipe_of
 from training.workloads import WORKLOADS, Workload, read_pairs
 
+from mlxtune.data.pack import Batch
 from mlxtune.device import device_name, on_cpu
 from mlxtune.models.load import DTYPES
+from mlxtune.train.model import adapted_model, layout_for
 
 HERE = Path(__file__).parent
 RANK, ALPHA, LEARNING_RATE = 8, 16.0, 2e-4
@@ -46,29 +51,8 @@ def measure(
     workload: Workload, models: Path, pairs: Path, rounds: int, dtype: str
 ) -> dict[str, Any]:
     """Figures of both trainers on one workload."""
-    model = models / workload.model
     with tempfile.TemporaryDirectory() as folder:
-        rows = workload.rows(read_pairs(pairs), load_tokenizer(model))
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        for name, text in (("train", lines), ("valid", lines), ("test", lines)):
-            Path(folder, f"{name}.jsonl").write_text(text, encoding="utf-8")
-        job = Path(folder, "job.json")
-        job.write_text(
-            json.dumps(
-                {
-                    "model": str(model.absolute()),
-                    "data": folder,
-                    "steps": workload.steps,
-                    "batch_size": workload.batch_size,
-                    "max_seq_length": workload.max_seq_length,
-                    "checkpointing": workload.checkpointing,
-                    "masked": workload.masked,
-                    "rank": RANK,
-                    "alpha": ALPHA,
-                    "learning_rate": LEARNING_RATE,
-                }
-            )
-        )
+        job = write_job(workload, models, pairs, Path(folder))
         workers = {trainer: Worker(trainer, job) for trainer in TRAINERS}
         turns: dict[str, list[dict[str, Any]]] = {trainer: [] for trainer in TRAINERS}
         rates = []
@@ -106,12 +90,56 @@ def measure(
     return figures
 
 
+def write_job(workload: Workload, models: Path, pairs: Path, folder: Path) -> Path:
+    """Write rows and job to `folder`; the job's file."""
+    model = models / workload.model
+    rows = workload.rows(read_pairs(pairs), load_tokenizer(model))
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    for name in ("train", "valid", "test"):
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    job = {
+        "model": str(model.absolute()),
+        "data": str(folder),
+        "steps": workload.steps,
+        "batch_size": workload.batch_size,
+        "max_seq_length": workload.max_seq_length,
+        "checkpointing": workload.checkpointing,
+        "masked": workload.masked,
+        "rank": RANK,
+        "alpha": ALPHA,
+        "learning_rate": LEARNING_RATE,
+    }
+    path = folder / "job.json"
+    path.write_text(json.dumps(job), encoding="utf-8")
+    return path
+
+
+def count(workload: Workload, models: Path, pairs: Path, steps: int = 20) -> str:
+    """A line of the table of products: of a step, in both trainers."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_job(workload, models, pairs, Path(folder))
+        job = json.loads(path.read_text(encoding="utf-8"))
+        adapted = adapted_model(recipe_of(job))
+        flops = Flops(adapted.base.model, checkpointed=workload.checkpointing)
+        theirs, ours = [], []
+
+        def seen(batches: list[Batch], padded: tuple[int, int]) -> None:
+            theirs.append(flops.padded(*padded))
+            ours.append(flops(batches))
+
+        made = MlxLmBatches(job, layout_for(adapted.packing), seen)
+        deque(islice(made.steps(0, steps), steps), maxlen=0)
+    of_theirs, of_ours = statistics.mean(theirs) / 1e9, statistics.mean(ours) / 1e9
+    return f"| {workload.name} | {of_theirs:,.0f} | {of_ours:,.0f} | {of_theirs / of_ours:.1f} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pairs", type=Path)
     parser.add_argument("workloads", nargs="*", default=list(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=FEWEST_ROUNDS)
     parser.add_argument("--dtype", choices=DTYPES, default="float32" if on_cpu() else "bfloat16")
+    parser.add_argument("--count", action="store_true", help="count products, train nothing")
     parser.add_argument("--models", type=Path, default=HERE.parent / ".cache" / "benchmarks")
     given = parser.parse_args()
     models = given.models / given.dtype
@@ -122,6 +150,11 @@ def main() -> None:
     path = results / f"train-{name}.json"
     figures = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     figures |= {"benchmark": "train", "device": device}
+    if given.count:
+        print("| | mlx-lm, GFLOP a step | mlxtune | ratio |\n|---|--:|--:|--:|")
+        for letter in given.workloads:
+            print(count(WORKLOADS[letter], models, given.pairs))
+        return
     print(HEADER)
     for letter in given.workloads:
         measured = measure(WORKLOADS[letter], models, given.pairs, given.rounds, given.dtype)

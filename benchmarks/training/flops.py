@@ -47,6 +47,14 @@ class Flops:
             total += 2 * len(batch.targets) * self._head * 2
         return total
 
+    def padded(self, rows: int, width: int) -> float:
+        """Of a batch as mlx-lm computes it: each row whole, and logits of all tokens."""
+        tokens = rows * (width - 1)
+        total = 2.0 * tokens * self._weights * (self._forwards + 1)
+        total += 2 * tokens * self._adapters * (self._forwards + 2)
+        total += 2 * tokens * (width - 1) * self._attention * (self._forwards + 2)
+        return total + 2 * tokens * self._head * 2
+
 
 def matmul_rate(dtype: mx.Dtype = mx.float32) -> float:
     """The best rate of a large product on this device, in operations a second."""

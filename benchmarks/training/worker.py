@@ -140,7 +140,7 @@ class MlxLmBatches:
 
     job: dict[str, Any]
     layout: Any
-    seen: Callable[[Any], None]
+    seen: Callable[[Any, tuple[int, int]], None]  # our passes, and the shape of mlx-lm's rows
     steps_per_epoch: int = 10**6
 
     def total_steps(self, **_: Any) -> int:
@@ -170,29 +170,15 @@ class MlxLmBatches:
                 weights = (np.arange(length) >= max(1, offset)).astype(np.float32)
                 samples.append(Sample(ids, weights, record=number + 1, where=""))
             batches = passes(samples, len(samples), self.layout)
-            self.seen(batches)
+            self.seen(batches, (tokens.shape[0], tokens.shape[1]))
             yield batches
 
 
-def train_mlxtune(job: dict[str, Any], turns: Turns) -> None:
-    from training.flops import Flops
-
+def recipe_of(job: dict[str, Any]) -> Any:
+    """What ours is told, so that it trains as mlx-lm does."""
     from mlxtune.recipe.load import parse_recipe
-    from mlxtune.train.blocks import checkpoint_blocks
-    from mlxtune.train.distributed import Workers
-    from mlxtune.train.loop import Trainer
-    from mlxtune.train.metrics import Report, Silent
-    from mlxtune.train.model import adapted_model, layout_for
-    from mlxtune.train.run import Run
 
-    class Reporter(Silent):
-        def reported(self, report: Report) -> None:
-            turns.flops += counted[report.step - 1]
-            turns.step_done(report.loss)
-
-    counted: list[float] = []  # of each step, when its batches are made
-
-    recipe = parse_recipe(
+    return parse_recipe(
         {
             "name": "bench",
             "seed": SEED,
@@ -216,6 +202,26 @@ def train_mlxtune(job: dict[str, Any], turns: Turns) -> None:
         },
         where="worker",
     )
+
+
+def train_mlxtune(job: dict[str, Any], turns: Turns) -> None:
+    from training.flops import Flops
+
+    from mlxtune.train.blocks import checkpoint_blocks
+    from mlxtune.train.distributed import Workers
+    from mlxtune.train.loop import Trainer
+    from mlxtune.train.metrics import Report, Silent
+    from mlxtune.train.model import adapted_model, layout_for
+    from mlxtune.train.run import Run
+
+    class Reporter(Silent):
+        def reported(self, report: Report) -> None:
+            turns.flops += counted[report.step - 1]
+            turns.step_done(report.loss)
+
+    counted: list[float] = []  # of each step, when its batches are made
+
+    recipe = recipe_of(job)
     adapted = adapted_model(recipe)
     base = adapted.base
     turns.model = base.model
@@ -224,7 +230,7 @@ def train_mlxtune(job: dict[str, Any], turns: Turns) -> None:
         checkpoint_blocks(base.model, range(len(base.model.layers)))
     flops = Flops(base.model, checkpointed=job["checkpointing"])
 
-    def seen(batches: Any) -> None:
+    def seen(batches: Any, _padded: tuple[int, int]) -> None:
         counted.append(flops(batches))
 
     folder = Path(tempfile.mkdtemp()) / "run"
