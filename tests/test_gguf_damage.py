@@ -16,7 +16,7 @@ from helpers import write_gguf_with_package, write_small_gguf
 
 from mlxtune.errors import ModelError
 from mlxtune.gguf.model import read_model
-from mlxtune.gguf.reader import GGUFFile
+from mlxtune.gguf.reader import GGUFFile, Numbers
 from mlxtune.gguf.tokenizer import read_tokenizer
 
 
@@ -101,7 +101,8 @@ def test_heads_that_do_not_divide_the_rows_are_damage(tmp_path, key, heads):
 def test_a_tensor_of_a_type_that_cannot_be_read_is_refused_by_its_type(tmp_path, type_):
     path = tmp_path / "x.gguf"
     write_small_gguf(path)
-    metadata = GGUFFile(path).metadata | {"llama.embedding_length": 256}
+    read = GGUFFile(path).metadata | {"llama.embedding_length": 256}
+    metadata = {k: list(v) if isinstance(v, Numbers) else v for k, v in read.items()}
     metadata.pop("general.architecture")
     block, size = gguf.GGML_QUANT_SIZES[type_]
     data = np.zeros((24, 256 // block * size), np.uint8)

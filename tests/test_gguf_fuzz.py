@@ -159,6 +159,38 @@ def test_no_mutated_header_takes_more_memory_than_its_file(small, tmp_path):
     assert peak < 2**20
 
 
+@pytest.mark.parametrize("dtype", ["<u1", "<i1", "?", "<u2", "<f4", "<u8", "<f8"])
+def test_numbers_take_no_more_memory_than_in_the_file(tmp_path, dtype):
+    kinds = dict(zip(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?"), range(8), strict=True))
+    code = (kinds | {"<u8": 10, "<f8": 12})[dtype]
+    values = np.random.default_rng(0).integers(0, 2**31, 100_000).astype(dtype)
+    key = b"general.numbers"
+    header = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(key)) + key
+    header += struct.pack("<IIQ", 9, code, len(values)) + values.tobytes()
+    path = tmp_path / "m.gguf"
+    path.write_bytes(header)
+    most = []
+
+    def read(path: Path) -> GGUFFile:
+        before, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        try:
+            return check_gguf(path)
+        finally:
+            most.append(tracemalloc.get_traced_memory()[1] - before - path.stat().st_size)
+
+    tracemalloc.start()
+    numbers = read(path).metadata["general.numbers"]
+    found = outcomes(path, header, b"", 50, read, seed=7)
+    tracemalloc.stop()
+    assert found.keys() <= {"read", "refused"} and len(most) == 51
+    assert max(most) < 2**15
+    plain = values.tolist()
+    assert numbers == plain and list(numbers) == plain and len(numbers) == len(plain)
+    assert numbers[5:7] == plain[5:7] and type(numbers[7]) is type(plain[7])
+    assert numbers != plain[1:] and numbers != 3
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> tuple[bytes, bytes]:
     """Header and tensors of a whole model, which loads."""

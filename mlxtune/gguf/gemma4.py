@@ -9,6 +9,7 @@ mlx-lm read it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -152,7 +153,7 @@ def config(file: GGUFFile) -> Config:
 
 
 def _each(value: Any, layers: int) -> list[int]:
-    return value if isinstance(value, list) else [value] * layers
+    return list(value) if isinstance(value, Sequence) else [value] * layers
 
 
 def _get(config: Config, key: str) -> Any:

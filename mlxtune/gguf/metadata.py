@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import count as counted
 from typing import Any
 
@@ -133,7 +134,7 @@ def config_from_metadata(entry: Architecture, meta: dict[str, Any], *, tied: boo
 
     def count(key: str, default: Any = None) -> int:
         value = get(key, default)
-        if entry.own and isinstance(value, list):
+        if entry.own and isinstance(value, Sequence) and value:
             value = value[0]  # of the first block; `own` says it of the others
         if not isinstance(value, int) or value < 1:
             raise ModelError(f"the GGUF's metadata says that {entry.name}.{key} is {value!r}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import re
 import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
@@ -41,13 +42,46 @@ _SCALARS: dict[int, np.dtype[Any]] = {
     12: np.dtype("<f8"),
 }
 _STRING, _ARRAY = 8, 9
-# Numbers become Python's, many times their size in the file. The largest vocabularies
+# Texts become Python's, several times their size in the file. The largest vocabularies
 # have some 262,144 tokens.
 _MAX_ARRAY = 2**22
 
 # How llama.cpp's gguf-split names the parts of a model, and what each says of itself.
 _PART_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _PARTS, _PART, _ALL_TENSORS = "split.count", "split.no", "split.tensors.count"
+
+
+class Numbers(Sequence[Any]):
+    """Numbers of the metadata, each Python's when it is asked for.
+
+    As a list they would be up to forty times their size in the file.
+
+    Args:
+        values: (count,).
+    """
+
+    __hash__ = None  # type: ignore[assignment]  # as a list has none
+
+    def __init__(self, values: np.ndarray[Any, Any]) -> None:
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, index: Any) -> Any:
+        """One number, or a list of some."""
+        return self._values[index].tolist()
+
+    def __iter__(self) -> Iterator[Any]:
+        return (
+            value for start in range(0, len(self), 1024) for value in self[start : start + 1024]
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Numbers | list) and list(self) == list(other)
+
+    def __repr__(self) -> str:
+        return repr(list(self) if len(self) < 9 else [*self[:8], "…"])
 
 
 @dataclass(frozen=True)
@@ -75,7 +109,7 @@ class GGUFFile:
     Attributes:
         path: the file, or the first part.
         paths: all of its parts.
-        metadata: key to value; arrays are lists of Python values. Of the first part.
+        metadata: key to value; arrays are lists of texts, or `Numbers`. Of the first part.
         tensors: name to `TensorInfo`.
 
     Raises:
@@ -243,7 +277,7 @@ class _Part:
                 raise self._damaged(f"an array of {count} values")
             if inner in _SCALARS:
                 raw = self._take(count * _SCALARS[inner].itemsize)
-                return np.frombuffer(raw, _SCALARS[inner]).tolist()
+                return Numbers(np.frombuffer(raw, _SCALARS[inner]).copy())
             if inner == _STRING:
                 # Each string takes 8 bytes at least; a count beyond that is damage.
                 self._room_for(count * 8)

@@ -17,6 +17,7 @@ so its ids can differ.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from gguf.constants import TokenType
@@ -88,7 +89,9 @@ def read_spm(metadata: dict[str, Any], vocab: dict[str, int]) -> Tokenizer:
     return core
 
 
-def _merges(tokens: list[str], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
+def _merges(
+    tokens: list[str], scores: Sequence[float], types: Sequence[int]
+) -> list[tuple[str, str]]:
     """Every way to cut a token into two, those of the best score first."""
     pieces = {
         token: score

@@ -12,6 +12,7 @@ a mark to it even in Qwen's vocabulary, where it is a token like any other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -77,7 +78,7 @@ def _with_defaults(metadata: dict[str, Any]) -> dict[str, Any]:
 
 def _read(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    types: list[int] = metadata["tokenizer.ggml.token_type"]
+    types: Sequence[int] = metadata["tokenizer.ggml.token_type"]
     vocab = {token: number for number, token in enumerate(_used(tokens, types))}
     is_bpe = metadata["tokenizer.ggml.model"] == bpe.MODEL
     core = bpe.read_bpe(metadata, vocab) if is_bpe else spm.read_spm(metadata, vocab)
@@ -96,7 +97,7 @@ def _read(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _used(tokens: list[str], types: list[int]) -> list[str]:
+def _used(tokens: list[str], types: Sequence[int]) -> list[str]:
     """Tokens without the padding at their end."""
     if len(tokens) != len(types):
         raise ValueError(f"{len(tokens)} tokens have {len(types)} types")
