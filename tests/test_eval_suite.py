@@ -384,6 +384,27 @@ def test_categories_show_exact_match_or_the_suites_first_metric(
     assert files == ("2", half, half) and paths == ("1", "100", "100")
 
 
+def test_words_and_figures_of_four_models_stay_whole_in_60_columns(
+    tiny_run, tiny_folder, monkeypatch, capsys
+):
+    monkeypatch.setenv("COLUMNS", "60")
+    from mlxtune.cli.tables import show_comparison
+
+    suite = Suite(name="s", metrics=("exact", "normalised", "f1", "edit", "shell"))
+    others = dict.fromkeys(("fused", "gguf"), str(tiny_folder))
+    result = compare_run(tiny_run, suite=suite, others=others, max_tokens=4)
+    show_comparison(result, samples=1)
+    figures, samples = capsys.readouterr().out.split("samples")
+    assert max(map(len, f"{figures}{samples}".splitlines())) <= 60
+    for label in ("edit similarity", "held-out loss", "normalised"):
+        assert f"│ {label} " in figures
+    assert len(re.findall(r" \d+\.\d{4} ", figures)) == 3 * 4
+    # A line for each text, with what it is before it.
+    told = dict(re.findall(r"│ (\S+) +│ (.*?) +│", samples))
+    assert list(told) == ["prompt", "expected", "base", "tuned", "fused", "gguf"]
+    assert (told["prompt"], told["expected"]) == ("list", "ls")
+
+
 def test_names_that_look_like_markup_are_shown_and_nothing_is_lost(tiny_folder, tmp_path):
     record = {"prompt": "[/p]", "expected_command": "ls [/a]*", "category": "[/b]"}
     write_jsonl(tmp_path / "d.jsonl", [record, record | {"category": "[red]c"}])

@@ -427,8 +427,8 @@ def test_a_damaged_run_among_several_costs_only_itself(runs, tmp_path):
     # Several were asked for: the page is not that of the one which is left.
     assert printed["files"] == ["report.html"] and not (tmp_path / "good/report.html").exists()
     text = Dom((tmp_path / "report.html").read_text()).text
-    assert "cut: this run: the run's status cannot be read" in text
-    assert "nope: this run: there is no such run" in text
+    assert "cut: left out: the run's status cannot be read" in text
+    assert "nope: left out: there is no such run" in text
     same_as_metrics(Dom((tmp_path / "report.html").read_text()), [runs[0]])
     done = mlxtune("report", "cut", "other", cwd=tmp_path)
     assert done.returncode == 1 and "the run's status cannot be read" in done.stderr

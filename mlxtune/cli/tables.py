@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlxtune.evaluate.bootstrap import Interval
-from mlxtune.evaluate.comparison import Comparison, Figures
+from mlxtune.evaluate.comparison import Answered, Comparison, Figures
 from mlxtune.evaluate.results import (
     METRIC_NAMES,
     described,
@@ -22,11 +22,14 @@ from mlxtune.evaluate.results import (
     task_rows,
 )
 
+# In columns of a terminal, the lines between them counted.
+_WIDEST_LABEL, _NARROWEST_FIGURE, _NARROWEST_TEXT = 21, 9, 15
+
 
 def show_comparison(result: Comparison, *, samples: int) -> None:
     """Figures side by side, by category, and some answers."""
     console = Console()
-    console.print(_figures(result))
+    console.print(_figures(result, console.width))
     first = next(iter(result.figures.values()))
     if any(first.metrics.values()):
         console.print("[dim]± half of a 95% interval, by bootstrap over records[/]")
@@ -43,7 +46,7 @@ def show_comparison(result: Comparison, *, samples: int) -> None:
     if metric is not None and len(result.by_category(metric)) > 1:
         console.print(_categories(result, metric))
     if samples and result.answers:
-        console.print(_samples(result, samples))
+        console.print(_samples(result, samples, console.width))
 
 
 def show_tasks(result: dict[str, Any]) -> None:
@@ -56,10 +59,13 @@ def show_tasks(result: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def _figures(result: Comparison) -> Table:
+def _figures(result: Comparison, width: int) -> Table:
     table = Table(title=Text(described(figures_json(result))))
-    for column in ("", *result.figures):
-        table.add_column(Text(column), justify="right" if column else "left", overflow="fold")
+    # Words stay whole as long as figures do.
+    whole = _WIDEST_LABEL + _NARROWEST_FIGURE * len(result.figures) < width
+    table.add_column("", no_wrap=whole, overflow="fold")
+    for name in result.figures:
+        table.add_column(Text(name), justify="right", overflow="fold")
     models = list(result.figures.values())
 
     def row(label: str, form: Callable[[Figures], str]) -> None:
@@ -90,21 +96,37 @@ def _categories(result: Comparison, metric: str) -> Table:
     return table
 
 
-def _samples(result: Comparison, samples: int) -> Table:
+def _samples(result: Comparison, samples: int, width: int) -> Table:
+    """A row a sample, or a line a text where columns would be too narrow for words."""
     # Spread over the records, so that not all are of one category.
     every = max(1, len(result.answers) // samples)
-    table = Table(title="samples", show_lines=True)
-    for column in ("prompt", "expected", *result.figures):
-        table.add_column(Text(column), overflow="fold")
-    for answer in result.answers[::every][:samples]:
-        said = [
-            Text(_short(text), style="green" if text == answer.expected else "")
-            if text
-            else Text("nothing", style="dim italic")
-            for text in answer.said.values()
-        ]
-        table.add_row(Text(answer.prompt), Text(answer.expected), *said)
+    shown = result.answers[::every][:samples]
+    columns = ("prompt", "expected", *result.figures)
+    rows = [[Text(a.prompt), Text(a.expected), *_said(a)] for a in shown]
+    if width >= _NARROWEST_TEXT * len(columns):
+        table = Table(title="samples", show_lines=True)
+        for column in columns:
+            table.add_column(Text(column), overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        return table
+    table = Table(title="samples", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for row in rows:
+        for column, text in zip(columns, row, strict=True):
+            table.add_row(Text(column), text)
+        table.add_section()
     return table
+
+
+def _said(answer: Answered) -> list[Text]:
+    return [
+        Text(_short(text), style="green" if text == answer.expected else "")
+        if text
+        else Text("nothing", style="dim italic")
+        for text in answer.said.values()
+    ]
 
 
 def _gain(first: str, name: str, figures: Figures) -> str | None:

@@ -71,7 +71,7 @@ def page(runs: Sequence[RunRecord], lost: Sequence[Lost] = ()) -> str:
         summaries=summaries,
         tiles=_tiles(runs[0], summaries[0], found) if len(runs) == 1 else [],
         gaps=[
-            *((str(run.path), [f"this run: {run.error.what}"]) for run in lost),
+            *((str(run.path), [f"left out: {run.error.what}"]) for run in lost),
             *((run.name, run.gaps) for run in runs if run.gaps),
         ],
         named=len(runs) + len(lost) > 1,
