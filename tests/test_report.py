@@ -465,6 +465,8 @@ def test_the_first_figure_is_of_a_whole_evaluation(runs, tmp_path):
 
     assert [result.suite for result in results([read_run(run)])] == [*list(kinds)[::-1][:2],
         "a-first-3", SUITE]  # fmt: skip
+    # Samples of all but the first are folded up.
+    assert page([read_run(run)]).count("<details><summary>Samples</summary>") == len(kinds)
     for name in ("c", "b-of-other-data"):
         assert tile().startswith(f"{kinds[name][1]:.1%} base") and "first" not in tile()
         (run / f"eval/{name}.json").unlink()
