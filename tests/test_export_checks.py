@@ -21,7 +21,9 @@ from mlxtune.export.bundle import export_run
 from mlxtune.export.convert import convert, convert_to_folder
 from mlxtune.export.meant import unlike
 from mlxtune.export.runtime import check_in_llamacpp
+from mlxtune.export.verify import USUAL_ERROR
 from mlxtune.fuse import dense_config, fuse_run
+from mlxtune.gguf import writer
 from mlxtune.gguf.imatrix import write_imatrix
 from mlxtune.gguf.mixing import FILE_TYPES
 from mlxtune.gguf.reader import GGUFFile
@@ -76,6 +78,26 @@ def test_llama_cpp_is_believed_when_it_disagrees(written, model):
     model.update(tree_map(lambda a: a * mx.nan, model.parameters()))
     with pytest.raises(ExportError, match="divergence nan"):
         check_in_llamacpp(written, model, ROWS, "q4_k_m")
+
+
+@pytest.mark.parametrize("file_type", ["q6_k", "q4_0", "q2_k", "q5_k_m"])
+def test_columns_that_no_input_reaches_may_err(tmp_path, monkeypatch, file_type):
+    """With so much of the importance zero, ggml itself leaves such weights far off."""
+    save_real_vocabulary(tmp_path / "wide", dims=256)
+    monkeypatch.setattr("mlxtune.export.convert.installed", lambda: False)
+    names = [f"blk.{n}.{kind}.weight" for n in (0, 1) for kind in ("ffn_up", "ffn_gate", "attn_q")]
+    rng = np.random.default_rng(0)
+    sparse = [np.where(rng.random(256) < 0.9, 0, 100).astype(np.float32) for _ in names]
+    sparse[2][:] = 0
+    sums, counts = dict(zip(names, sparse, strict=True)), dict.fromkeys(names, np.float32([10]))
+    write_imatrix(tmp_path / "i.gguf", sums, counts, ["text"])
+    how = {"file_type": file_type, "imatrix": tmp_path / "i.gguf"}
+    made = convert(str(tmp_path / "wide"), tmp_path / "m.gguf", **how)
+    assert made.verified.readback.worst_error > USUAL_ERROR[FILE_TYPES[file_type].type]
+    encode = writer.encode
+    monkeypatch.setattr(writer, "encode", lambda values, *more: encode(values * 1.7, *more))
+    with pytest.raises(ExportError, match="differs from its source by"):
+        convert(str(tmp_path / "wide"), tmp_path / "n.gguf", **how)
 
 
 @pytest.mark.parametrize("file_type", FILE_TYPES)

@@ -187,6 +187,7 @@ def write_model(
         model.tensors(),
         tokenizer,
         texts,
+        importance=importance,
         # transformers puts none before a text where it is told nothing, others do.
         begins=not model.only_pieces,
         progress=progress,
