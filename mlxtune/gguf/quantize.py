@@ -199,21 +199,30 @@ def _gpu_serves() -> bool:
     return mx.default_device() == mx.gpu and gives_the_same(MLX)
 
 
+# A sample's blocks of weights as they mostly are, and those of all sizes there are.
+_USUAL, _TINY = 1024, 512
+
+
 @cache
 def gives_the_same(xp: Arithmetic) -> bool:
-    """Whether another arithmetic gives NumPy's bytes for a sample of 1024 blocks a type.
+    """Whether another arithmetic gives NumPy's bytes for a sample of blocks of each type.
 
     A GPU may fuse products with sums, flush tiny numbers to zero or divide less exactly.
-    Types of few bits seldom show it, so all are tried together.
+    Types of few bits seldom show it, so all are tried together, with an importance too.
     """
-    values = np.random.default_rng(0).standard_normal((1024, 256), np.float32)
-    for form in SEARCHED.values():
-        groups = grouped(values, form.group)
-        with np.errstate(all="ignore"):
-            ours, theirs = (
-                form.function(Groups(groups, len(values), None, None, library))
-                for library in (NUMPY, xp)
-            )
-        if not np.array_equal(ours, theirs):
-            return False
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((_USUAL + _TINY, 256), np.float32)
+    values[_USUAL:] *= (10.0 ** rng.uniform(-46, 2, (_TINY, 1))).astype(np.float32)
+    importance = (rng.random(256) ** 4).astype(np.float32)
+    for type in SEARCHED:
+        for weights in (None, importance):
+            ours, theirs = (_of_sample(values, type, weights, library) for library in (NUMPY, xp))
+            if not np.array_equal(ours, theirs):
+                return False
     return True
+
+
+def _of_sample(values: Floats, type: Type, weights: Floats | None, xp: Arithmetic) -> Bytes:
+    result = np.empty((len(values), GGML_QUANT_SIZES[type][1]), np.uint8)
+    _worker(values, type, weights, result, xp)(slice(0, len(values)))
+    return result
