@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from mlxtune.export.runtime import check_in_llamacpp
 from mlxtune.export.verify import USUAL_ERROR
 from mlxtune.fuse import dense_config, fuse_run
 from mlxtune.gguf import writer
+from mlxtune.gguf.heads import Reordering
 from mlxtune.gguf.imatrix import write_imatrix
 from mlxtune.gguf.mixing import FILE_TYPES
 from mlxtune.gguf.reader import GGUFFile
@@ -217,6 +219,43 @@ def test_the_base_of_a_run_is_not_replaced_by_what_is_made_of_it(run, tmp_path):
     with pytest.raises(OutputExists, match="is used for it"):
         export_run(run, output=tmp_path / "out", **how)
     assert listing(place) == before and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("tensor", "holds other numbers"),
+        ("rows", "blk.0.attn_k.weight.lora_b holds other numbers"),
+        ("alpha", "adapter.lora.alpha is"),
+        ("architecture", "general.architecture is 'qwen2' there, not 'llama'"),
+        ("missing", "lora_a is not there"),
+    ],
+)
+def test_an_adapter_is_read_back(run, tmp_path, monkeypatch, change, said):
+    class Writer(gguf.GGUFWriter):
+        def __init__(self, path, name):
+            super().__init__(path, "qwen2" if change == "architecture" else name)
+
+        def add_tensor(self, name, values):
+            if change != "missing" or "ffn_up.weight.lora_a" not in name:
+                super().add_tensor(name, values * 2 if change == "tensor" else values)
+
+        def add_float32(self, name, value):
+            super().add_float32(name, value + (change == "alpha"))
+
+    weights = run / "adapter/adapters.safetensors"
+    kept, arrays = weights.read_bytes(), dict(mx.load(str(weights)))
+    mx.save_safetensors(str(weights), {k: mx.random.normal(v.shape) for k, v in arrays.items()})
+    try:
+        assert export_adapter(run, "gguf", output=tmp_path / "right").kind == "lora"
+        if change == "rows":
+            monkeypatch.setattr(Reordering, "to_gguf", lambda self, values: values)
+        monkeypatch.setattr("mlxtune.adapters.gguf.gguf.GGUFWriter", Writer)
+        with pytest.raises(ExportError, match=said):
+            export_adapter(run, "gguf", output=tmp_path / "wrong")
+    finally:
+        weights.write_bytes(kept)
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_what_is_shipped_says_nothing_of_this_machine(run, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from mlxtune.files import atomic_files
 from mlxtune.gguf.architectures import Architecture, Config, for_config
 from mlxtune.gguf.heads import reordering
 from mlxtune.gguf.metadata import text_config
+from mlxtune.gguf.reader import GGUFFile
 from mlxtune.models.resolve import public_name
 
 _FUSE = "fuse it into the model instead: mlxtune export RUN, without --adapter-only"
@@ -32,7 +33,8 @@ def write_gguf_adapter(path: Path, adapter: SavedAdapter, config: Config) -> Non
         config: of the base, as in config.json.
 
     Raises:
-        ExportError: llama.cpp has no such adapters, or not on these layers.
+        ExportError: llama.cpp has no such adapters, or not on these layers; or the file,
+            read back, is another adapter.
         StorageError: the disk refuses the write.
     """
     entry, config = for_config(config), text_config(config)
@@ -62,6 +64,50 @@ def write_gguf_adapter(path: Path, adapter: SavedAdapter, config: Config) -> Non
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        _read_back(folder / path.name, adapter, entry, config)
+
+
+def _read_back(path: Path, adapter: SavedAdapter, entry: Architecture, config: Config) -> None:
+    """See that the file is this adapter.
+
+    Raises:
+        ExportError: it is another.
+    """
+    file = GGUFFile(path)
+    wanted = {
+        "general.architecture": entry.name,
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(np.float32(adapter.scale * adapter.rank)),
+    }
+    for key, value in wanted.items():
+        if file.metadata.get(key) != value:
+            raise _wrong(f"{key} is {file.metadata.get(key)!r} there, not {value!r}", path)
+    left = set(file.tensors)
+    for target in adapter.targets:
+        name = entry.to_gguf_name(f"{target}.weight")
+        heads = reordering(entry, f"{target}.weight", config)
+        for which in "ab":
+            stored = f"{name}.lora_{which}"
+            if stored not in left:
+                raise _wrong(f"{stored} is not there", path)
+            left.remove(stored)
+            values = file.data(stored)
+            if heads and (which == "a") == bool(heads.axis):
+                values = heads.to_hf(values)
+            want = np.array(adapter.arrays[f"{target}.lora_{which}"].astype(mx.float32)).T
+            if not np.array_equal(values, want):
+                raise _wrong(f"{stored} holds other numbers", path)
+    if left:
+        raise _wrong(f"{min(left)} is there too", path)
+
+
+def _wrong(what: str, path: Path) -> ExportError:
+    return ExportError(
+        f"the file does not hold the adapter: {what}",
+        where=str(path),
+        remedy="nothing was left there. Please report this",
+    )
 
 
 def _tensor(entry: Architecture, target: str, adapter: SavedAdapter, *, tied: bool) -> str:
