@@ -22,7 +22,7 @@ import mlx.core as mx
 from mlxtune.bench.depth import StepEstimator, shallow
 from mlxtune.bench.lengths import samples_of
 from mlxtune.bench.machine import this_machine
-from mlxtune.bench.measure import slug
+from mlxtune.bench.results import slug
 from mlxtune.bench.step import StepModel
 from mlxtune.data.pack import pack, pad
 from mlxtune.device import device_name, on_cpu

@@ -21,14 +21,15 @@ from mlxtune.bench.depth import StepEstimator, shallow
 from mlxtune.bench.graph import trace
 from mlxtune.bench.lengths import Lengths, lengths_of_recipe, samples_of
 from mlxtune.bench.machine import Machine, mac, published_rates, this_machine
-from mlxtune.bench.measure import measure_machine, read_figures, write_figures
+from mlxtune.bench.measure import measure_machine
 from mlxtune.bench.memory import peak_memory
 from mlxtune.bench.plan import ModelFacts, Planner, with_changes
+from mlxtune.bench.results import read_figures, write_figures
 from mlxtune.bench.step import StepModel
+from mlxtune.bench.words import summary_lines
 from mlxtune.bench.workloads import Workload
 from mlxtune.cli.bench import rates_text
 from mlxtune.cli.plan import plan as plan_command
-from mlxtune.cli.plan import summary_lines
 from mlxtune.data.batches import Part
 from mlxtune.data.pack import pack, pad
 from mlxtune.device import cores_of, gpu_cores

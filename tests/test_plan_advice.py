@@ -124,7 +124,7 @@ def test_what_saves_next_to_nothing_is_not_told():
 
 
 PLAN = RunPlan(
-    "M1", False, "a model", "2 records", "bfloat16", 1000, True, 4, 0,
+    "M1", False, "rates", "a model", "2 records", "bfloat16", 1000, True, 4, 0,
     8_040_000, 6_000_000, 10_000, 10_000, 20_000, 1_000_000, 1_000_000,
     4_000_000, False, 0.5, 10, 1e9,
 )  # fmt: skip

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mlxtune.bench.chips import CHIPS
+from mlxtune.bench.chips import CHIPS, Chip
+from mlxtune.bench.cost import Rates
 from mlxtune.bench.machine import published_rates
-from mlxtune.bench.measure import Figures, machine_name, read_figures
+from mlxtune.bench.results import Figures, file_name, machine_name, rates_of, read_figures
 from mlxtune.bench.workloads import WORKLOADS, Bench
 from mlxtune.device import as_on_gpu
 from mlxtune.errors import RunError
@@ -20,7 +21,7 @@ _EXPECTED = ("Qwen3-0.6B, 8 pairs", "Llama-3.2-1B, 8 pairs", "Mistral-7B, 4 bits
 
 def tables(figures: Sequence[Figures]) -> str:
     """Markdown: the measured table, and the estimated one apart from it."""
-    return f"{_measured(figures)}\n\n{_expected({machine_name(f) for f in figures})}"
+    return f"{_measured(figures)}\n\n{_expected(figures)}"
 
 
 def renewed(page: str, figures: Sequence[Figures], *, where: str) -> str:
@@ -78,7 +79,8 @@ def _measured(figures: Sequence[Figures]) -> str:
     return "\n".join(lines)
 
 
-def _expected(measured: set[str]) -> str:
+def _expected(figures: Sequence[Figures]) -> str:
+    """What was measured takes the place of its estimate; what a machine left out does not."""
     lines = [
         "Estimated, and measured by nobody: tokens/s from each chip's published rates "
         "(`mlxtune plan --chip`); chips of which no rate of products is published are left out:",
@@ -86,7 +88,8 @@ def _expected(measured: set[str]) -> str:
         f"| chip | {' | '.join(_EXPECTED)} |",
         "|---|" + "---|" * len(_EXPECTED),
     ]
-    chips = {str(chip): rates for chip in CHIPS if (rates := published_rates(chip))}
+    measured = {machine_name(each): each for each in figures}
+    chips = {str(chip): rates for chip in CHIPS if (rates := _rates(chip, measured))}
     columns = []
     with as_on_gpu():
         for name in _EXPECTED:
@@ -95,6 +98,19 @@ def _expected(measured: set[str]) -> str:
             seconds = bench.seconds_at(list(chips.values()))
             columns.append([f"{workload.tokens / s:,.0f}" for s in seconds])
     for number, chip in enumerate(chips):
-        if chip not in measured:
-            lines.append(f"| {chip} | {' | '.join(c[number] for c in columns)} |")
+        rows = {row["workload"]: row for row in measured.get(chip, {}).get("workloads", ())}
+        if rows and not any("left_out" in rows.get(name, ()) for name in _EXPECTED):
+            continue
+        cells = [
+            "measured" if name in rows and "left_out" not in rows[name] else column[number]
+            for name, column in zip(_EXPECTED, columns, strict=True)
+        ]
+        lines.append(f"| {chip} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _rates(chip: Chip, measured: Mapping[str, Figures]) -> Rates | None:
+    """What is known of a chip: measured rates before published ones."""
+    if (own := measured.get(str(chip))) is not None:
+        return rates_of(own, where=Path(file_name(str(chip))))
+    return published_rates(chip)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
 from mlxtune.bench.graph import CUSTOM, Graph, Operation
+from mlxtune.device import on_cpu
 
 _FREE = {
     "Broadcast", "Copy", "Depends", "ExpandDims", "Flatten", "Slice", "Split", "Squeeze",
@@ -24,6 +25,11 @@ _FREE = {
 _PRODUCTS = {"Matmul", "AddMM", "GatherMM"}
 _PACKED_PRODUCTS = {"QuantizedMatmul", "GatherQMM"}
 _POWERS = {"Cos", "Erf", "Exp", "Log", "LogSumExp", "Power", "Sigmoid", "Sin", "Softmax", "Tanh"}
+
+
+# Seconds that go into one rate, and sides of the products that are measured.
+_MOMENT = 0.25
+_SIDES = (64, 128, 256, 512, 1024, 2048)
 
 
 @dataclass(frozen=True)
@@ -118,14 +124,15 @@ def _sum(costs: Iterable[Cost]) -> Cost:
     return Cost(flops, moved, seconds)
 
 
-def measure_rates(dtype: mx.Dtype = mx.float32) -> Rates:
-    """The rates of the device at hand, in about two seconds; `efficiency` is left at 1.
+def training_dtype() -> mx.Dtype:
+    """What training computes in on the device at hand, unless a recipe says otherwise."""
+    return mx.float32 if on_cpu() else mx.bfloat16
 
-    Args:
-        dtype: that training computes in.
-    """
-    sizes = (64, 128, 256, 512, 1024, 2048)
-    products = tuple((float(n**3), _product_rate(n, dtype)) for n in sizes)
+
+def measure_rates() -> Rates:
+    """The rates of the device at hand, in about two seconds; `efficiency` is left at 1."""
+    dtype = training_dtype()
+    products = tuple(_product_rates(dtype))
     big = mx.ones((1 << 21,), dtype)
     x, w = mx.ones((64, 1024), dtype), mx.random.normal((1024, 1024)).astype(dtype)
     packed = mx.quantize(w, group_size=64, bits=4)
@@ -141,6 +148,14 @@ def measure_rates(dtype: mx.Dtype = mx.float32) -> Rates:
         powers=big.size / seconds_of(lambda: mx.power(math.e, big)),
         overhead=seconds_of(lambda: _chain(chain)) / chain,
     )
+
+
+def _product_rates(dtype: mx.Dtype) -> Iterator[tuple[float, float]]:
+    """(multiply-adds, FLOP/s) of products of growing size, while each takes a moment."""
+    for n in _SIDES:
+        yield float(n**3), (rate := _product_rate(n, dtype))
+        if 2 * (2 * n) ** 3 / rate > _MOMENT:  # on reference BLAS the largest takes six seconds
+            return
 
 
 def _product_rate(n: int, dtype: mx.Dtype) -> float:
@@ -161,7 +176,7 @@ def _chain(length: int) -> mx.array:
 def seconds_of(function: Callable[[], mx.array]) -> float:
     """The best of the times in a quarter of a second."""
     best, begun = math.inf, time.perf_counter()
-    while time.perf_counter() - begun < 0.25 or best == math.inf:
+    while time.perf_counter() - begun < _MOMENT or best == math.inf:
         start = time.perf_counter()
         mx.eval(function())
         best = min(best, time.perf_counter() - start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from mlxtune.bench.chips import Chip, find_chip, measured_products, working_set_bytes
 from mlxtune.bench.cost import Rates, cost_of, measure_rates
 from mlxtune.bench.lengths import samples_of
+from mlxtune.bench.results import measured_rates
 from mlxtune.bench.step import StepModel
 from mlxtune.data.pack import pack
 from mlxtune.device import device_name, on_cpu
@@ -26,6 +28,7 @@ _OF_BANDWIDTH = 0.8
 _OF_ARITHMETIC = 0.7
 # Launching a kernel, when thousands follow one another.
 _OVERHEAD = 2e-6
+PUBLISHED = "published rates of the chip"
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,10 @@ class Machine:
         budget: bytes that training may take.
         gpu: whether it computes on a GPU.
         rates: None where no rate of its chip is known.
-        measured: whether the rates were measured on it; else they are estimates from what
-            is published of its chip.
+        measured: whether the rates were measured, on it or on one like it; else they are
+            estimates from what is published of its chip.
+        here: whether it is the machine at hand.
+        basis: where the rates are from, in words.
     """
 
     name: str
@@ -46,26 +51,40 @@ class Machine:
     gpu: bool
     rates: Rates | None
     measured: bool
+    here: bool = False
+    basis: str = PUBLISHED
 
 
 CACHE = "rates.json"
+# What was measured while other programs ran: it holds for this process, and is not kept.
+_while_busy: dict[tuple[Path, str], Rates] = {}
 
 
-def this_machine(*, remembered: bool = False) -> Machine:
+def this_machine(
+    *, remembered: bool = False, progress: Callable[[str], None] = lambda _: None
+) -> Machine:
     """The machine at hand.
 
     Args:
-        remembered: take the rates that were measured the last time, if they were; measuring
-            takes two seconds.
+        remembered: take the rates that were measured the last time, if they were.
+        progress: is told if they are measured now, which takes some seconds.
     """
     file, key = cache_folder() / CACHE, device_key()
-    rates = _read(file).get(key) if remembered else None
+    rates, disturbed = _read(file).get(key) if remembered else None, False
+    if rates is None and remembered:
+        rates, disturbed = _while_busy.get((file, key)), True
     if rates is None:
+        progress("measuring this machine for the plan: products, memory, a small training step")
         rates = measure_rates()
         rates = replace(rates, efficiency=_efficiency(rates))
-        if not busy():  # those of now are not to be remembered
+        if disturbed := busy():
+            _while_busy[file, key] = rates
+        else:
             _remember(file, _read(file) | {key: rates})
-    return Machine(device_name(), memory_budget(None), not on_cpu(), rates, measured=True)
+    basis = "rates measured here" + ", while it was busy" * disturbed
+    return Machine(
+        device_name(), memory_budget(None), not on_cpu(), rates, True, here=True, basis=basis
+    )
 
 
 # A model of common proportions, small enough to be run in half a second on a CPU.
@@ -80,7 +99,9 @@ _REFERENCE = {
     "vocab_size": 16384,
     "tie_word_embeddings": True,
 }
-_REFERENCE_LENGTHS = (100, 80, 60, 120, 90, 70, 150, 40)
+# Fewer tokens where these would take longer than a moment.
+_REFERENCE_LENGTHS = ((100, 80, 60, 120, 90, 70, 150, 40), (100, 40), (24,))
+_MOMENT = 0.5
 
 
 def _efficiency(rates: Rates) -> float:
@@ -91,10 +112,14 @@ def _efficiency(rates: Rates) -> float:
     )
     dtype = "float32" if on_cpu() else "bfloat16"
     model = StepModel(recipe, _REFERENCE, None, dtype)
-    batch = pack(samples_of(_REFERENCE_LENGTHS))
-    promised = cost_of(model.graph(batch), rates).seconds
+    for lengths in _REFERENCE_LENGTHS:
+        batch = pack(samples_of(lengths))
+        promised = cost_of(model.graph(batch), rates).seconds
+        if promised < _MOMENT:
+            break
     model.materialize()
-    return promised / model.measure(batch, steps=4).seconds
+    steps = 4 if promised < _MOMENT else 2
+    return promised / model.measure(batch, steps=steps).seconds
 
 
 def _remember(file: Path, rates: dict[str, Rates]) -> None:
@@ -123,16 +148,23 @@ def mac(chip: str, memory_gb: float | None) -> Machine:
 
     Raises:
         ChipError: there is no such chip, or it is not sold with that much memory.
+        RunError: the file with what was measured on it is damaged.
     """
     found = find_chip(chip, memory_gb)
     if memory_gb is None:
         memory_gb = min(found.memory_gb)
+    known = measured_rates(found)
+    rates, basis = published_rates(found), PUBLISHED
+    if known is not None:
+        rates, file = known
+        basis = f"rates measured on this chip: {file.name}"
     return Machine(
         f"{found}, {memory_gb:g} GB",
         working_set_bytes(memory_gb),
         gpu=True,
-        rates=published_rates(found),
-        measured=False,
+        rates=rates,
+        measured=known is not None,
+        basis=basis,
     )
 
 

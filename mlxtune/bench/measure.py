@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import gc
-import json
 import platform
-import re
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
 import mlxtune
-from mlxtune.bench.cost import Rates, seconds_of
+from mlxtune.bench.cost import Rates, seconds_of, training_dtype
 from mlxtune.bench.machine import Machine
+from mlxtune.bench.results import Figures
 from mlxtune.bench.workloads import WORKLOADS, Bench, Workload
-from mlxtune.device import device_name, gpu_cores, on_cpu
-from mlxtune.errors import RunError
-from mlxtune.files import write_json
+from mlxtune.device import device_name, gpu_cores
 
-Figures = dict[str, Any]
 Progress = Callable[[str], None]
 
 # A workload whose steps are planned to take longer is left out, unless all are asked for.
@@ -50,44 +44,6 @@ def measure_machine(
         "rates": _rates(machine.rates),
         "workloads": list(_workloads(machine, WORKLOADS, everything, progress)),
     }
-
-
-def write_figures(figures: Figures, folder: Path) -> Path:
-    """Keep the figures of a machine in a file that bears its name."""
-    path = folder / f"bench-{slug(machine_name(figures))}.json"
-    write_json(path, figures)
-    return path
-
-
-def machine_name(figures: Figures) -> str:
-    """Of the machine that was measured, as `Chip` names a Mac's: `M2 Pro (19-core GPU)`."""
-    name = str(figures["device"]).removeprefix("Apple ")
-    cores = figures.get("gpu_cores")
-    return name if cores is None else f"{name} ({cores}-core GPU)"
-
-
-def slug(name: str) -> str:
-    """A device's name as part of a file's."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def read_figures(folder: Path) -> list[Figures]:
-    """What `write_figures` kept in a folder, by device.
-
-    Raises:
-        RunError: a file is not what it wrote.
-    """
-    found = []
-    for path in sorted(folder.glob("bench-*.json")):
-        try:
-            figures = json.loads(path.read_text(encoding="utf-8"))
-            assert figures["device"] and all(row["workload"] for row in figures["workloads"])
-        except (ValueError, KeyError, TypeError, AssertionError):
-            raise RunError(
-                "it is not what `mlxtune bench` writes", where=str(path), remedy="write it again"
-            ) from None
-        found.append(figures)
-    return found
 
 
 def _workloads(
@@ -124,13 +80,15 @@ def _workloads(
 
 
 def _rates(rates: Rates) -> Figures:
-    dtype = mx.float32 if on_cpu() else mx.bfloat16
+    dtype = training_dtype()
     return {
         "products": {f"{round(size ** (1 / 3))}": rate for size, rate in rates.products},
         "packed_products": {str(rows): _packed(rows, dtype) for rows in (1, 64, 512)},
         "attention": _attention(dtype),
         "bytes": rates.bytes,
         "powers": rates.powers,
+        "overhead": rates.overhead,
+        "efficiency": rates.efficiency,
     }
 
 

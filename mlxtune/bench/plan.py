@@ -69,7 +69,8 @@ class RunPlan:
 
     Attributes:
         machine: for which it was made.
-        measured_rates: whether its time is from rates measured on the machine.
+        measured_rates: whether its time is from rates measured on the machine, or one like it.
+        rates: where they are from.
         model: where its sizes are from.
         lengths: how the lengths of the records are known.
         dtype: that the model computes in.
@@ -88,6 +89,7 @@ class RunPlan:
 
     machine: str
     measured_rates: bool
+    rates: str
     model: str
     lengths: str
     dtype: str
@@ -252,6 +254,7 @@ class Planner:
         return RunPlan(
             machine=self.machine.name,
             measured_rates=self.machine.measured,
+            rates=self.machine.basis,
             model=facts.origin,
             lengths=self._lengths.note,
             dtype=self._dtype(recipe),
@@ -349,7 +352,7 @@ class Planner:
             return self.machine.budget
         # Here a recipe may ask for more than the device recommends. Of another machine there
         # is no more than it has.
-        own = math.inf if self.machine.measured else self.machine.budget
+        own = math.inf if self.machine.here else self.machine.budget
         return int(min(limit * GB, own))
 
     def _steps(self, batches: Plan, train: TrainSection) -> int | None:

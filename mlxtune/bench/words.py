@@ -41,7 +41,9 @@ def summary_lines(result: RunPlan) -> list[str]:
     )
     if result.seconds_per_step is None:
         return [memory, "time     unknown: no arithmetic rate of this chip is published"]
-    basis = "rates measured here" if result.measured_rates else "published rates of the chip"
+    basis = result.rates
+    if not result.measured_rates and result.dtype == "bfloat16":
+        basis += ", float16's for bfloat16"
     each = f"{result.seconds_per_step:.2f} s"
     if result.steps is None:
         return [memory, f"time     {each} a step; the records say how many (estimate from {basis})"]

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxtune.bench.words import advice_lines, plan_lines, size, summary_lines
+from mlxtune.bench.words import plan_lines
 from mlxtune.cli.shared import PATH, SET, prepare
 
 if TYPE_CHECKING:
+    from mlxtune.bench.forecast import Said
     from mlxtune.recipe.schema import Recipe
     from mlxtune.train.corpus import Corpus
     from mlxtune.train.session import Forecast
@@ -48,9 +49,14 @@ def plan(
         raise click.UsageError("--memory goes with --chip")
     if measure and chip is not None:
         raise click.UsageError("--measure is for this machine, --chip for another")
+    if overwrite and fit is None:
+        raise click.UsageError("--overwrite goes with --fit")
+    from mlxtune.bench.chips import find_chip
     from mlxtune.files import require_no_file
     from mlxtune.recipe.load import load_recipe
 
+    if chip is not None:
+        find_chip(chip, memory)  # before anything that takes a while
     checked = load_recipe(recipe, overrides)
     if fit is not None:
         require_no_file(fit, overwrite)
@@ -59,7 +65,10 @@ def plan(
     from mlxtune.bench.plan import Planner
     from mlxtune.recipe.edit import write_edited
 
-    machine = mac(chip, memory) if chip is not None else this_machine(remembered=not measure)
+    if chip is not None:
+        machine = mac(chip, memory)
+    else:
+        machine = this_machine(remembered=not measure, progress=_on_stderr)
     changed: dict[str, Any] = {}
     with planning_line() as progress:
         planner = Planner(checked, machine)
@@ -87,36 +96,23 @@ def forecast(*, force: bool) -> Forecast:
         force: train what does not fit, all the same.
     """
 
-    def of_run(
-        recipe: Recipe, corpus: Corpus, workers: int
-    ) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
-        from mlxtune.bench.lengths import Lengths
-        from mlxtune.bench.machine import this_machine
-        from mlxtune.bench.plan import Planner
-        from mlxtune.errors import MlxtuneError, TooLarge
+    def of_run(recipe: Recipe, corpus: Corpus, workers: int) -> Said:
+        from mlxtune.bench.forecast import forecast
 
-        lengths = Lengths(corpus.parts, "tokenized", f"{corpus.size} records, tokenized")
-        try:
-            machine = this_machine(remembered=True)
-            planner = Planner(recipe, machine, lengths=lengths, workers=workers)
-            result = planner.estimate(recipe)
-        except MlxtuneError as error:
-            return None, (f"no plan: {error}",)
-        except Exception as error:  # of an architecture that was never planned: it may train
-            return None, (f"no plan: {type(error).__name__}: {error}",)
-        if not result.fits and not force:
-            with planning_line() as progress:
-                advice = advice_lines(planner(progress))
-            raise TooLarge(
-                f"this run needs about {size(result.peak_memory_bytes)}, and "
-                f"{size(result.budget_bytes)} are there for it",
-                remedy="\n  ".join([*advice, "or train all the same: --force"]),
-            )
-        figures = result.as_json()
-        kept = {key: figures[key] for key in ("peak_memory_bytes", "seconds_per_step", "steps")}
-        return kept, tuple(summary_lines(result))
+        return forecast(
+            recipe,
+            corpus,
+            workers,
+            force=force,
+            measuring=_on_stderr,
+            planning=planning_line,
+        )
 
     return of_run
+
+
+def _on_stderr(line: str) -> None:
+    click.echo(line, err=True)
 
 
 def planning_line() -> AbstractContextManager[Callable[[str], None]]:
