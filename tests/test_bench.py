@@ -13,9 +13,10 @@ from mlxtune.bench.chips import find_chip
 from mlxtune.bench.compare import BEGIN, END, renewed
 from mlxtune.bench.cost import Rates
 from mlxtune.bench.depth import StepEstimator
+from mlxtune.bench.facts import ModelFacts
 from mlxtune.bench.lengths import Lengths, samples_of
 from mlxtune.bench.machine import mac, published_rates, this_machine
-from mlxtune.bench.plan import ModelFacts, Planner
+from mlxtune.bench.plan import Planner
 from mlxtune.bench.results import (
     read_figures,
     remember_figures,

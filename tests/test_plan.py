@@ -18,12 +18,13 @@ from mlxtune.bench import machine
 from mlxtune.bench.chips import CHIPS
 from mlxtune.bench.compare import BEGIN, END, renewed
 from mlxtune.bench.depth import StepEstimator, shallow
+from mlxtune.bench.facts import ModelFacts, model_facts
 from mlxtune.bench.graph import trace
 from mlxtune.bench.lengths import Lengths, lengths_of_recipe, samples_of
 from mlxtune.bench.machine import Machine, mac, published_rates, this_machine
 from mlxtune.bench.measure import measure_machine
 from mlxtune.bench.memory import peak_memory
-from mlxtune.bench.plan import ModelFacts, Planner, with_changes
+from mlxtune.bench.plan import Planner, with_changes
 from mlxtune.bench.results import read_figures, write_figures
 from mlxtune.bench.step import StepModel
 from mlxtune.bench.words import summary_lines
@@ -388,6 +389,7 @@ def test_lora_refuses_what_cannot_fit_and_can_be_forced(recipe_file, tmp_path):
     refused = mlxtune("lora", recipe_file, *limit, "-o", run, ok=False)
     assert "this run needs about" in refused.stderr and "--force" in refused.stderr
     assert "what saves memory" in refused.stderr
+    assert " 0.0 GB" not in refused.stderr and "1.0 MB are there for it" in refused.stderr
     assert not run.exists()
     forced = mlxtune("lora", recipe_file, *limit, "-o", run, "--force")
     assert "DOES NOT FIT" in forced.stdout
@@ -447,3 +449,32 @@ def test_a_shallow_config_has_the_first_blocks():
     config = {"num_hidden_layers": 4, "layer_types": ["a", "b", "a", "b"], "sizes": [1, 2]}
     found = shallow(config, 2)
     assert found == {"num_hidden_layers": 2, "layer_types": ["a", "b"], "sizes": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ('{"model_type": "llama", "num_hidden_layers": -2}', "says that the model has -2 blocks"),
+        ('{"model_type": "llama", "num_hidden_layers": "two"}', "the model has 'two' blocks"),
+        ('{"model_type": "foo", "num_hidden_layers": 2}', "no model of type 'foo'"),
+        ("[1]", "not a list"),
+        ("null", "not null"),
+        ('{"num_hidden_layers": 2}', "which architecture"),
+        ('{"model_type"', "no readable config"),
+    ],
+)
+def test_a_config_that_is_wrong_is_told_in_words_with_its_place(tmp_path, config, said):
+    (tmp_path / "config.json").write_text(config)
+    recipe = recipe_of(model={"path": str(tmp_path)})
+    lengths = Lengths((Part(samples_of([40])),), "tokenized", "1 record")
+    with pytest.raises(ModelError, match=said) as error:
+        Planner(recipe, mac("M2", 16), lengths=lengths).estimate(recipe)
+    assert "config.json" in error.value.where and str(tmp_path) in error.value.where
+    assert "missing" not in str(error.value)
+
+
+def test_a_model_that_is_out_of_reach_is_told_so():
+    with pytest.raises(ModelError, match="not in the local cache, and the hub") as error:
+        model_facts(recipe_of(model={"path": "owner/nowhere"}))
+    assert error.value.where == "owner/nowhere" and "Error" not in error.value.what
+    assert "connect once to download it" in error.value.remedy

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from conftest import write_jsonl
 
+from mlxtune.bench.facts import ModelFacts
 from mlxtune.bench.lengths import Lengths, samples_of
 from mlxtune.bench.machine import Machine
-from mlxtune.bench.plan import ModelFacts, Planner
+from mlxtune.bench.plan import Planner
 from mlxtune.data.batches import Part, Plan
 from mlxtune.data.passes import Layout
 

@@ -173,14 +173,19 @@ def _depths(config: Config) -> tuple[int, ...]:
 
 def _block_count(config: Config) -> int:
     text = config.get("text_config")
-    count = config.get("num_hidden_layers") or (text or {}).get("num_hidden_layers")
-    if not isinstance(count, int) or count < 1:
-        raise ModelError(
+    inner = text if isinstance(text, dict) else {}
+    count = config.get("num_hidden_layers", inner.get("num_hidden_layers"))
+    if isinstance(count, int) and count > 0:
+        return count
+    if count is None:
+        what, remedy = (
             "it does not say how many blocks the model has",
-            where="config.json",
-            remedy="num_hidden_layers is missing",
+            "num_hidden_layers is missing",
         )
-    return count
+    else:
+        what = f"it says that the model has {count!r} blocks"
+        remedy = "num_hidden_layers is to be a whole number above 0"
+    raise ModelError(what, where="config.json", remedy=remedy)
 
 
 def _period(config: Config) -> int:

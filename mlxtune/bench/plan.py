@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 
 from mlxtune.bench.advice import Advice, Trial, advice_for, fitting_changes, with_changes
 from mlxtune.bench.depth import StepEstimator
+from mlxtune.bench.facts import ModelFacts, model_facts
 from mlxtune.bench.lengths import Lengths, lengths_of_recipe
 from mlxtune.bench.machine import Machine
 from mlxtune.bench.words import assignments, size
@@ -24,12 +22,7 @@ from mlxtune.data.pack import Batch
 from mlxtune.data.render import Sample
 from mlxtune.device import as_on_gpu
 from mlxtune.errors import ModelError
-from mlxtune.gguf.model import read_packing
-from mlxtune.gguf.reader import GGUFFile
-from mlxtune.models.known import known_config
-from mlxtune.models.load import model_config
-from mlxtune.models.resolve import ModelSource, is_hub_id, resolve_model
-from mlxtune.models.skeleton import Config, Forms
+from mlxtune.models.skeleton import Config
 from mlxtune.recipe.schema import Recipe, TrainSection
 from mlxtune.train.memory import GB
 from mlxtune.train.model import layout_for
@@ -44,23 +37,6 @@ _OF_PASSES = {
     "train.gradient_checkpointing": False,
     "train.max_seq_length": 1,
 }
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a plan knows of a model.
-
-    Attributes:
-        config: what config.json says.
-        forms: how a GGUF packs it; None for a folder or a hub id.
-        source: the model on this machine, if it is here, for its tokenizer.
-        origin: where the config is from, in words.
-    """
-
-    config: Config
-    forms: Forms | None
-    source: ModelSource | None
-    origin: str
 
 
 @dataclass(frozen=True)
@@ -115,38 +91,6 @@ class RunPlan:
     def as_json(self) -> dict[str, Any]:
         """As `mlxtune plan --json` prints it."""
         return asdict(self)
-
-
-def model_facts(recipe: Recipe) -> ModelFacts:
-    """What there is to know of a recipe's model without its weights.
-
-    Of a hub id nothing but config.json is fetched, and that not where mlxtune knows the sizes.
-
-    Raises:
-        ModelError: nothing is known of it.
-    """
-    name, revision = recipe.model.path, recipe.model.revision
-    if not is_hub_id(name):
-        source = resolve_model(name, revision=revision)
-        forms = read_packing(GGUFFile(source.path)) if source.is_gguf else None
-        return ModelFacts(model_config(source), forms, source, str(source.path))
-    cached = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
-    if isinstance(cached, str):
-        source = ModelSource(name, Path(cached).parent)
-        tokenizer = source if (source.path / "tokenizer.json").is_file() else None
-        return ModelFacts(model_config(source), None, tokenizer, f"{name}, in the hub's cache")
-    # Before the hub is asked: it may be far away, or want a licence accepted.
-    if revision is None and (config := known_config(name)) is not None:
-        return ModelFacts(config, None, None, f"{name}, sizes known to mlxtune")
-    try:
-        file = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
-        return ModelFacts(json.loads(Path(file).read_text()), None, None, f"{name}, from the hub")
-    except Exception as error:  # offline, no such model, a licence not accepted
-        raise ModelError(
-            f"its config.json cannot be had: {type(error).__name__}",
-            where=name,
-            remedy="download the model first, or give the path of a folder with its config.json",
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -321,7 +265,7 @@ class Planner:
             try:
                 made = StepEstimator(alike, facts.config, facts.forms, self._dtype(recipe), rates)
             except ModelError as error:
-                if error.where == "config.json":
+                if error.where in (None, "config.json"):
                     error.where = f"config.json of {recipe.model.path}"
                 raise
             self._estimators[key] = made

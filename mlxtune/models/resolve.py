@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,16 +137,37 @@ def _in_package(name: str) -> Path:
 def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
     # Importing the hub's client costs a tenth of a second; only hub ids need it.
     from huggingface_hub import snapshot_download
+
+    patterns = [*_ALL_ELSE, *([_WEIGHTS] if weights else [])]
+    with hub_errors(name, revision):
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    _require_config(path)
+    if weights and not any(path.glob(_WEIGHTS)):
+        raise ModelError(
+            "this model has no safetensors",
+            where=name,
+            remedy="take another revision or a converted copy of it; pickles are not loaded",
+        )
+    return path
+
+
+@contextmanager
+def hub_errors(name: str, revision: str | None) -> Iterator[None]:
+    """Say in words why the hub did not give what was asked for.
+
+    Raises:
+        ModelError: the model is not there, not to be had without more, or out of reach.
+    """
     from huggingface_hub.errors import (
+        EntryNotFoundError,
         GatedRepoError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    patterns = [*_ALL_ELSE, *([_WEIGHTS] if weights else [])]
     try:
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        yield
     except GatedRepoError:
         raise ModelError(
             "this model asks you to accept its licence first",
@@ -168,13 +191,7 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
             remedy="connect once to download it, or give a folder, a .gguf file or "
             "pkg:PACKAGE/FILE as model.path",
         ) from None
+    except EntryNotFoundError:
+        raise ModelError("this model has no config.json on the hub", where=name) from None
     except OSError as error:
         raise ModelError(f"the hub cannot be reached: {error}", where=name) from None
-    _require_config(path)
-    if weights and not any(path.glob(_WEIGHTS)):
-        raise ModelError(
-            "this model has no safetensors",
-            where=name,
-            remedy="take another revision or a converted copy of it; pickles are not loaded",
-        )
-    return path
