@@ -146,6 +146,15 @@ def test_a_killed_run_is_not_said_to_be_running(begun):
     assert begun.status()["status"] == "interrupted"
 
 
+def test_where_no_lock_can_tell_a_run_is_as_it_says(begun, monkeypatch):
+    def no_locks(*_):
+        raise OSError(95, "Operation not supported")
+
+    begun.write_status(status="running")
+    monkeypatch.setattr("mlxtune.train.run.fcntl.flock", no_locks)
+    assert begun.status()["status"] == "running"
+
+
 def test_a_run_whose_reader_has_gone_is_interrupted(recipe, few, tmp_path):
     class Gone(Silent):
         def started(self, outline):

@@ -188,11 +188,18 @@ class Run:
         return value
 
     def _is_held(self) -> bool:
+        """Whether somebody trains here; where that cannot be told, it is so."""
         try:
-            with self.held():
-                return False
-        except RunError:
+            descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError:
             return True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
 
     def _written_status(self) -> dict[str, Any]:
         try:
