@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -225,12 +226,13 @@ def written(name: str, tokenizer, place: Path, *, plain=False) -> tuple[Path, li
     return folder, tokens
 
 
+SLOW = pytest.mark.slow
 # One of each form; CI runs them all.
 FEW = ("llama", "qwen3", "gemma3_text", "phi3")
 
 
 def each(names):
-    return [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return [name if name in FEW else pytest.param(name, marks=SLOW) for name in names]
 
 
 ALL = each(MODELS)
@@ -283,6 +285,42 @@ def test_f32_gives_the_log_probabilities_of_mlx(source, tmp_path):
     convert_to_folder(str(made.path), tmp_path / "folder")
     loaded, _ = mlx_lm.utils.load_model(tmp_path / "folder")
     assert np.abs(logprobs(loaded, tokens) - want).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("gemma3_text", "gemma3"), pytest.param("gemma4", "gemma4", marks=SLOW)]
+)
+@pytest.mark.parametrize("layout", ["language_model.model.", "model.language_model."])
+def test_a_language_model_beside_what_looks_at_images(name, kind, layout, tokenizer, tmp_path):
+    """As Gemma 3 of 4B and more is published, by older and newer transformers."""
+    folder, tokens = written(name, tokenizer, tmp_path)
+    text = json.loads((folder / "config.json").read_text())
+    if kind == "gemma3":
+        text["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}
+        (folder / "config.json").write_text(json.dumps(text))
+    want = logprobs(load_model(ModelSource("x", folder)).model, tokens)
+    whole = tmp_path / "whole"
+    shutil.copytree(folder, whole)
+    weights = mx.load(str(folder / "model.safetensors"))
+    weights = {name.replace("model.", layout, 1): array for name, array in weights.items()}
+    for name in ("vision_tower.a.weight", "multi_modal_projector.b.weight"):
+        name = name if layout.startswith("language") else f"model.{name}"
+        weights[name] = mx.zeros((3, 3))
+    mx.save_safetensors(str(whole / "model.safetensors"), weights, {"format": "mlx"})
+    config = {"model_type": kind, "vocab_size": text["vocab_size"], "text_config": text}
+    (whole / "config.json").write_text(json.dumps(config | {"vision_config": {"depth": 1}}))
+    # mlx-lm itself loads Gemma 3 by its older names alone.
+    runs = kind == "gemma4" or layout.startswith("language")
+    made = convert(str(whole), tmp_path / "m.gguf", file_type="f32", verify=runs)
+    assert not runs or made.verified.llamacpp.mean_kl < 1e-3
+    places = [1, 2, 3, 17, 33, len(tokens) - 1]
+    for place, (ids, got) in zip(places, in_llamacpp(made.path, tokens, places), strict=True):
+        assert np.abs(want[place - 1][ids] - got).max() < 1e-3, place
+    convert_to_folder(str(made.path), tmp_path / "back")
+    convert_to_folder(str(whole), tmp_path / "out")
+    for path in (made.path, tmp_path / "back", tmp_path / "out"):
+        again = load_model(resolve_model(str(path))).model
+        assert np.abs(logprobs(again, tokens) - want).max() < 1e-3
 
 
 @pytest.mark.parametrize("file_type", ["q8_0", "q4_k_m"])

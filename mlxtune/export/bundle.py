@@ -25,7 +25,7 @@ from mlxtune.export.record import (
     require_same,
 )
 from mlxtune.export.runtime import ROWS, RuntimeCheck
-from mlxtune.export.source import from_loaded
+from mlxtune.export.source import from_loaded, language_model
 from mlxtune.export.verify import Readback
 from mlxtune.files import atomic_folder, require_apart, write_json, write_text
 from mlxtune.fuse import model_places, require_outside
@@ -131,7 +131,7 @@ def export_run(
         )
         _, verified = write_model(
             temporary / GGUF,
-            from_loaded(recipe.name, model),
+            language_model(from_loaded(recipe.name, model)),
             file_type=file_type,
             importance=importance,
             pre=pre,

@@ -14,7 +14,7 @@ from pathlib import Path
 from mlxtune.device import on_cpu
 from mlxtune.export.calibrate import importance_of
 from mlxtune.export.runtime import RuntimeCheck, check_in_llamacpp, installed
-from mlxtune.export.source import Convertible, open_source, require_whole
+from mlxtune.export.source import Convertible, language_model, open_source, require_whole
 from mlxtune.export.verify import SAMPLE, Readback, read_back, read_back_folder
 from mlxtune.files import atomic_files, atomic_folder, require_apart, write_json
 from mlxtune.fuse import dense_config
@@ -107,7 +107,7 @@ def convert(
         OutputExists, StorageError: nothing was written.
     """
     progress("opening")
-    model = open_source(source)
+    model = language_model(open_source(source))
     for_config(model.config)
     require_whole(model, source)
     parts = f"{glob.escape(output.stem)}-?????-of-?????.gguf" if split_max_bytes else None
@@ -257,7 +257,7 @@ def convert_to_folder(
         OutputExists, StorageError: nothing was written.
     """
     progress("opening")
-    model = open_source(source)
+    model = language_model(open_source(source))
     require_apart(output, model.places)
     require_whole(model, source)
     dtype = dtype or model.dtype

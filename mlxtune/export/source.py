@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlxtune.arrays import flat
 from mlxtune.errors import ExportError, ModelError
 from mlxtune.fuse import model_places
-from mlxtune.gguf.architectures import for_config
+from mlxtune.gguf.architectures import for_config, text_alone
 from mlxtune.gguf.metadata import text_config
 from mlxtune.gguf.model import read_config
 from mlxtune.gguf.reader import GGUFFile
@@ -110,7 +111,7 @@ def require_whole(model: Convertible, where: str) -> None:
 
 def from_loaded(name: str, model: LoadedModel) -> Convertible:
     """A model that is loaded already, adapters and all; they are fused."""
-    config = text_config(model.config)
+    config = _text_config(model.config)
     return Convertible(
         name=name,
         config=config,
@@ -148,7 +149,7 @@ def _called(source: ModelSource) -> str:
 
 
 def _from_folder(source: ModelSource) -> Convertible:
-    config = text_config(model_config(source))
+    config = _text_config(model_config(source))
     if not any(name.endswith("lm_head.weight") for name in _headers(source.path)):
         config.setdefault("tie_word_embeddings", True)
     tokenizer = cache(lambda: load_tokenizer(source))
@@ -163,6 +164,44 @@ def _from_folder(source: ModelSource) -> Convertible:
         places=model_places(source.path),
         only_pieces=_only_pieces(source.path),
     )
+
+
+# What a Gemma 3 that sees leaves to transformers' defaults, and mlx-lm in part to others.
+_GEMMA3_DEFAULTS = {
+    "vocab_size": 262_208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-6,
+    "query_pre_attn_scalar": 256,
+}
+_NOT_TEXT = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    told = text_config(config)
+    return _GEMMA3_DEFAULTS | told if told.get("model_type") == "gemma3" else told
+
+
+def language_model(opened: Convertible) -> Convertible:
+    """The language model of one that sees or listens, as those that cannot are kept."""
+    try:
+        entry = for_config(opened.config)
+    except ExportError:  # it may be written as a folder all the same
+        return opened
+    alone = text_alone(entry)
+    if alone is entry:
+        return opened
+
+    def tensors() -> Iterator[SourceTensor]:
+        for tensor in opened.tensors():
+            if not _NOT_TEXT.match(tensor.name):
+                name = tensor.name.replace("model.language_model.", "language_model.model.", 1)
+                yield replace(tensor, name=name.removeprefix(entry.prefix))
+
+    told = {"model_type": alone.model_types[0], "architectures": [alone.hf_class]}
+    return replace(opened, config=opened.config | told, tensors=tensors)
 
 
 def _vocabulary(

@@ -242,6 +242,20 @@ _ONE_MORE = Change(lambda x: x + np.float32(1), lambda x: x - np.float32(1))
 _DECAY = Change(lambda x: -np.exp(x), lambda x: np.log(-x))
 _DEPTHWISE = Change(lambda x: x[..., 0], lambda x: x[..., None], axes=1)
 
+_GEMMA3 = Architecture(
+    name="gemma3",
+    model_types=("gemma3_text",),
+    hf_class="Gemma3ForCausalLM",
+    theta=1_000_000.0,
+    blocks=_GEMMA | _NORMED_HEADS,
+    fields=(
+        Field("attention.sliding_window", "sliding_window", int, 512),
+        Field("rope.freq_base_swa", "rope_local_base_freq", float, 10_000.0),
+    ),
+    changes={"norm.weight": _ONE_MORE},
+    fixed={"sliding_window_pattern": 6},
+)
+
 _VOCABULARY = Field("vocab_size", "vocab_size")
 COMMON = (
     Field("block_count", "num_hidden_layers"),
@@ -302,18 +316,13 @@ ARCHITECTURES = (
         ),
         changes={"norm.weight": _ONE_MORE},
     ),
-    Architecture(
-        name="gemma3",
-        model_types=("gemma3_text",),
-        hf_class="Gemma3ForCausalLM",
-        theta=1_000_000.0,
-        blocks=_GEMMA | _NORMED_HEADS,
-        fields=(
-            Field("attention.sliding_window", "sliding_window", int, 512),
-            Field("rope.freq_base_swa", "rope_local_base_freq", float, 10_000.0),
-        ),
-        changes={"norm.weight": _ONE_MORE},
-        fixed={"sliding_window_pattern": 6},
+    _GEMMA3,
+    # Beside what looks at images.
+    replace(
+        _GEMMA3,
+        model_types=("gemma3",),
+        hf_class="Gemma3ForConditionalGeneration",
+        prefix="language_model.",
     ),
     _GEMMA4,
     # Beside what looks at images and listens.
@@ -428,6 +437,12 @@ def for_config(config: Config) -> Architecture:
         f"models of type {model_type!r} cannot be written as GGUF yet",
         remedy=f"supported: {', '.join(known)}; `mlxtune fuse` writes any model as safetensors",
     )
+
+
+def text_alone(entry: Architecture) -> Architecture:
+    """The entry of a model's language model by itself, where it has other parts too."""
+    alone = (e for e in ARCHITECTURES if e.name == entry.name and not e.prefix)
+    return next(alone, entry) if entry.prefix else entry
 
 
 def for_gguf(name: str) -> Architecture:
