@@ -7,11 +7,21 @@ import sys
 
 import pytest
 
-from mlxtune.bench.chips import CHIPS, MEASURED, Chip, chip_names, find_chip, working_set_bytes
+from mlxtune.bench.chips import (
+    BFLOAT16,
+    CHIPS,
+    MEASURED,
+    Chip,
+    chip_names,
+    find_chip,
+    working_set_bytes,
+)
 from mlxtune.errors import ChipError
 
 GIB = 2**30
-FIGURES = ("gpu_cores", "memory_gb", "bandwidth", "float32_rate", "float16_rate")
+FIGURES = (
+    "gpu_cores", "memory_gb", "bandwidth", "float32_rate", "float16_rate", "bfloat16_rate",
+)  # fmt: skip
 ALL = pytest.mark.parametrize("chip", CHIPS, ids=str)
 
 
@@ -77,6 +87,12 @@ def test_every_figure_has_a_source_and_every_source_a_figure(chip):
         assert source.retrieved or source.note.startswith("as quoted by")
     assert chip.source("bandwidth") is not None
     assert chip.source("nothing") is None
+
+
+@ALL
+def test_of_bfloat16_nothing_is_known_but_that_it_is_no_faster(chip):
+    assert chip.bfloat16_rate is None and chip.source("bfloat16_rate") is None
+    assert all(source.url.startswith("http") and source.note for source in BFLOAT16)
 
 
 @ALL
