@@ -87,7 +87,8 @@ CONFIG = {
 def test_lengths_that_are_not_known_are_put_together_at_their_worst():
     from test_plan import recipe_of
 
-    recipe = recipe_of(train={"batch_size": 4, "max_seq_length": 1024})
+    train = {"batch_size": 4, "max_seq_length": 1024}
+    recipe = recipe_of(train=train)
     machine = Machine("a test", 10**9, gpu=False, rates=None, measured=False)
     part = Part(samples_of([900, 10, 10, 10] * 4))
     peaks = {}
@@ -97,6 +98,16 @@ def test_lengths_that_are_not_known_are_put_together_at_their_worst():
         planner = Planner(recipe, machine, facts=facts, lengths=lengths)
         peaks[basis] = planner.estimate(recipe).peak_memory_bytes
     assert peaks["tokenized"] < 0.9 * peaks["estimated"]
+    # The longest together are not always the largest pass: they come one by one then.
+    ragged_ = Part(ragged(400, longest=1500))
+    for basis in ("tokenized", "estimated"):
+        lengths = Lengths((ragged_,), basis, "400 records")
+        facts = ModelFacts(CONFIG, None, None, "a test")
+        one = recipe_of(train=train | {"max_seq_length": 2048, "batch_size": 16})
+        peaks[basis] = (
+            Planner(one, machine, facts=facts, lengths=lengths).estimate(one).peak_memory_bytes
+        )
+    assert peaks["estimated"] >= peaks["tokenized"]
 
 
 def test_a_run_of_ragged_records_peaks_where_its_plan_said(tmp_path):

@@ -245,15 +245,15 @@ class Planner:
         return found
 
     def _largest(self, batches: Plan, train: TrainSection) -> Batch:
-        """The pass that takes most: the run's own where its records are known, else the
-        longest records together."""
+        """The pass that takes most: the run's own, or of the longest records together where
+        that is larger and lengths are not known for sure."""
         key = (batches.batch_size, batches.accumulation, train.max_seq_length, batches.layout)
         if key not in self._passes:
-            if self._lengths.basis == "tokenized":
-                steps = batches.total_steps(epochs=train.epochs, max_steps=train.max_steps)
-                self._passes[key] = batches.largest_of_run(steps)
-            else:
-                self._passes[key] = batches.largest()
+            steps = batches.total_steps(epochs=train.epochs, max_steps=train.max_steps)
+            found = [batches.largest_of_run(steps)]
+            if self._lengths.basis != "tokenized":
+                found.append(batches.largest())
+            self._passes[key] = max(found, key=lambda batch: batch.tokens.size)
         return self._passes[key]
 
     def _estimator(self, recipe: Recipe) -> StepEstimator:
