@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import time
 
 import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
-from cli_tools import listing, mlxtune, save_real_vocabulary
+from cli_tools import PROGRAM, environment, listing, mlxtune, save_real_vocabulary
 from conftest import SHELL_TRAIN, write_jsonl
 from gguf import GGUFReader
 from helpers import tiny
@@ -256,6 +260,30 @@ def test_an_adapter_is_read_back(run, tmp_path, monkeypatch, change, said):
     finally:
         weights.write_bytes(kept)
     assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_conversion_that_is_told_to_stop_leaves_nothing(folder, tmp_path, number):
+    os.mkfifo(tmp_path / "waits.txt")  # reading it takes for ever
+    place = tmp_path / "out"
+    command = [*PROGRAM, "convert", str(folder), "out/m.gguf", "--quantize=q4_k_m"]
+    program = subprocess.Popen(
+        [*command, "--calibrate=waits.txt"],
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for _ in range(600):
+        if place.is_dir() and any(place.iterdir()):
+            break
+        time.sleep(0.1)
+    assert [path.suffix for path in place.iterdir()] == [".partial"]
+    time.sleep(0.5)
+    program.send_signal(number)
+    _, said = program.communicate(timeout=60)
+    assert program.returncode == 128 + number and "interrupted" in said
+    assert not place.exists()
 
 
 def test_what_is_shipped_says_nothing_of_this_machine(run, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from mlxtune.cli.export import export
 from mlxtune.cli.plan import plan
 from mlxtune.cli.report import report
 from mlxtune.cli.shared import ADAPTER, DTYPE, PATH, SET, complete_paths, prepare
+from mlxtune.cli.stops import Stopped, stop_on_signals
 from mlxtune.device import worker_rank
 from mlxtune.errors import MlxtuneError, RecipeError, WorkerFailed
 
@@ -202,6 +203,8 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:]
     # `mlxtune lora … --debug` is as good as `mlxtune --debug lora …`.
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    if worker_rank() is None:  # workers end together, by ways of their own
+        stop_on_signals()
     try:
         result = cli.main(args=arguments, prog_name="mlxtune", standalone_mode=False)
     except WorkerFailed:
@@ -214,10 +217,12 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:
         if not worker_rank():
-            print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+            with suppress(OSError):  # the terminal may be what is gone
+                print("interrupted", file=sys.stderr)
+        by = error.__cause__ if isinstance(error, click.Abort) else error
+        sys.exit(128 + by.number if isinstance(by, Stopped) else INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output has gone, as in `mlxtune … | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
