@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,10 +20,11 @@ from gguf import GGUFReader
 from helpers import tiny
 from mlx.utils import tree_map
 
-from mlxtune.cli.convert import verified_lines
+from mlxtune.cli.convert import _bytes as split_bytes
+from mlxtune.cli.convert import file_size, verified_lines
 from mlxtune.errors import ExportError, OutputExists
 from mlxtune.export.adapter import export_adapter
-from mlxtune.export.bundle import export_run
+from mlxtune.export.bundle import export_run, exported_before
 from mlxtune.export.convert import convert, convert_to_folder
 from mlxtune.export.meant import unlike
 from mlxtune.export.runtime import check_in_llamacpp
@@ -333,8 +335,82 @@ def test_parts_of_an_earlier_conversion_are_refused_or_all_replaced(folder, tmp_
         (("export", "run", "--adapter-only", "--pre", "gpt-2"), "--pre is of fused models"),
         (("export", "run", "--adapter-only", "--no-verify"), "--no-verify is of fused"),
         (("convert", "a", "b.gguf", "--split-max-size", "0G"), "no file is that small"),
+        (("convert", "a", "b.gguf", "--split-max-size", "0.0K"), "no file is that small"),
+        (("convert", "a", "b.gguf", "--quantize", "q4km"), "Did you mean q4_k_m?"),
+        (("export", "run", "--to", "olama"), "Did you mean ollama?"),
+        (("export", "run", "--adapter-only", "--adapter", "x"), "--adapter is of fused models"),
     ],
 )
 def test_options_without_effect_are_refused(tmp_path, arguments, words):
     done = mlxtune(*arguments, cwd=tmp_path)
     assert done.returncode == 2 and words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("convert", "smal", "m.gguf"), "did you mean small?"),
+        (
+            ("convert", "s.gguf", "m.gguf"),
+            "of which the first stands for all: s-00001-of-00002.gguf",
+        ),
+        (("convert", "export", "m.gguf"), "did you mean export/model.gguf?"),
+        (("convert", "small", "m.gguf", "--pre", "smolm"), "did you mean smollm? one of: "),
+        (("export", "small"), "this is a model: mlxtune convert small model.gguf"),
+    ],
+)
+def test_what_may_be_meant_is_told(folder, tmp_path, arguments, words):
+    shutil.copytree(folder, tmp_path / "small")
+    (tmp_path / "export").mkdir()
+    for file in ("export/model.gguf", "s-00001-of-00002.gguf", "s-00002-of-00002.gguf"):
+        (tmp_path / file).touch()
+    done = mlxtune(*arguments, cwd=tmp_path)
+    assert done.returncode == 1 and words in done.stderr, done.stderr
+
+
+def test_a_bad_address_of_ollama_is_told_before_the_work(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("OLLAMA_HOST", "ftp://somewhere")
+    for more in ((), ("--adapter-only", "--base", "smollm2:135m")):
+        done = mlxtune("export", str(run), "--to=ollama", "-o", "out", *more, cwd=tmp_path)
+        assert done.returncode == 1 and "this is no address of a server" in done.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_another_adapter_of_a_run_is_exported_and_handed_over(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    best = tmp_path / "adapter-best"
+    shutil.copytree(run / "adapter", best)
+    arrays = dict(mx.load(str(best / "adapters.safetensors")))
+    arrays = {name: mx.ones(array.shape) for name, array in arrays.items()}
+    mx.save_safetensors(str(best / "adapters.safetensors"), arrays)
+    how = {"file_type": "f16", "verify": False}
+    own = export_run(run, output=tmp_path / "own", **how)
+    other = export_run(run, output=tmp_path / "other", adapter=best, **how)
+    files = [GGUFFile(made.folder / "model.gguf") for made in (own, other)]
+    assert not np.array_equal(*(file.data("blk.0.attn_q.weight") for file in files))
+    assert "| adapter | `adapter-best` |" in (other.folder / "README.md").read_text()
+    assert "| learning rate |" in (own.folder / "README.md").read_text()
+    assert exported_before(run, output=other.folder, adapter=best, **how).written_before
+    with pytest.raises(OutputExists, match="made of another adapter"):
+        exported_before(run, output=other.folder, **how)
+    arguments = ("--to=ollama", "--quantize=f16", "--no-verify", "-o", "other")
+    done = mlxtune("export", str(run), f"--adapter={best}", *arguments, cwd=tmp_path)
+    assert "written before" in done.stdout and "Ollama does not answer" in done.stderr
+
+
+def test_an_importance_of_some_matrices_is_told(folder, run, tmp_path):
+    sums, counts = ({"blk.0.attn_q.weight": np.ones(n, np.float32)} for n in (64, 1))
+    write_imatrix(tmp_path / "i.gguf", sums, counts, ["text"])
+    given = ("--quantize=q4_0", "--imatrix=i.gguf", "--no-verify")
+    done = mlxtune("convert", str(folder), "m.gguf", *given, cwd=tmp_path)
+    assert "13 matrices have no importance there and are rounded as without" in done.stdout
+    assert re.search(r"m\.gguf: \d+ kB, tensors", done.stdout)
+    done = mlxtune("export", str(run), "-o", "out", *given, cwd=tmp_path)
+    assert "13 matrices have no importance there" in done.stdout
+    assert not convert(str(folder), tmp_path / "n.gguf", file_type="q4_0", verify=False).unweighed
+
+
+def test_sizes_are_told_as_people_say_them():
+    told = {3: "3 bytes", 42_000: "42 kB", 1_250_000: "1.2 MB", 145e6: "145 MB", 4.1e9: "4.1 GB"}
+    assert {size: file_size(size) for size in told} == told
+    assert split_bytes("4.5G") == 4_500_000_000 and split_bytes("500mb") == 500_000_000

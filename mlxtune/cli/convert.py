@@ -6,7 +6,7 @@ import re
 import sys
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -35,7 +35,25 @@ FILE_TYPES = [
     "q3_k_m",
     "q2_k",
 ]
-FILE_TYPE = click.Choice(FILE_TYPES, case_sensitive=False)
+
+
+class NearChoice(click.Choice[str]):
+    """A choice that names the nearest to what is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """As click's."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            near = get_close_matches(str(value).lower(), self.choices, n=1)
+            if not near:
+                raise
+            raise click.BadParameter(
+                f"{error.message} Did you mean {near[0]}?", ctx, param
+            ) from None
+
+
+FILE_TYPE = NearChoice(FILE_TYPES, case_sensitive=False)
 IMATRIX = click.option(
     "--imatrix", type=PATH, help="llama.cpp's importance matrix, for the types below 8 bits."
 )
@@ -178,12 +196,13 @@ def on_command_line(option: str) -> bool | None:
 
 def _bytes(size: str) -> int:
     """`4G` in bytes."""
-    found = re.fullmatch(r"(\d+)([KMG])B?", size.strip().upper())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG])B?", size.strip().upper())
     if found is None:
         raise click.UsageError("--split-max-size is a number with K, M or G, such as 4G")
-    if not int(found[1]):
+    count = int(float(found[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[found[2]])
+    if not count:
         raise click.UsageError("--split-max-size: no file is that small")
-    return int(found[1]) * {"K": 10**3, "M": 10**6, "G": 10**9}[found[2]]
+    return count
 
 
 def file_size(count: int) -> str:
@@ -200,10 +219,19 @@ def _told(made: Conversion) -> str:
     lines = [f"{made.path}: {file_size(made.nbytes)}, tensors: {types}"]
     if len(made.files) > 1:
         lines.append(f"  in {len(made.files)} files; runtimes are given the first")
+    lines += unweighed_lines(made.unweighed)
     if made.verified is not None:
         folder = made.path.suffix.lower() != ".gguf"
         lines += verified_lines(made.verified, runs=not folder)
     return "\n".join(lines)
+
+
+def unweighed_lines(count: int) -> list[str]:
+    """What an importance, that was given, says nothing of."""
+    if not count:
+        return []
+    what = "1 matrix has" if count == 1 else f"{count} matrices have"
+    return [f"  {what} no importance there and {'is' if count == 1 else 'are'} rounded as without"]
 
 
 def verified_lines(verified: Verified, *, runs: bool = True) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import click
@@ -17,12 +18,15 @@ from mlxtune.cli.convert import (
     PRE,
     SAVE_IMATRIX,
     VERIFY,
+    NearChoice,
     file_size,
     on_command_line,
     require_one_importance,
+    unweighed_lines,
     verified_lines,
 )
-from mlxtune.cli.shared import PATH, prepare
+from mlxtune.cli.shared import ADAPTER, PATH, prepare
+from mlxtune.errors import RunError
 
 if TYPE_CHECKING:
     from mlxtune.export.bundle import Bundle
@@ -35,6 +39,7 @@ LAYOUTS = ("peft", "mlx-lm", "gguf")
 
 @click.command()
 @click.argument("run", type=PATH)
+@ADAPTER
 @click.option("-o", "--output", type=PATH, help="Folder.  [default: RUN/export/<type>]")
 @click.option(
     "--quantize",
@@ -49,7 +54,7 @@ LAYOUTS = ("peft", "mlx-lm", "gguf")
 @VERIFY
 @click.option(
     "--to",
-    type=click.Choice([*RUNTIMES, *LAYOUTS]),
+    type=NearChoice([*RUNTIMES, *LAYOUTS]),
     help="Program to hand the model to, or with --adapter-only the library that the adapter "
     "is for; RUN may then be any adapter's folder.",
 )
@@ -69,6 +74,7 @@ LAYOUTS = ("peft", "mlx-lm", "gguf")
 @AS_JSON
 def export(
     run: Path,
+    adapter: Path | None,
     output: Path | None,
     quantize: str | None,
     imatrix: Path | None,
@@ -93,6 +99,7 @@ def export(
         if to is not None and to not in (*LAYOUTS, "ollama"):
             raise click.UsageError(f"with --adapter-only --to is {', '.join(LAYOUTS)} or ollama")
         of_models = {
+            "--adapter": adapter,
             "--quantize": quantize,
             "--imatrix": imatrix,
             "--calibrate": calibration,
@@ -119,21 +126,29 @@ def export(
     from mlxtune.cli.display import status_line, transfer_bar
     from mlxtune.export.bundle import export_run, exported_before
     from mlxtune.export.handover import hand_over
-    from mlxtune.export.ollama import require_name
+    from mlxtune.export.ollama import base_url, require_name
     from mlxtune.train.run import Run
 
-    recipe = Run.open(run).recipe()
+    try:
+        recipe = Run.open(run).recipe()
+    except RunError as error:
+        if (run / "config.json").is_file():
+            error.remedy = f"this is a model: mlxtune convert {quote(str(run))} model.gguf"
+        raise
     to = to or recipe.export.to
     name = name or recipe.export.name or recipe.name
     if dry_run and to is None:
         raise click.UsageError("--dry-run goes with --to")
     if to == "ollama":
         require_name(name)
+        if not dry_run:
+            base_url()  # where it is no address, better said before the work
     bundle = None
     if to is not None and not overwrite:
         # Handed over once more, to a program that was not there the first time.
         bundle = exported_before(
             run,
+            adapter=adapter,
             output=output,
             file_type=quantize,
             name=name,
@@ -145,6 +160,7 @@ def export(
     with status_line("opening", every=0.2 if sys.stderr.isatty() else 10.0) as progress:
         bundle = bundle or export_run(
             run,
+            adapter=adapter,
             output=output,
             file_type=quantize,
             name=name,
@@ -182,6 +198,8 @@ def _tell_bundle(bundle: Bundle, *, commands: bool) -> None:
     before = ", written before" * bundle.written_before
     size = file_size(bundle.gguf_bytes)
     click.echo(f"{bundle.folder}: model.gguf ({size}), Modelfile, README{before}")
+    for line in unweighed_lines(bundle.unweighed):
+        click.echo(line)
     if bundle.verified is not None:
         click.echo("\n".join(verified_lines(bundle.verified)))
     if commands:
@@ -202,7 +220,10 @@ def _export_adapter(
     from mlxtune.cli.display import transfer_bar
     from mlxtune.export.adapter import export_adapter
     from mlxtune.export.handover import hand_over
+    from mlxtune.export.ollama import base_url
 
+    if layout == "ollama" and not dry_run:
+        base_url()
     written = export_adapter(path, layout, output=output, base=base, name=name, overwrite=overwrite)
     if not as_json:
         before = ", written before" * written.written_before

@@ -35,7 +35,7 @@ from mlxtune.models.resolve import is_hub_id, public_name
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.corpus import read_corpus
 from mlxtune.train.model import tokenizer_of
-from mlxtune.train.run import Run
+from mlxtune.train.run import Run, adapter_folder
 from mlxtune.train.session import open_run
 
 CARD = "README.md"
@@ -52,6 +52,7 @@ class Bundle:
         verified: how it differs from the trained model; None if it was not looked at.
         commands: runtime to the command that runs it.
         modelfile: what the file of that name says.
+        unweighed: how many matrices the importance that was given says nothing of.
         written_before: whether it was there already, and has only been looked at.
     """
 
@@ -61,6 +62,7 @@ class Bundle:
     verified: Verified | None
     commands: dict[str, str]
     modelfile: Modelfile
+    unweighed: int = 0
     written_before: bool = False
 
     def as_json(self, handed: HandOver | None = None) -> str:
@@ -75,6 +77,7 @@ class Bundle:
 def export_run(
     path: Path,
     *,
+    adapter: Path | None = None,
     output: Path | None = None,
     file_type: str | None = None,
     name: str | None = None,
@@ -90,6 +93,7 @@ def export_run(
 
     Args:
         path: the run.
+        adapter: another run, or an adapter's folder, to use instead of the run's own.
         output: folder to write; `export/<file type>` in the run by default.
         file_type: of `FILE_TYPES`; what the recipe says by default.
         name: what Ollama is to call it; what the recipe says by default.
@@ -105,19 +109,20 @@ def export_run(
         ExportError: the model's architecture, tokenizer or Modelfile cannot be written.
         OutputExists, StorageError: nothing was written.
     """
-    run, model = open_run(path, for_inference=False)
+    run, model = open_run(path, adapter=adapter, for_inference=False)
     recipe = run.recipe()
     file_type = file_type or recipe.export.quantize
     folder = _folder(path, output, file_type)
     require_outside(folder, path)
-    given = [file for file in (imatrix, calibration, save_imatrix) if file is not None]
+    given = [p for p in (imatrix, calibration, save_imatrix, adapter) if p is not None]
     used = (*model_places(model.source.path), *given)
     for_config(model.config)
     name = name or recipe.export.name or recipe.name
     ollama = modelfile(Renderer(model.tokenizer), model.tokenizer, recipe.export)
     # The folder is shipped: its card knows no place on this machine.
-    card = model_card(run, recipe, model, file_type, _commands(Path(), name))
-    made_of = _made_of(run, file_type, pre, imatrix, calibration)
+    card = model_card(run, recipe, file_type, _commands(Path(), name), adapter)
+    weights = adapter_folder(adapter or path)
+    made_of = _made_of(weights, file_type, pre, imatrix, calibration)
     with atomic_folder(folder, overwrite=overwrite, marker=GGUF) as temporary:
         require_apart(folder, used)
         importance = importance_of(
@@ -129,7 +134,7 @@ def export_run(
             overwrite=overwrite,
             progress=progress,
         )
-        _, verified = write_model(
+        written, verified = write_model(
             temporary / GGUF,
             language_model(from_loaded(recipe.name, model)),
             file_type=file_type,
@@ -145,12 +150,14 @@ def export_run(
         write_text(temporary / MODELFILE, ollama.text())
         write_text(temporary / CARD, card)
     commands = _commands(folder, name)
-    return Bundle(folder, file_type, size[SIZE], verified, commands, ollama)
+    unweighed = len(written.unweighed)
+    return Bundle(folder, file_type, size[SIZE], verified, commands, ollama, unweighed)
 
 
 def exported_before(
     path: Path,
     *,
+    adapter: Path | None = None,
     output: Path | None = None,
     file_type: str | None = None,
     name: str | None = None,
@@ -162,7 +169,7 @@ def exported_before(
     """What `export_run` has written of this run, to be handed over again.
 
     Args:
-        path, output, file_type, name, imatrix, pre, calibration: as in `export_run`.
+        path, adapter, output, file_type, name, imatrix, pre, calibration: as in `export_run`.
         verify: it has to have been read back.
 
     Returns:
@@ -179,7 +186,8 @@ def exported_before(
     if record is None or not (folder / GGUF).is_file():
         return None
     size = (folder / GGUF).stat().st_size
-    wanted = _made_of(run, file_type, pre, imatrix, calibration) | {SIZE: size}
+    weights = adapter_folder(adapter or path)
+    wanted = _made_of(weights, file_type, pre, imatrix, calibration) | {SIZE: size}
     require_same(folder, record, wanted)
     verified = _read_verified(record)
     if verify and verified is None:
@@ -209,13 +217,13 @@ def _folder(path: Path, output: Path | None, file_type: str) -> Path:
 
 
 def _made_of(
-    run: Run, file_type: str, pre: str | None, imatrix: Path | None, calibration: Path | None
+    adapter: Path, file_type: str, pre: str | None, imatrix: Path | None, calibration: Path | None
 ) -> dict[str, Any]:
     """What tells an export from others, and from those of the run before it was overwritten."""
     return {
         "file_type": file_type,
         "pre": pre,
-        "adapter": of_weights(run.finished_adapter()),
+        "adapter": of_weights(adapter),
         "imatrix": of_file(imatrix),
         "calibration": of_file(calibration),
     }
@@ -244,11 +252,16 @@ def _commands(folder: Path, name: str) -> dict[str, str]:
 
 
 def model_card(
-    run: Run, recipe: Recipe, model: LoadedModel, file_type: str, commands: dict[str, str]
+    run: Run,
+    recipe: Recipe,
+    file_type: str,
+    commands: dict[str, str],
+    adapter: Path | None = None,
 ) -> str:
-    """README.md of an exported model: what it is, how it was made, how to run it."""
-    train = [entry for entry in run.metrics() if "loss" in entry]
-    held_out = [entry["held_out_loss"] for entry in run.metrics() if "held_out_loss" in entry]
+    """README.md of an exported model: what it is, how it was made, how to run it.
+
+    Of an adapter that is not the run's own it is not known how it was made.
+    """
     method = "DoRA" if recipe.lora.dora else "LoRA"
     base = public_name(recipe.model.path)
     lines = [
@@ -266,6 +279,20 @@ def model_card(
         "",
         "| | |",
         "|---|---|",
+    ]
+    lines += _made(run, recipe) if adapter is None else [f"| adapter | `{adapter.name}` |"]
+    lines += ["", "## How to run it", "", "In this folder:", ""]
+    lines += [f"- {runtime}: `{command}`" for runtime, command in commands.items()]
+    made_with = run.status().get("versions", {}).get("mlxtune", "of an unknown version")
+    lines += ["", f"Made with mlxtune {made_with}."]
+    return "\n".join(lines) + "\n"
+
+
+def _made(run: Run, recipe: Recipe) -> list[str]:
+    """Rows of a table that says how a run was trained."""
+    train = [entry for entry in run.metrics() if "loss" in entry]
+    held_out = [entry["held_out_loss"] for entry in run.metrics() if "held_out_loss" in entry]
+    lines = [
         f"| data | {', '.join(f'`{Path(s.path).name}`' for s in recipe.data)} |",
         f"| adapter | rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g} on "
         f"{', '.join(recipe.lora.target_modules)} |",
@@ -277,8 +304,4 @@ def model_card(
         lines.append(f"| steps | {last['step']} ({last['examples']} examples) |")
     if held_out:
         lines.append(f"| held-out loss | {held_out[0]:.4f} before, {held_out[-1]:.4f} after |")
-    lines += ["", "## How to run it", "", "In this folder:", ""]
-    lines += [f"- {runtime}: `{command}`" for runtime, command in commands.items()]
-    made_with = run.status().get("versions", {}).get("mlxtune", "of an unknown version")
-    lines += ["", f"Made with mlxtune {made_with}."]
-    return "\n".join(lines) + "\n"
+    return lines

@@ -59,6 +59,7 @@ class Conversion:
         nbytes: of them together.
         types: how many tensors have which type.
         verified: how it differs from its source; None if it was not looked at.
+        unweighed: how many matrices the importance that was given says nothing of.
     """
 
     path: Path
@@ -66,6 +67,7 @@ class Conversion:
     nbytes: int
     types: dict[str, int]
     verified: Verified | None
+    unweighed: int = 0
 
     def as_json(self) -> str:
         """For `--json`."""
@@ -138,7 +140,8 @@ def convert(
         )
         names = tuple(file.name for file in written.files)
         size = sum(file.stat().st_size for file in written.files)
-    return Conversion(output.with_name(names[0]), names, size, _counted(written), verified)
+    types, unweighed = _counted(written), len(written.unweighed)
+    return Conversion(output.with_name(names[0]), names, size, types, verified, unweighed)
 
 
 def write_model(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -74,8 +76,26 @@ def open_source(name: str) -> Convertible:
         run, model = open_run(path, for_inference=False)
         opened = from_loaded(run.recipe().name, model)
         return replace(opened, places=(*opened.places, run.finished_adapter()))
-    source = resolve_model(name)
+    try:
+        source = resolve_model(name)
+    except ModelError as error:
+        error.remedy = _meant(path) or error.remedy
+        raise
     return _from_gguf(source) if source.is_gguf else _from_folder(source)
+
+
+def _meant(path: Path) -> str | None:
+    """What lies where no model is, and may be meant."""
+    if path.is_dir():
+        inside = sorted(path.glob("*.gguf"))
+        return f"did you mean {inside[0]}?" if inside else None
+    if path.exists() or not path.parent.is_dir():
+        return None
+    if parts := sorted(path.parent.glob(f"{glob.escape(path.stem)}-00001-of-*.gguf")):
+        return f"it is there in parts, of which the first stands for all: {parts[0]}"
+    beside = [entry.name for entry in path.parent.iterdir()]
+    near = get_close_matches(path.name, beside, n=1)
+    return f"did you mean {path.with_name(near[0])}?" if near else None
 
 
 def require_whole(model: Convertible, where: str) -> None:

@@ -8,6 +8,7 @@ that swallow the space beside them.
 from __future__ import annotations
 
 import json
+from difflib import get_close_matches
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models
@@ -86,10 +87,11 @@ def _require_plain(normalizer: Any) -> None:
 
 def _named(pre: str) -> str:
     if pre not in PRE_TOKENIZERS:
+        near = [f"did you mean {name}? " for name in get_close_matches(pre, PRE_TOKENIZERS, n=1)]
         raise ExportError(
             f"llama.cpp knows no pre-tokenizer {pre} for byte-level BPE",
             where="--pre",
-            remedy=f"one of: {', '.join(sorted(PRE_TOKENIZERS))}",
+            remedy=f"{''.join(near)}one of: {', '.join(sorted(PRE_TOKENIZERS))}",
         )
     return pre
 

@@ -100,10 +100,13 @@ class Written:
     Attributes:
         types: GGUF tensor name to its type.
         files: the file, or its parts in order.
+        unweighed: those that the importance, if there is one, says nothing of though their
+            type weighs errors; embeddings and heads aside, which it never has.
     """
 
     types: dict[str, Type]
     files: tuple[Path, ...]
+    unweighed: tuple[str, ...] = ()
 
 
 def write_gguf(
@@ -183,7 +186,17 @@ def write_gguf(
     finally:
         writer.close()
     files = tuple(writer.format_shard_names(path)) if split_max_bytes else (path,)
-    return Written(dict(zip(names, types, strict=True)), files)
+    written = dict(zip(names, types, strict=True))
+    return Written(written, files, _unweighed(written, importance) if importance else ())
+
+
+_WEIGH_NOTHING = (Type.F32, Type.F16, Type.BF16, Type.Q8_0)
+_ENDS = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
+
+
+def _unweighed(types: dict[str, Type], importance: Importance) -> tuple[str, ...]:
+    rounded = (name for name, type_ in types.items() if type_ not in _WEIGH_NOTHING)
+    return tuple(name for name in rounded if name not in importance and name not in _ENDS)
 
 
 def _write_data(
