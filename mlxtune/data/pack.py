@@ -113,16 +113,24 @@ def grid_of(samples: Sequence[Sample], *, few_shapes: bool = False) -> Grid:
     lengths = [len(s.tokens) - prefix for s in samples]
     longest = _round_up(max(lengths), WIDTH_STEP)
     best: Grid | None = None
+    tokens = prefix + sum(lengths)
     width = longest
     while width <= 4 * longest:
         rounded = _rounded(width, WIDTH_STEP, few_shapes)
-        rows = _best_fit(lengths, rounded, prefix)
-        cost = rounded * (len(rows) + _keys_seen(len(rows), rounded, prefix) / 1000)
-        if best is None or cost < best.cost:
-            best = Grid(prefix, rounded, rows, cost, few_shapes)
+        # What it would cost if no token of a row were left empty.
+        if best is None or _cost(-(-tokens // rounded), rounded, prefix) < best.cost:
+            rows = _best_fit(lengths, rounded, prefix)
+            cost = _cost(len(rows), rounded, prefix)
+            if best is None or cost < best.cost:
+                best = Grid(prefix, rounded, rows, cost, few_shapes)
         width += max(WIDTH_STEP, _round_up(width // 32, WIDTH_STEP))
     assert best is not None
     return best
+
+
+def _cost(rows: int, width: int, prefix: int) -> float:
+    """Of a grid, in tokens."""
+    return width * (rows + _keys_seen(rows, width, prefix) / 1000)
 
 
 def _keys_seen(rows: int, width: int, prefix: int) -> int:

@@ -130,11 +130,13 @@ def model_config(source: ModelSource) -> dict[str, Any]:
     """
     if source.is_gguf:
         return read_config(GGUFFile(source.path))[1]
+    where = str(source.path / "config.json")
     try:
         config: dict[str, Any] = mlx_lm.utils.load_config(source.path)
         config["model_type"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        where = str(source.path / "config.json")
+    except (TypeError, AttributeError):
+        raise ModelError("this is no config: it has no keys", where=where) from None
+    except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"this is no readable config: {error}", where=where) from None
     return with_older_keys(config)
 

@@ -138,7 +138,8 @@ def blocks_computed_twice(
         return blocks[::wish]
     try:
         state = sum(a.nbytes for a in flat(optimizer_of(train, model).state).values())
-        count = blocks_to_checkpoint(model, plan.largest(), budget, state)
+        steps = plan.total_steps(epochs=train.epochs, max_steps=train.max_steps)
+        count = blocks_to_checkpoint(model, plan.largest_of_run(steps), budget, state)
     except ModelError as error:
         notes.append(f"no gradient checkpointing: {error.what}")
         return []
