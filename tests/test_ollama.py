@@ -36,6 +36,7 @@ from mlxtune.export.handover import hand_over, run_commands
 from mlxtune.export.modelfile import Modelfile
 from mlxtune.export.ollama import Ollama, base_url, create
 from mlxtune.gguf.reader import GGUFFile
+from mlxtune.gguf.writer import Written
 from mlxtune.models.load import load_tokenizer
 from mlxtune.models.ollama_store import ModelName, find_model, parse_name, stores
 from mlxtune.models.resolve import resolve_model
@@ -641,7 +642,7 @@ def test_a_run_says_what_its_recipe_says(tmp_path, monkeypatch, server):
 
     def write_model(path, model, **_):
         path.write_bytes(b"GGUF")
-        return None, None
+        return Written({}, (path,)), None
 
     monkeypatch.setattr(bundle, "write_model", write_model)
     made = bundle.export_run(tmp_path / "runs/tiny")
