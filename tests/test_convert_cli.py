@@ -490,5 +490,5 @@ def test_parts_are_written_beyond_a_size(folder, tmp_path):
 
 def test_a_config_that_is_none_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ModelError, match="no readable config"):
+    with pytest.raises(ModelError, match="this is no config: it has no keys"):
         model_config(ModelSource("x", tmp_path))
