@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import xllamacpp
 
+from mlxtune.gguf.reader import Numbers
 from mlxtune.gguf.writer import Writer
 
 WIDTH = 32  # of the model that a vocabulary needs around it: as small as llama.cpp loads
@@ -141,8 +142,8 @@ def _write(path: Path, metadata: dict[str, Any]) -> None:
         writer.add_uint32(f"llama.{key}", number)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
     for key, value in metadata.items():
-        if isinstance(value, list):
-            writer.add_array(key, value)
+        if isinstance(value, list | Numbers):
+            writer.add_array(key, list(value))
         elif isinstance(value, bool):
             writer.add_bool(key, value)
         elif isinstance(value, int):
