@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -143,34 +143,23 @@ def export(
         require_name(name)
         if not dry_run:
             base_url()  # where it is no address, better said before the work
+    asked: dict[str, Any] = {
+        "adapter": adapter,
+        "output": output,
+        "file_type": quantize,
+        "name": name,
+        "imatrix": imatrix,
+        "pre": pre,
+        "calibration": calibration,
+        "verify": verify,
+    }
     bundle = None
     if to is not None and not overwrite:
         # Handed over once more, to a program that was not there the first time.
-        bundle = exported_before(
-            run,
-            adapter=adapter,
-            output=output,
-            file_type=quantize,
-            name=name,
-            imatrix=imatrix,
-            pre=pre,
-            calibration=calibration,
-            verify=verify,
-        )
+        bundle = exported_before(run, **asked)
     with status_line("opening", every=0.2 if sys.stderr.isatty() else 10.0) as progress:
         bundle = bundle or export_run(
-            run,
-            adapter=adapter,
-            output=output,
-            file_type=quantize,
-            name=name,
-            imatrix=imatrix,
-            pre=pre,
-            calibration=calibration,
-            save_imatrix=save_imatrix,
-            verify=verify,
-            overwrite=overwrite,
-            progress=progress,
+            run, **asked, save_imatrix=save_imatrix, overwrite=overwrite, progress=progress
         )
     if not as_json:
         _tell_bundle(bundle, commands=to is None)

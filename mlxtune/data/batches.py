@@ -131,10 +131,11 @@ class Plan:
         return np.stack([largest_expected(s, self.batch_size, self.layout) for s in shares], axis=1)
 
     def largest(self) -> Batch:
-        """A pass of the longest samples that there are: no other takes more memory.
+        """The largest pass of a step of the longest samples that there are.
 
-        If those begin alike, one that begins otherwise may take the place of one of them,
-        so that less is computed once for all.
+        A step of shorter samples may have a larger one, where the longest are divided into
+        several passes. If the longest begin alike, one that begins otherwise may take the place
+        of one of them, so that less is computed once for all.
         """
         count = self.batch_size * self.accumulation
         lengths = [lengths_of(part.samples) for part in self.parts]

@@ -35,7 +35,7 @@ LOGITS_AT_ONCE = 1 << 22
 # hidden states take three quarters of the time.
 LEAST_ROWS = 64
 # A GPU wants more to do at once; of that size no figure has been measured yet.
-GPU_FACTOR = 4
+_GPU_FACTOR = 4
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class LossFunction:
 
 def rows_to_a_chunk(vocabulary: int) -> int:
     """How many hidden states have their logits at once."""
-    more = 1 if on_cpu() else GPU_FACTOR
+    more = 1 if on_cpu() else _GPU_FACTOR
     return more * max(LEAST_ROWS, LOGITS_AT_ONCE // max(1, vocabulary))
 
 
