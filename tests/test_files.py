@@ -10,7 +10,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from conftest import ROOT, tiny_llama
 
 from mlxtune.arrays import flat
 from mlxtune.errors import OutputExists, StorageError
@@ -22,9 +21,11 @@ from mlxtune.files import (
     write_json,
     write_text,
 )
-from mlxtune.layers.inject import add_lora, lora_layers, projections
+from mlxtune.layers.inject import lora_layers
 from mlxtune.train.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint
-from mlxtune.train.optim import make_optimizer
+from support.models import trained_tiny
+from support.process import HANGS
+from support.program import environment
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
@@ -35,13 +36,6 @@ def tree(folder: Path) -> dict[str, bytes | None]:
     }
 
 
-def trained_tiny():
-    """A tiny model with adapters, and its optimizer."""
-    model = tiny_llama()
-    add_lora(model, [p for p in projections(model) if ".layers." in p], rank=4, scale=2.0)
-    return model, make_optimizer("adamw", model, weight_decay=0.0)
-
-
 @pytest.fixture
 def on_a_full_disk(tmp_path):
     """Run Python code that calls `fill_the_disk()`: from there on no file of its process can
@@ -49,16 +43,19 @@ def on_a_full_disk(tmp_path):
 
     def run(code: str, *, limit: int) -> str:
         prelude = (
-            "import resource, sys\n"
+            "import resource\n"
             "from pathlib import Path\n"
-            f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
             f"folder = Path({str(tmp_path)!r})\n"
             "from mlxtune.errors import StorageError\n"
             "def fill_the_disk():\n"
             f"    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))\n"
         )
         done = subprocess.run(
-            [sys.executable, "-c", prelude + code], capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", prelude + code],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=HANGS,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
@@ -228,7 +225,9 @@ def test_a_filesystem_without_space_leaves_the_old_file(tmp_path):
 def test_a_checkpoint_on_a_full_disk_leaves_the_one_before(tmp_path, on_a_full_disk, limit):
     code = """
 from mlxtune.train.checkpoint import Progress, save_checkpoint
-from test_files import trained_tiny
+from support.process import HANGS
+from support.program import environment
+from support.models import trained_tiny
 model, optimizer = trained_tiny()
 save_checkpoint(folder / "checkpoints", model, optimizer, Progress(step=1), keep=1)
 fill_the_disk()

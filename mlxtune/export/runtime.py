@@ -7,7 +7,6 @@ lives in this process and is asked over the loopback.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlxtune.errors import ExportError
+from mlxtune.processes import threads
 
 # Of each row, so many of the last places are looked at, and of each so many tokens: what
 # is beyond them counts as one.
@@ -115,7 +115,7 @@ class _Server:
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
         params.n_ctx = max(256, 2 * length)
-        params.cpuparams.n_threads = os.cpu_count() or 1
+        params.cpuparams.n_threads = threads()
         params.warmup = False
         params.verbosity = -1
         # MLX keeps keys and values in its own type; float16 ones would be another error.

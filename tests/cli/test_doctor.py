@@ -1,0 +1,152 @@
+"""`mlxtune doctor` on this machine as it is, and with parts of it missing; completion."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlxtune import doctor
+from mlxtune.doctor import examine
+from support.ollama import stand_in
+from support.program import mlxtune
+
+
+def states(path):
+    return {finding.topic: finding for finding in examine(path)}
+
+
+def test_everything_is_looked_at_and_what_is_missing_has_a_remedy(tmp_path, monkeypatch):
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:1")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = states(tmp_path / "not/there/yet")
+    assert {"system", "device", "memory", "packages", "disk", "hub", "Ollama"} < set(found)
+    assert {"llama.cpp", "mistral.rs"} < set(found)
+    assert found["Ollama"].state == "missing"
+    for finding in found.values():
+        assert finding.said
+        assert (finding.state == "good") == (finding.remedy is None), finding
+
+
+def test_an_ollama_that_answers_is_told_with_its_version(tmp_path, monkeypatch):
+    with stand_in() as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
+        assert states(tmp_path)["Ollama"].state == "good"
+
+
+def test_a_full_disk_and_programs_on_the_path_are_seen(tmp_path, monkeypatch):
+    program = tmp_path / "llama-server"
+    program.write_text("")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "_ROOM", 10**18)
+    found = states(tmp_path)
+    assert found["disk"].state == "missing"
+    assert str(program) in found["llama.cpp"].said
+
+
+def test_a_package_under_another_name_and_a_folder_that_is_none(tmp_path, monkeypatch):
+    """mistralrs-metal brings the module mistralrs; so does, nearly, any folder of that name."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "mistralrs").mkdir()
+    others = [p for p in sys.path if not Path(p or ".", "mistralrs").exists()]
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *others])
+    monkeypatch.delitem(sys.modules, "mistralrs", raising=False)
+
+    def said():
+        return doctor._program("mistral.rs", "mistralrs", "a remedy", "mistralrs").said
+
+    assert said() == "not found"
+    (tmp_path / "mistralrs/__init__.py").write_text("")
+    importlib.invalidate_caches()
+    assert said() == "Python package mistralrs"
+    metadata = tmp_path / "mistralrs_metal-0.9.1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Name: mistralrs-metal\nVersion: 0.9.1\n")
+    (metadata / "top_level.txt").write_text("mistralrs\n")
+    importlib.invalidate_caches()
+    assert said() == "Python package mistralrs-metal 0.9.1"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS needs no other BLAS")
+def test_a_slow_blas_is_bad_and_ends_with_1(tmp_path, monkeypatch):
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    done = mlxtune("doctor", "--json", cwd=tmp_path)  # whose BLAS is off
+    found = {finding["topic"]: finding for finding in json.loads(done.stdout)}
+    assert (done.returncode, found["BLAS"]["state"]) == (1, "bad")
+    assert found["BLAS"]["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "state", "remedy"),
+    [(10, "missing", "sudo sysctl iogpu.wired_limit_mb=13107"), (12, "good", None)],
+)
+def test_what_the_gpu_of_a_mac_may_hold(tmp_path, monkeypatch, allowed, state, remedy):
+    info = {
+        "device_name": "Apple M2",
+        "memory_size": 16 * 2**30,
+        "max_recommended_working_set_size": allowed * 2**30,
+    }
+    monkeypatch.setattr("mlx.core.metal.is_available", lambda: True)
+    monkeypatch.setattr("mlx.core.device_info", lambda *_: info)
+    found = states(tmp_path)["wired memory"]
+    assert found.state == state and f"{allowed * 2**30 / 1e9:.1f} GB" in found.said
+    assert found.remedy is None if remedy is None else remedy in found.remedy
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_a_script_that_names_the_program(tmp_path, shell):
+    done = mlxtune("completion", shell, cwd=tmp_path)
+    assert done.returncode == 0
+    assert "_MLXTUNE_COMPLETE" in done.stdout
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    script = tmp_path / "script"
+    script.write_text(done.stdout)
+    read = subprocess.run([shell, "-n", script], capture_output=True, text=True)
+    assert (read.returncode, read.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["eval", "chat", "convert", "data convert", "data prep", "report", "export", "lora", "plan"],
+)
+def test_what_may_be_a_path_is_completed_as_one(verb):
+    words = verb.split()
+    asked = {
+        "_MLXTUNE_COMPLETE": "bash_complete",
+        "COMP_WORDS": f"mlxtune {verb} runs/q",
+        "COMP_CWORD": str(len(words) + 1),
+    }
+    code = "import sys; sys.argv[0] = 'mlxtune'; import mlxtune.__main__"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["file,runs/q"], done.stderr
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_bash_completes_with_the_script(tmp_path):
+    """Sourced, as ~/.bashrc does it: what it registers asks the program and fills COMPREPLY."""
+    (tmp_path / "script").write_text(mlxtune("completion", "bash", cwd=tmp_path).stdout)
+    program = tmp_path / "mlxtune"
+    code = "import sys; sys.argv[0] = 'mlxtune'; import mlxtune.__main__"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{code}"\n')
+    program.chmod(0o755)
+    asked = """source ./script
+    COMP_WORDS=(mlxtune ex); COMP_CWORD=1
+    set -- $(complete -p mlxtune)
+    while [ "$1" != -F ]; do shift; done
+    "$2" mlxtune; echo "${COMPREPLY[@]}"
+    """
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "--norc", "-c", asked], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["export"], done.stderr
