@@ -17,7 +17,9 @@ EXTRAS := $(if $(filter Linux,$(shell uname -s)),cpu,)
 comma := ,
 # Processes that tests run in: one for each core, four at most, since each takes 2 GB.
 WORKERS ?= logical
-TESTS = $(BIN)/python -m mlxtune.device $(BIN)/python -m pytest \
+# Compiled Python is kept even where the environment says otherwise: each worker and each process
+# that a test starts would compile it again.
+TESTS = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m mlxtune.device $(BIN)/python -m pytest \
 	-n $(WORKERS) --maxprocesses 4 --dist worksteal
 
 .PHONY: quickstart test test-all check bench clean

@@ -25,10 +25,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import gguf
+import numpy as np
 from gguf import GGMLQuantizationType as Type
+
 from mlxtune.device import device_name
 from mlxtune.gguf.quantize import quantize
 from mlxtune.processes import started

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import mlx.core as mx
 import numpy as np
 
-import gguf
 from mlxtune.adapters.saved import SavedAdapter
 from mlxtune.errors import ExportError
 from mlxtune.files import atomic_files

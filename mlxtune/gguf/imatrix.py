@@ -14,11 +14,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import gguf
 import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType as Type
 
-import gguf
 from mlxtune.errors import ExportError, ModelError
 from mlxtune.files import atomic_file
 from mlxtune.gguf.reader import MAGIC, GGUFFile

@@ -14,10 +14,10 @@ from functools import cache
 
 import mlx.core as mx
 import numpy as np
+from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as Type
 
-from gguf import quants
 from mlxtune.errors import ExportError
 from mlxtune.gguf.arithmetic import MLX, NUMPY, Arithmetic
 from mlxtune.gguf.kquants import SEARCHED, WEIGHED_PLAIN, Bytes, Floats, Groups, grouped

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import gguf.quants
 import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType as Type
 from gguf.constants import GGUFValueType
 
-import gguf
 from mlxtune.errors import ExportError
 from mlxtune.gguf.architectures import (
     Architecture,

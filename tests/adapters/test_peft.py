@@ -22,10 +22,8 @@ from mlxtune.layers.dora import DoRALinear
 from mlxtune.layers.inject import fuse_lora, lora_layers, projections
 from mlxtune.layers.lora import LoRALinear
 from mlxtune.models.targets import find_targets
-from support.lazy import lazily
 from support.models import with_adapters
 
-peft = lazily("peft")
 RANK = 6
 
 
@@ -53,6 +51,8 @@ def pair(kind: str, *, bias: bool, dropout: float):
     holder = torch.nn.Sequential(torch.nn.Linear(256, 96, bias=bias))
     state = {f"0.{n}": torch.tensor(np.array(a)) for n, a in tree_flatten(base.parameters())}
     holder.load_state_dict(state)
+    import peft  # here and below: it takes seconds, and every worker reads this file
+
     config = peft.LoraConfig(
         r=RANK,
         lora_alpha=9,
@@ -182,6 +182,8 @@ KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 
 def saved_by_peft(hf_folder, folder, *, save_embedding_layers=False, **options):
     """An adapter's folder that PEFT wrote, and the logits of its model."""
+    import peft
+
     config = peft.LoraConfig(r=4, lora_alpha=6, lora_dropout=0.1, task_type="CAUSAL_LM", **options)
     model = with_random_values(peft.get_peft_model(hf_model(hf_folder), config))
     model.save_pretrained(folder, save_embedding_layers=save_embedding_layers)
@@ -212,6 +214,9 @@ NAMES = {
 @pytest.mark.parametrize("names", NAMES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_of_ours_gives_its_logits_in_peft(kind, names, hf_folder, tmp_path):
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
     model = our_model(hf_folder)
     wanted, layers = NAMES[names]
     paths = find_targets(dict(projections(model)), wanted, layers=layers, layer_count=2)
@@ -226,12 +231,12 @@ def test_an_adapter_of_ours_gives_its_logits_in_peft(kind, names, hf_folder, tmp
         warnings.simplefilter(
             "error", UserWarning
         )  # PEFT only warns of arrays that it does not find
-        theirs = peft.PeftModel.from_pretrained(hf_model(hf_folder), tmp_path / "peft")
+        theirs = PeftModel.from_pretrained(hf_model(hf_folder), tmp_path / "peft")
     assert difference(hf_logits(theirs.eval()), our_logits(model)) < 1e-4
     adapted = {
         name.removeprefix("base_model.model.")
         for name, layer in theirs.named_modules()
-        if isinstance(layer, peft.tuners.lora.LoraLayer)
+        if isinstance(layer, LoraLayer)
     }
     assert adapted == set(paths)
     config = theirs.peft_config["default"]
@@ -288,14 +293,17 @@ def test_fan_in_fan_out_is_refused_by_name(hf_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("name", "settings"),
     [
-        peft.LoKrConfig(r=4, target_modules=["q_proj"]),
-        peft.LoHaConfig(r=4, target_modules=["q_proj"]),
-        peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+        ("LoKrConfig", {"r": 4, "target_modules": ["q_proj"]}),
+        ("LoHaConfig", {"r": 4, "target_modules": ["q_proj"]}),
+        ("IA3Config", {"target_modules": ["k_proj"], "feedforward_modules": []}),
     ],
 )
-def test_other_kinds_of_peft_are_refused_by_name(config, hf_folder, tmp_path):
+def test_other_kinds_of_peft_are_refused_by_name(name, settings, hf_folder, tmp_path):
+    import peft
+
+    config = getattr(peft, name)(**settings)
     peft.get_peft_model(hf_model(hf_folder), config).save_pretrained(tmp_path)
     with pytest.raises(RunError, match=rf"type {config.peft_type.value} cannot") as caught:
         load_adapter(tmp_path, our_model(hf_folder))

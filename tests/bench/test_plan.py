@@ -69,11 +69,11 @@ def slow(*values):
     [
         (LLAMA, {}),
         slow(LLAMA, {"train": {"gradient_checkpointing": True}}),
-        (LLAMA, {"model": {"quantize": 4}, "train": {"optimizer": "adamw_8bit"}}),
+        slow(LLAMA, {"model": {"quantize": 4}, "train": {"optimizer": "adamw_8bit"}}),
         slow(LLAMA, {"model": {"quantize": "nf4"}, "lora": {"dora": True}}),
         slow(LLAMA, {"lora": {"rank": 64, "dropout": 0.1}, "train": {"packing": False}}),
         slow(LLAMA, {"lora": {"layers": 2}, "train": {"optimizer": "muon"}}),
-        (GEMMA, {}),
+        slow(GEMMA, {}),
         slow(QWEN, {"train": {"gradient_checkpointing": True, "optimizer": "adafactor"}}),
     ],
     ids=["plain", "twice", "qlora", "dora", "padded", "last-blocks", "windows", "qwen"],
@@ -328,6 +328,7 @@ def test_fit_keeps_comments_and_writes_what_loads(recipe_file, tmp_path):
     assert "exists already" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_run_peaks_where_its_plan_said(tmp_path):
     # As many records as a step takes: each step is the largest that they can make.
     (tmp_path / "r.toml").write_text(
@@ -381,6 +382,7 @@ def test_lora_refuses_what_cannot_fit_and_can_be_forced(recipe_file, tmp_path):
     assert plan["peak_memory_bytes"] > 0 and plan["seconds_per_step"] > 0
 
 
+@pytest.mark.slow
 def test_the_page_of_benchmarks_is_what_its_results_say():
     folder = ROOT / "benchmarks"
     page = (folder / "README.md").read_text(encoding="utf-8")

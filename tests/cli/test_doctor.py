@@ -74,6 +74,7 @@ def test_a_package_under_another_name_and_a_folder_that_is_none(tmp_path, monkey
     assert said() == "Python package mistralrs-metal 0.9.1"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS needs no other BLAS")
 def test_a_slow_blas_is_bad_and_ends_with_1(tmp_path, monkeypatch):
     monkeypatch.delenv("LD_PRELOAD", raising=False)

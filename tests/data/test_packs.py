@@ -98,8 +98,16 @@ SAMPLES = {
 }
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("case", SAMPLES)
+# Each kind of model on one layout, and each layout with one kind; the rest is slow.
+PAIRS = [
+    pytest.param(kind, case, marks=[pytest.mark.slow] * slow, id=f"{case}-{kind}")
+    for kind in MODELS
+    for case in SAMPLES
+    for slow in [kind != "llama" and case != "common prefix"]
+]
+
+
+@pytest.mark.parametrize(("kind", "case"), PAIRS)
 def test_loss_and_gradients_are_those_of_each_sample_alone(kind, case):
     model, samples = MODELS[kind](), SAMPLES[case]
     enable_packs(model)

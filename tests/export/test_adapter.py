@@ -24,11 +24,8 @@ from mlxtune.train.run import Run
 from mlxtune.train.session import fine_tune, open_run
 from support.compare import distance
 from support.files import write_jsonl
-from support.lazy import lazily
 from support.models import tiny, with_adapters
 from support.program import mlxtune
-
-peft = lazily("peft")
 
 IDS = [[5, 17, 99, 3, 42, 64, 7, 1]]
 
@@ -68,8 +65,10 @@ def in_mlx_lm(tiny_folder, adapter) -> mx.array:
 
 
 def in_peft(tiny_folder, adapter) -> mx.array:
+    from peft import PeftModel
+
     base = transformers.LlamaForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-    model = peft.PeftModel.from_pretrained(base, adapter).eval()
+    model = PeftModel.from_pretrained(base, adapter).eval()
     with torch.no_grad():
         return mx.array(model(torch.tensor(IDS)).logits.numpy())
 
@@ -139,6 +138,8 @@ def test_the_command_line_says_what_it_wrote_and_how_to_load_it(run, tmp_path):
 @pytest.fixture(scope="module")
 def foreign(tiny_folder, tmp_path_factory):
     """A folder that PEFT wrote, and its model."""
+    import peft
+
     base = transformers.LlamaForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     config = peft.LoraConfig(r=6, use_dora=True, target_modules=["q_proj", "up_proj"])
     model = peft.get_peft_model(base, config).eval()

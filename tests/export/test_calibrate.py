@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as Type
 from mlx import nn
 from mlx.utils import tree_flatten
 
-from gguf import GGMLQuantizationType as Type
 from mlxtune.arrays import flat
 from mlxtune.data.render import Renderer
 from mlxtune.data.sources import Source

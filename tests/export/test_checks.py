@@ -9,13 +9,13 @@ import shutil
 import signal
 from contextlib import suppress
 
+import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
+from gguf import GGUFReader
 from mlx.utils import tree_map
 
-import gguf
-from gguf import GGUFReader
 from mlxtune.cli.convert import _bytes as split_bytes
 from mlxtune.cli.convert import file_size, verified_lines
 from mlxtune.errors import ExportError, OutputExists
@@ -281,7 +281,14 @@ def pipe(tmp_path):
         os.close(end)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
 def test_a_conversion_that_is_told_to_stop_leaves_nothing(folder, tmp_path, number, pipe):
     path, is_read = pipe
     place = tmp_path / "out"

@@ -220,7 +220,10 @@ def written(name: str, tokenizer, place: Path, *, plain=False) -> tuple[Path, li
 
 SLOW = pytest.mark.slow
 # One of each form; CI runs them all.
-FEW = ("llama", "qwen3", "gemma3_text", "phi3")
+FEW = ("llama", "gemma3_text")
+
+
+ADAPTED = ("llama-3-rope", "qwen3", "gemma3_text", "gemma4", "qwen3_5")
 
 
 def each(names):
@@ -257,9 +260,8 @@ def test_f32_gives_the_log_probabilities_of_mlx(source, tmp_path):
     assert np.abs(logprobs(loaded, tokens) - want).max() < 1e-3
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("gemma3_text", "gemma3"), pytest.param("gemma4", "gemma4", marks=SLOW)]
-)
+@SLOW
+@pytest.mark.parametrize(("name", "kind"), [("gemma3_text", "gemma3"), ("gemma4", "gemma4")])
 @pytest.mark.parametrize("layout", ["language_model.model.", "model.language_model."])
 def test_a_language_model_beside_what_looks_at_images(name, kind, layout, tokenizer, tmp_path):
     """As Gemma 3 of 4B and more is published, by older and newer transformers."""
@@ -315,7 +317,8 @@ def test_quantized_files_say_the_same(source, tmp_path, file_type):
 
 
 @pytest.mark.parametrize(
-    "name", each(["llama", "llama-3-rope", "qwen3", "gemma3_text", "gemma4", "qwen3_5"])
+    "name",
+    ["llama", *(pytest.param(name, marks=SLOW) for name in ADAPTED)],
 )
 def test_an_adapter_as_gguf_does_in_llama_cpp_what_it_does_in_mlx(name, tokenizer, tmp_path):
     folder, tokens = written(name, tokenizer, tmp_path)

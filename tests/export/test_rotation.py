@@ -57,7 +57,13 @@ def logprobs(logits: np.ndarray) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize("name", MODELS)
+FEW = ("llama", "gemma3_text", "phi3")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in MODELS],
+)
 def test_the_model_turns_as_transformers_turns_it(name, tmp_path):
     torch.manual_seed(0)
     own = json.loads(json.dumps(MODELS[name]))

@@ -7,12 +7,12 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import mlx.core as mx
 import numpy as np
 import pytest
-
-import gguf
 from gguf import GGMLQuantizationType as Type
+
 from mlxtune.errors import ModelError
 from mlxtune.gguf.model import read_model
 from mlxtune.gguf.reader import GGUFFile, Numbers

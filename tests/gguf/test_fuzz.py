@@ -35,8 +35,10 @@ from mlxtune.models.resolve import ModelSource
 from mlxtune.models.safetensors import Piece, read_safetensors, write_safetensors
 from support.gguf_files import write_small_gguf
 from support.models import tiny_llama
+from support.properties import ALL
 
 HUGE = (2**63, 2**64 - 1, 2**62, 2**40, 2**32 - 1, 2**31, 2**24, 255, 1, 0)
+MANY = 10_000 if ALL else 1_500  # mutated files
 TOKENIZER = {
     "tokenizer.ggml.model": "gpt2",
     "tokenizer.ggml.pre": "smollm",
@@ -119,9 +121,9 @@ def small(tmp_path_factory) -> tuple[bytes, bytes]:
 
 
 def test_mutated_gguf_headers_are_refused_or_sound(small, tmp_path):
-    found = outcomes(tmp_path / "m.gguf", *small, 10_000, check_gguf, seed=0)
+    found = outcomes(tmp_path / "m.gguf", *small, MANY, check_gguf, seed=0)
     assert found.keys() == {"read", "refused"}
-    assert min(found.values()) > 1000
+    assert min(found.values()) > MANY / 10
 
 
 def test_mutated_headers_of_a_real_file_are_refused_or_sound(tmp_path):
@@ -305,9 +307,9 @@ def check_safetensors(path: Path) -> None:
 
 def test_mutated_safetensors_headers_are_refused_or_sound(tmp_path):
     header, rest = small_safetensors(tmp_path)
-    found = outcomes(tmp_path / "m.safetensors", header, rest, 10_000, check_safetensors, seed=5)
+    found = outcomes(tmp_path / "m.safetensors", header, rest, MANY, check_safetensors, seed=5)
     assert found.keys() <= {"read", "refused"}
-    assert found["read"] > 100
+    assert found["read"] > MANY / 100
 
 
 def test_no_mutated_safetensors_header_takes_more_memory_than_its_file(tmp_path):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
-import gguf
 from mlxtune.errors import ExportError
 from mlxtune.gguf.imatrix import read_imatrix, write_imatrix
 

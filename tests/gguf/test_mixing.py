@@ -20,11 +20,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
-
-import gguf
 from gguf import GGMLQuantizationType as Type
+
 from mlxtune.gguf.mixing import FILE_TYPES, tensor_types
 from mlxtune.gguf.quantize import quantize
 from mlxtune.gguf.reader import GGUFFile

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import gguf
 import gguf.quants
 import mlx.core as mx
 import numpy as np
 import pytest
-
-import gguf
 from gguf import GGMLQuantizationType as Type
+
 from mlxtune.errors import ModelError
 from mlxtune.gguf.model import read_model
 from mlxtune.gguf.quantize import quantize
@@ -39,6 +39,7 @@ def real(real_path) -> GGUFFile:
 # ------------------------------------------------------------------------ a real file
 
 
+@pytest.mark.slow
 def test_metadata_and_tensors_are_those_that_the_gguf_package_reads(real, real_path):
     reader = gguf.GGUFReader(real_path)
     own = {"GGUF.version", "GGUF.tensor_count", "GGUF.kv_count"}

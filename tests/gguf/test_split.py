@@ -6,10 +6,10 @@ import math
 import shutil
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
-import gguf
 from mlxtune.errors import ModelError
 from mlxtune.export.convert import convert
 from mlxtune.gguf.reader import GGUFFile

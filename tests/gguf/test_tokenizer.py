@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import TokenType
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from gguf import TokenType
 from mlxtune.errors import ExportError, ModelError
 from mlxtune.gguf import fingerprints, pretokenizers
 from mlxtune.gguf.pretokenizers import PRE_TOKENIZERS
@@ -31,6 +31,7 @@ from support.llama_vocab import LlamaVocab
 from support.properties import examples
 
 GGML = "tokenizer.ggml."
+SLOW = pytest.mark.slow
 TLDR = SHARED / "tldr.jsonl"
 # Rows of the embedding, where they are not the tokens counted.
 ROWS = {"gemma3": 262144, "gemma4": 262144, "phi3": 32064, "qwen3": 151936}
@@ -41,9 +42,13 @@ FILES = (*GOLDEN, *UNTOLD, "gemma-3")
 DISTINCT = tuple(name for name in FILES if name not in ("qwen35", "mpt"))
 
 
+# One of each kind: by merges, by scores, with a rule of its own, with bytes to fall back to.
+FEW = ("llama-bpe", "llama-spm", "qwen2", "phi-3", "qwen3", "phi3")
+
+
 def each(names):
-    """Those of 262,144 tokens take seconds each: CI runs them."""
-    return [pytest.param(n, marks=pytest.mark.slow) if "gemma" in n else n for n in names]
+    """All names; those of `FEW` are fast tests, the others take seconds each."""
+    return [name if name in FEW else pytest.param(name, marks=SLOW) for name in names]
 
 
 HARD = [
@@ -276,6 +281,7 @@ def test_a_hub_tokenizer_written_and_read_is_the_same_tokenizer(name):
         assert again | {"general.name": written(name)["general.name"]} == written(name)
 
 
+@pytest.mark.slow
 def test_types_of_a_hub_vocabulary():
     hub = from_hub("gemma3")
     tokens, types = (written("gemma3")[f"{GGML}{key}"] for key in ("tokens", "token_type"))
@@ -549,6 +555,7 @@ def test_padding_is_unused_and_goes_again():
     assert tokenizer_metadata(back, 260) == values
 
 
+@pytest.mark.slow
 def test_named_templates_survive():
     several = tokenizer("command-r").chat_template
     assert several.keys() == {"default", "tool_use", "rag"}

@@ -6,15 +6,15 @@ import importlib.util
 from dataclasses import asdict
 from pathlib import Path
 
+import gguf
 import gguf.quants
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as Type
 from mlx.utils import tree_flatten
 
-import gguf
-from gguf import GGMLQuantizationType as Type
 from mlxtune.errors import ExportError, ModelError
 from mlxtune.gguf.architectures import (
     ARCHITECTURES,

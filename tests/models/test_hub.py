@@ -7,7 +7,6 @@ their ETag and commit. The client is the real one.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from hashlib import sha256
@@ -16,11 +15,13 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-
 from gguf import GGUFReader
+
 from mlxtune.adapters.store import save_adapter
 from support.files import SHELL_TRAIN, write_jsonl
 from support.models import tiny_llama, with_adapters
+from support.process import HANGS
+from support.program import environment as own_environment
 
 NAME, COMMIT = "owner/tiny", "c0ffee" + "0" * 34
 
@@ -106,13 +107,13 @@ def program(hub, tmp_path):
         return subprocess.run(
             [sys.executable, "-m", "mlxtune", *arguments],
             cwd=tmp_path,
-            env=os.environ
+            env=own_environment()
             | {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "cache")}
             | {"HF_HUB_OFFLINE": "0"}
             | environment,
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=HANGS,
         )
 
     return run

@@ -41,7 +41,9 @@ def real_texts(nl2bash) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-@pytest.mark.parametrize("threshold", [0.6, 0.75, 0.85])
+@pytest.mark.parametrize(
+    "threshold", [0.75, *(pytest.param(t, marks=pytest.mark.slow) for t in (0.6, 0.85))]
+)
 def test_near_duplicates_are_found_as_by_brute_force(real_texts, threshold):
     near = Near(threshold)
     pairs = brute_pairs(real_texts, near)

@@ -148,6 +148,7 @@ def pixels(path: Path) -> np.ndarray:
     return imread(path)[..., :3]
 
 
+@pytest.mark.slow
 def test_the_page_is_light_or_dark_as_the_reader_has_it(runs, browser, tmp_path):
     [written] = write_report(collect(runs), tmp_path / "page.html")
     shots = {}
@@ -217,6 +218,7 @@ def test_figures_of_an_evaluation_are_read_on_a_phone_without_scrolling(runs, br
     assert len(wide) == 2 and all(table == "0" for table in wide), wide
 
 
+@pytest.mark.slow
 def test_figures_of_several_runs_are_read_on_a_desktop_without_scrolling(runs, browser, tmp_path):
     paths = [copied(runs[0], tmp_path / name) for name in ("one", "another")]
     for path in paths:
@@ -405,6 +407,7 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(runs, tmp_path, spoil, sa
         same_as_metrics(Dom(page([record])), [runs[0]])
 
 
+@pytest.mark.slow
 def test_a_picture_never_takes_the_place_of_its_page(runs, tmp_path):
     run = copied(runs[0], tmp_path / "run")
     for arguments in (["-o", "x", "--png", "./x"], ["--png", "run/report.html"]):
@@ -524,6 +527,7 @@ def test_smoothing_stays_with_values_that_fall():
     assert np.abs(np.array(smoothed(values)) - values).max() < 0.1
 
 
+@pytest.mark.slow
 def test_runs_of_unlike_lengths_are_laid_over_each_other_by_ratios_of_steps(
     runs, browser, tmp_path
 ):

@@ -236,9 +236,8 @@ def _contents(path: Path, members: set[str]) -> Iterator[tuple[str, bytes]]:
 
 def _from_sentencepiece(folder: Path) -> Tokenizer:
     """Phi-3's, a SentencePiece vocabulary in a GGUF file, as transformers converts those."""
-    from transformers.convert_slow_tokenizer import generate_merges
-
     from gguf import GGUFReader
+    from transformers.convert_slow_tokenizer import generate_merges
 
     fields = GGUFReader(folder / "vocab.gguf").fields
     tokens, scores, types = (

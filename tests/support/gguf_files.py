@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
 import gguf.quants
 import numpy as np
-
-import gguf
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType
 

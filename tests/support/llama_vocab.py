@@ -6,10 +6,10 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import xllamacpp
 
-import gguf
 from mlxtune.gguf.reader import Numbers
 from mlxtune.gguf.writer import Writer
 

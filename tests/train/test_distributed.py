@@ -118,44 +118,25 @@ def folder(tmp_path_factory):
     return path
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.fixture(scope="module")
 def launched(folder, values):
-    """Runs on two workers, which exchange messages first; their recipes."""
-    runs = {
-        "plain": {"recipe": with_train(values, *SAME["plain"])},
-        "bad data": {"recipe": values(), "rank_1": {"cwd": "bad"}},
-        "other recipe": {"recipe": values(), "rank_1": {"recipe": {"seed": 5}}},
-        "late": {"recipe": values(), "rank_1": {"at": 1, "what": "fail"}},
-    }
-    return launch_runs(folder, runs)
-
-
-@pytest.fixture(scope="module")
-def launched_too(folder, values):
-    """The rest, for slow tests."""
+    """All runs that need no processes of their own, on two workers; their recipes."""
     dropout = values(lora={"dropout": 0.3}, checkpoint={"steps": 2, "keep": 9})
     runs = {
-        "accumulated": {"recipe": with_train(values, *SAME["accumulated"])},
+        **{name: {"recipe": with_train(values, *kind)} for name, kind in SAME.items()},
         "straight": {"recipe": dropout},
         "stopped": {"recipe": dropout, "rank_1": {"at": 1, "what": "interrupt"}},
         "resumed": {"recipe": dropout, "folder": "stopped", "resume": True},
+        "other recipe": {"recipe": values(), "rank_1": {"recipe": {"seed": 5}}},
+        "late": {"recipe": values(), "rank_1": {"at": 1, "what": "fail"}},
+        "bad data": {"recipe": values(), "rank_1": {"cwd": "bad"}},
         "other data": {"recipe": values(), "rank_1": {"cwd": "other"}},
         "full": {"recipe": dropout, "full": True},
     }
-    return launch_runs(folder, runs)
-
-
-def launch_runs(folder: Path, runs: dict[str, dict]) -> dict[str, dict]:
     (folder / "runs.json").write_text(json.dumps(runs))
     done = launch(*WORKERS, str(folder))
     assert done.returncode == 0 and "WARN" not in done.stderr, done.stderr
     return {name: run["recipe"] for name, run in runs.items()}
-
-
-FAST = ("plain", "bad data", "other recipe", "late")
 
 
 def with_train(values, split, sections):
@@ -185,21 +166,10 @@ def said_by(folder: Path, name: str) -> list[dict[str, object]]:
 # ---------------------------------------------------------------------- the same mathematics
 
 
-def each(*names):
-    """Names of runs; those that only `launched_too` makes are slow."""
-    return [name if name in FAST else pytest.param(name, marks=SLOW) for name in names]
-
-
-@pytest.fixture
-def launches(request):
-    """Launch what makes this test's run."""
-    fast = request.getfixturevalue("name") in FAST
-    return request.getfixturevalue("launched" if fast else "launched_too")
-
-
-@pytest.mark.parametrize("name", each(*SAME))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAME)
 def test_two_workers_are_one_with_twice_the_batch(
-    launches, folder, values, name, tmp_path, monkeypatch
+    launched, folder, values, name, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(folder)
 
@@ -232,8 +202,9 @@ def test_two_workers_are_one_with_twice_the_batch(
         assert max(distance(got[key], want[key]) for key in want) < max(1e-5, 2 * rounding)
 
 
-@pytest.mark.parametrize("name", each(*SAME, "straight", "resumed"))
-def test_all_workers_have_the_same_adapter_to_the_last_bit(launches, folder, name):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*SAME, "straight", "resumed"])
+def test_all_workers_have_the_same_adapter_to_the_last_bit(launched, folder, name):
     first, second = left_by(folder, name)
     assert same_bits(first, second)
 
@@ -251,6 +222,7 @@ def test_workers_share_every_step_and_an_epoch_sees_every_sample_once():
         assert all(len(part) <= 2 for part in (first, second))
 
 
+@pytest.mark.slow
 def test_what_workers_exchange_arrives(launched, folder):
     one, other = left_by(folder, "exchanged")
     assert (mx.arange(50) + 1 == one["summed.single"]).all()
@@ -267,6 +239,7 @@ def test_what_workers_exchange_arrives(launched, folder):
         assert said["texts"] == ["", "größer"]
 
 
+@pytest.mark.slow
 def test_each_worker_draws_numbers_of_its_own_from_one_saved_state(launched, folder):
     one, other = left_by(folder, "exchanged")
     for drawn in ("drawn", "drawn_again"):
@@ -275,6 +248,7 @@ def test_each_worker_draws_numbers_of_its_own_from_one_saved_state(launched, fol
     assert (one["after"] == other["after"]).all() and (one["after"] != one["before"]).any()
 
 
+@pytest.mark.slow
 def test_workers_that_have_come_apart_go_on_from_what_the_first_has(launched, folder):
     one, other = left_by(folder, "drifted")
     assert any(name.startswith("optimizer.") for name in one)
@@ -285,7 +259,7 @@ def test_workers_that_have_come_apart_go_on_from_what_the_first_has(launched, fo
 
 
 @pytest.mark.slow
-def test_interrupted_on_one_worker_all_stop_and_resume_exactly(launched_too, folder):
+def test_interrupted_on_one_worker_all_stop_and_resume_exactly(launched, folder):
     stopped, straight = Run(folder / "runs/stopped"), Run(folder / "runs/straight")
     for said in said_by(folder, "stopped"):
         assert said["type"] == "Interrupted" and said["text"].endswith("step-2")
@@ -297,6 +271,7 @@ def test_interrupted_on_one_worker_all_stop_and_resume_exactly(launched_too, fol
         assert same_bits(resumed, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_as_many_workers_as_it_was_begun_with(launched, folder, monkeypatch):
     monkeypatch.chdir(folder)
     recipe = parse_recipe(launched["late"], where="test")
@@ -361,15 +336,16 @@ def test_a_killed_worker_ends_the_others_with_an_error(folder, tmp_path, recipe_
     assert [path.name for path in checkpoints(run / "checkpoints")] == ["step-2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "failing", "kind", "text"),
     [
         ("bad data", 1, "DataError", "few.jsonl"),
         ("late", 1, "DataError", "the disk with the data is gone"),
-        pytest.param("full", 0, "StorageError", "no space left", marks=SLOW),
+        ("full", 0, "StorageError", "no space left"),
     ],
 )
-def test_an_error_on_one_worker_ends_all(launches, folder, name, failing, kind, text):
+def test_an_error_on_one_worker_ends_all(launched, folder, name, failing, kind, text):
     said = said_by(folder, name)
     own, other = said[failing], said[1 - failing]
     assert own["type"] == kind and text in own["text"]
@@ -380,8 +356,9 @@ def test_an_error_on_one_worker_ends_all(launches, folder, name, failing, kind, 
     assert not run.exists() if name == "bad data" else Run(run).status()["status"] == "failed"
 
 
-@pytest.mark.parametrize("name", each("other recipe", "other data"))
-def test_workers_that_differ_are_refused(launches, folder, name):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["other recipe", "other data"])
+def test_workers_that_differ_are_refused(launched, folder, name):
     what = name.split()[1]
     first, second = said_by(folder, name)
     assert first["type"] == "RunError"

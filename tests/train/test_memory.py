@@ -18,7 +18,7 @@ from mlxtune.train.step import LossFunction, batch_arrays
 from support.compare import distance, random_samples
 from support.models import tiny, with_adapters
 
-BATCH = pack(random_samples([300, 280, 310, 290]))
+BATCH = pack(random_samples([150, 140, 155, 145]))
 KINDS = ("llama", pytest.param("gemma3_text", marks=pytest.mark.slow))
 
 
@@ -48,7 +48,7 @@ def test_a_step_stays_within_the_budget_and_no_block_too_many_is_computed_twice(
     _, least = loss_and_peak(everything)
     assert least < 0.7 * free[1]
     counts = []
-    for share in (0.25, 0.5, 0.75, 1.5):
+    for share in (0.25, 0.75, 1.5):
         budget = int(least + share * (free[1] - least))
         model = model_of(kind)
         count = blocks_to_checkpoint(model, BATCH, budget)
@@ -61,15 +61,15 @@ def test_a_step_stays_within_the_budget_and_no_block_too_many_is_computed_twice(
     assert counts[-1] == 0
     # As little as that: what is saved grows with the blocks, but for the margin.
     assert 6 <= counts[0] < 12
-    assert 1 <= counts[2] <= 6
+    assert 1 <= counts[1] <= 6
 
 
-@pytest.mark.parametrize("pattern", [1, 4, 6])
+@pytest.mark.parametrize("pattern", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 6))])
 def test_padded_models_with_windows_are_measured_in_whole_turns(pattern):
     """mlx-lm's Gemma 3 asks its last block of a turn for the mask of all like it."""
     kind = {"num_hidden_layers": 12, "sliding_window_pattern": pattern, "sliding_window": 16}
     model = with_adapters(tiny("gemma3_text", **kind))
-    batch = pad(random_samples([300, 280]))
+    batch = pad(random_samples([150, 140]))
     assert blocks_to_checkpoint(model, batch, 10 * GB) == 0
     assert blocks_to_checkpoint(model, batch, 1) == 12
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from dataclasses import replace
 
 import mlx.nn as nn
@@ -18,6 +17,7 @@ from mlxtune.models.enable import enable_packs
 from mlxtune.train.heldout import held_out_loss, sample_losses
 from support.compare import random_samples
 from support.models import tiny_llama, with_adapters
+from support.program import wait_until
 
 
 def area(batches) -> int:
@@ -141,9 +141,7 @@ def test_items_come_in_order_and_before_they_are_asked_for():
 
     coming = ahead(items(), depth=3)
     assert next(coming) == 0
-    deadline = time.monotonic() + 10
-    while len(made) < 5 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: len(made) >= 5)
     # One was taken, three wait, one is in hand.
     assert len(made) == 5
     assert list(coming) == list(range(1, 10))
@@ -167,9 +165,10 @@ def test_the_thread_ends_when_nobody_asks_any_more():
 
     coming = ahead(forever())
     next(coming)
-    assert any(thread.name == "ahead" for thread in threading.enumerate())
+
+    def goes_on():
+        return any(thread.name == "ahead" for thread in threading.enumerate())
+
+    assert goes_on()
     coming.close()
-    deadline = time.monotonic() + 10
-    while any(t.name == "ahead" for t in threading.enumerate()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not any(thread.name == "ahead" for thread in threading.enumerate())
+    wait_until(lambda: not goes_on())

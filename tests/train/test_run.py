@@ -110,9 +110,10 @@ def test_accumulation_is_the_same_mathematics(recipe, few, tmp_path):
     ],
     ids=str,
 )
-def test_each_option_has_an_effect(recipe, change, few, tmp_path, plain_adapter):
-    other = fine_tune(recipe(few, **change), tmp_path / "other", Silent())
-    assert not same_arrays(adapter(other), plain_adapter)
+def test_each_option_has_an_effect(recipe, change, few, tmp_path, three_steps):
+    settings = change | {"train": THREE | change.get("train", {})}
+    other = fine_tune(recipe(few, **settings), tmp_path / "other", Silent())
+    assert not same_arrays(adapter(other), three_steps)
 
 
 def test_moments_of_a_byte_are_kept_in_bytes(recipe, few, tmp_path):
@@ -124,6 +125,15 @@ def test_moments_of_a_byte_are_kept_in_bytes(recipe, few, tmp_path):
     in_bytes = sum(array.nbytes for array in arrays.values() if array.dtype == mx.uint8)
     trained = sum(array.nbytes for array in adapter(run).values())
     assert in_bytes > 0.4 * trained  # both moments: two bytes for each weight of four
+
+
+THREE = {"max_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def three_steps(recipe, few, tmp_path_factory):
+    path = tmp_path_factory.mktemp("three") / "run"
+    return adapter(fine_tune(recipe(few, train=THREE), path, Silent()))
 
 
 @pytest.fixture(scope="module")
@@ -253,8 +263,8 @@ def test_killed_and_resumed_is_the_uninterrupted_run(recipe, few, tmp_path, kill
         few,
         checkpoint={"steps": 1},
         lora={"dropout": 0.1},
-        train={"max_steps": 40 * (kills + 1)},
-        eval={"path": str(few), "max_samples": 2, "steps": 40},
+        train={"max_steps": 15 * (kills + 1)},
+        eval={"path": str(few), "max_samples": 2, "steps": 15},
     )
     from mlxtune.recipe.load import dump_recipe
 
@@ -266,7 +276,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(recipe, few, tmp_path, kill
         resume = ["--resume"] if number else []
         with running("lora", str(file), "-o", str(path), *resume, cwd=tmp_path) as process:
             wait_until(lambda before=before: latest_checkpoint(path) != before, process)
-            time.sleep(moments.uniform(0, 0.3))
+            time.sleep(moments.uniform(0, 0.05))
             process.kill()
             assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
         reached.append(latest_checkpoint(path))
@@ -282,10 +292,17 @@ def latest_checkpoint(run: Path) -> int:
     return int(found[-1].name[5:]) if found else 0
 
 
-@pytest.mark.parametrize("file", ["adapter.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(recipe, few, tmp_path, file):
+@pytest.fixture(scope="module")
+def with_dropout(recipe, few, tmp_path_factory):
+    """A recipe that keeps its last checkpoints, and its whole run."""
     settings = recipe(few, lora={"dropout": 0.1}, checkpoint={"steps": 1, "keep": 3})
-    straight = fine_tune(settings, tmp_path / "straight", Silent())
+    path = tmp_path_factory.mktemp("straight") / "run"
+    return settings, fine_tune(settings, path, Silent())
+
+
+@pytest.mark.parametrize("file", ["adapter.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_used(with_dropout, tmp_path, file):
+    settings, straight = with_dropout
     with pytest.raises(Interrupted):
         fine_tune(settings, tmp_path / "run", StopAt(3))
     run = Run.open(tmp_path / "run")
@@ -519,7 +536,7 @@ def test_models_that_remember_otherwise_are_padded_and_say_so(
             self.outline = outline
 
     told = Told()
-    settings = recipe(few, model={"path": str(folder)}, train={"max_steps": 12})
+    settings = recipe(few, model={"path": str(folder)}, train={"max_steps": 6})
     run = fine_tune(settings, tmp_path / "run", told)
     assert not told.outline.packed
     assert any("batches are padded, not packed" in note for note in told.outline.notes)
@@ -545,7 +562,14 @@ def test_a_cpu_that_computes_otherwise_than_the_weights_are_stored_says_so(
     assert any("computed in float32" in note and "bfloat16" in note for note in told.outline.notes)
 
 
-@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+    ],
+)
 def test_the_cli_stops_when_asked_to_and_says_how_to_go_on(recipe, few, tmp_path, asked):
     file = tmp_path / "t.toml"
     from mlxtune.recipe.load import dump_recipe
@@ -590,6 +614,7 @@ def test_held_out_file_is_read_with_the_recipe(recipe, few, tmp_path):
     assert str(SHELL_HELDOUT) in run.status()["hashes"]
 
 
+@pytest.mark.slow
 def test_dequantize_expands_a_packed_model_and_computes_the_same(smollm2):
     import mlx.nn as nn
 
@@ -603,6 +628,7 @@ def test_dequantize_expands_a_packed_model_and_computes_the_same(smollm2):
     assert mx.allclose(got, want, rtol=1e-4, atol=1e-3).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_compiled_step_is_the_plain_step(accumulation):
     import mlx.optimizers

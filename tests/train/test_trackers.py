@@ -184,6 +184,7 @@ def test_a_folder_of_that_name_is_no_library(recipe, tmp_path, monkeypatch):
         fine_tune(recipe("wandb"), tmp_path / "run", Silent())
 
 
+@pytest.mark.slow
 def test_a_tracker_that_fails_does_not_stop_the_run(recipe, tmp_path, monkeypatch):
     from mlflow import MlflowClient
 
