@@ -1,8 +1,8 @@
 # Everything runs in .venv, which the first target to need it makes.
 #
 #   make quickstart   fine-tune a real model on data/shell, export a GGUF, show before/after
-#   make test         run the tests but the slow ones
-#   make test-all     run all tests, as CI does
+#   make test         run the tests but the slow ones; WORKERS=4 for so many processes
+#   make test-all     run all tests, and properties with more examples, as CI does
 #   make check        style, types, direction of imports
 #   make bench        measure training on this machine against mlx-lm; PAIRS=FILE for other data
 

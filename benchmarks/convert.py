@@ -6,7 +6,7 @@
 `speed`: a llama of 1 billion parameters to q4_k_m, `mlxtune convert` from a folder of bfloat16
 (the whole program, start included) against libllama's `llama_model_quantize` from a GGUF of
 float16 (the call alone), two threads each, taking turns. LIBLLAMA is as in
-tests/test_mixing.py. `memory`: the peak of `mlxtune convert` on 3 billion parameters to
+tests/gguf/test_mixing.py. `memory`: the peak of `mlxtune convert` on 3 billion parameters to
 q8_0. Weights are random; the folders lie in --place while they are needed.
 """
 
@@ -153,7 +153,8 @@ def peak_of(command: list[str]) -> int:
 def libllama_quantize(source: Path, output: Path) -> float:
     """Seconds that libllama takes for the same, two threads."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from test_mixing import FILE_TYPES, LibLlama  # type: ignore[import-not-found]
+    from mlxtune.gguf.mixing import FILE_TYPES
+    from support.libllama import LibLlama  # type: ignore[import-not-found]
 
     library = LibLlama(Path(os.environ["LIBLLAMA"]))
     given = library.lib.llama_model_quantize_default_params()
