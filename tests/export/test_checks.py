@@ -12,6 +12,7 @@ from contextlib import suppress
 import gguf
 import mlx.core as mx
 import numpy as np
+import psutil
 import pytest
 from gguf import GGUFReader
 from mlx.utils import tree_map
@@ -295,6 +296,8 @@ def test_a_conversion_that_is_told_to_stop_leaves_nothing(folder, tmp_path, numb
     arguments = ("convert", str(folder), "out/m.gguf", "--quantize=q4_k_m")
     with running(*arguments, f"--calibrate={path}", cwd=tmp_path) as program:
         wait_until(is_read, program)
+        # A signal between the opening and the reading would be seen only when something is read.
+        wait_until(lambda: psutil.Process(program.pid).status() == psutil.STATUS_SLEEPING, program)
         assert [path.suffix for path in place.iterdir()] == [".partial"]
         program.send_signal(number)
         _, said = program.communicate(timeout=HANGS)

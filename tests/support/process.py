@@ -8,7 +8,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-THREADS = ("MKL_NUMTHREADS", "OMP_NUMTHREADS", "OPENBLAS_NUMTHREADS", "RAYON_NUMTHREADS")
+_LIBRARIES = ("MKL_NUM", "OMP_NUM", "OPENBLAS_NUM", "RAYON_NUM", "VECLIB_MAXIMUM")
+THREADS = tuple(f"{name}_THREADS" for name in _LIBRARIES)
 _KERNELS = Path(__file__).parents[2] / ".cache/kernels"
 
 # After so many seconds something hangs: ten times what the longest wait is on an idle machine.
