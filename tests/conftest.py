@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytest.register_assert_rewrite("support")
 from support import process  # noqa: E402  (before MLX is imported)
 
 process.prepare()
+from mlxtune.processes import cores  # noqa: E402
 from support import machine  # noqa: E402
 from support.files import ROOT, SHELL_HELDOUT, SHELL_TRAIN, beside, write_jsonl  # noqa: E402
 from support.models import SMOLLM2, save_tiny_model  # noqa: E402
@@ -18,6 +20,11 @@ from support.once import Once  # noqa: E402
 
 machine.remember()
 pytest_plugins = ["support.budget", "support.leftovers"]
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One process for each core and for every 4 GB of memory; more than four gain little."""
+    return max(1, min(cores(), psutil.virtual_memory().total // (4 << 30), 4))
 
 
 @pytest.fixture

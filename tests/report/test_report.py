@@ -33,6 +33,7 @@ from mlxtune.train.metrics import Silent
 from mlxtune.train.run import Run
 from mlxtune.train.session import fine_tune
 from support.files import SHELL_HELDOUT, SHELL_TRAIN, listing, write_jsonl
+from support.process import HANGS
 from support.program import mlxtune
 from support.skips import lacking
 
@@ -108,7 +109,7 @@ def browse(*arguments: str, profile: Path) -> subprocess.CompletedProcess[str]:
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
          f"--user-data-dir={profile}", "--enable-logging=stderr", "--v=0",
          "--host-resolver-rules=MAP * ~NOTFOUND", *arguments],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=HANGS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "CONSOLE" not in done.stderr, done.stderr
