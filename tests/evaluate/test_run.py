@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from functools import cache
+from pathlib import Path
 
 import mlx_lm
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from mlxtune.errors import OutputExists
 from mlxtune.evaluate.answers import answers
 from mlxtune.evaluate.compare import compare_run
+from mlxtune.evaluate.comparison import Comparison
 from mlxtune.fuse import fuse_run
 from mlxtune.recipe.schema import ModelSection
 from mlxtune.train.model import load_base
@@ -24,22 +27,23 @@ def run(request):
     return request.getfixturevalue(request.param)
 
 
-@pytest.fixture(scope="module")
-def comparison(run):
+@cache
+def compared(run: Path) -> Comparison:
     # An untrained model rambles on.
     return compare_run(run, limit=8, max_tokens=12)
 
 
 @pytest.mark.slow
 def test_the_tuned_model_is_better_than_its_base(shell_run):
-    comparison = compare_run(shell_run, limit=8, max_tokens=12)
+    comparison = compared(shell_run)
     assert comparison.records == 8
     assert comparison.tuned.held_out_loss < 0.5 * comparison.base.held_out_loss
     assert comparison.tuned.exact_match >= comparison.base.exact_match
     assert comparison.base.held_out_loss > 2
 
 
-def test_scores_are_those_of_the_answers(comparison):
+def test_scores_are_those_of_the_answers(run):
+    comparison = compared(run)
     for scores, name in ((comparison.base, "base"), (comparison.tuned, "tuned")):
         right = [getattr(a, name) == a.expected for a in comparison.answers]
         assert scores.exact_match == sum(right) / len(right)

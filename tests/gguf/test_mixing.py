@@ -17,6 +17,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import gguf
@@ -247,7 +248,13 @@ def test_libllama_writes_the_same_types_and_bytes(tmp_path, libllama, name, has_
     model, values = MODELS[name], MODELS[name].values()
     model.write(tmp_path / "f32.gguf")
     importance = importance_of(values) if has_imatrix else {}
-    for file_type in FILE_TYPES:
+
+    @cache  # most types are of several file types
+    def own_bytes(tensor: str, type_: Type) -> np.ndarray:
+        return packed(values[tensor], type_, importance.get(tensor))
+
+    # Which types the other file types take of the other models, mixing.json says.
+    for file_type in FILE_TYPES if name == "llama" else ("q4_0", "q2_k", "q3_k_m", "q4_k_m"):
         if file_type in REFUSED.get(name, ()):
             continue
         file = libllama.quantize(tmp_path / "f32.gguf", tmp_path / "q.gguf", file_type, importance)
@@ -255,7 +262,7 @@ def test_libllama_writes_the_same_types_and_bytes(tmp_path, libllama, name, has_
         assert {n: t.type for n, t in file.tensors.items()} == ours
         for tensor, type_ in ours.items():
             want = file.data(tensor)
-            got = packed(values[tensor], type_, importance.get(tensor)).view(want.dtype)
+            got = own_bytes(tensor, type_).view(want.dtype)
             assert np.array_equal(got.reshape(want.shape), want), (file_type, tensor)
 
 

@@ -273,11 +273,11 @@ def test_a_real_fine_tune_tracks_adamw(nl2bash, tmp_path):
                 "data": [{"path": str(data)}],
                 "train": {
                     "batch_size": 4,
-                    "max_steps": 40,
+                    "max_steps": 24,
                     "learning_rate": 2e-3,
                     "optimizer": name,
                 },
-                "eval": {"val_size": 16, "steps": 40},
+                "eval": {"val_size": 16, "steps": 24},
             },
             where="test",
         )
