@@ -367,7 +367,7 @@ def test_mistral_rs_goes_on_as_mlx_does(plain_source, tokenizer, tmp_path, file_
     least = 0.0 if plain else 0.5
     given = ModelSource("x", folder) if plain else resolve_model(str(made.path))
     model = load_model(given).model
-    for start in (0,) if plain else range(30):
+    for start in (0,) if plain else range(0, 30, 3):
         known = tokens[start : start + 10]
         text = tokenizer.decode(known)
         assert runner.tokenize_text(text, False, None) == known

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -23,6 +24,8 @@ kept: set[int] = set()
 
 def prepare() -> None:
     """Set the environment; call it before MLX or NumPy is imported."""
+    # A shell's background processes ignore it; tests interrupt themselves.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker:
         # There is a worker for each core.

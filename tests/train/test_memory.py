@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -41,12 +43,14 @@ def loss_and_peak(model: nn.Module) -> tuple[mx.array, int]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_stays_within_the_budget_and_no_block_too_many_is_computed_twice(kind):
+    gc.collect()
+    others = mx.get_active_memory()  # of tests before this one
     free, most = (loss_and_peak(model_of(kind)) for _ in range(2))
     assert distance(free[0], most[0]) < 1e-6
     everything = model_of(kind)
     checkpoint_blocks(everything, range(12))
     _, least = loss_and_peak(everything)
-    assert least < 0.7 * free[1]
+    assert least - others < 0.7 * (free[1] - others)
     counts = []
     for share in (0.25, 0.75, 1.5):
         budget = int(least + share * (free[1] - least))
