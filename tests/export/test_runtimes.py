@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 import mlx.core as mx
@@ -47,10 +49,9 @@ def bundles(shell_run, once):
 
 
 @pytest.fixture(scope="module")
-def fused(shell_run, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fused") / "model"
-    fuse_run(shell_run, folder, dtype="float32")
-    return load_base(ModelSection(path=str(folder)))
+def fused(shell_run, once):
+    made = once("shell fused", lambda path: fuse_run(shell_run, path / "model", dtype="float32"))
+    return load_base(ModelSection(path=str(made / "model")))
 
 
 class Asked(NamedTuple):
@@ -63,11 +64,21 @@ class Asked(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def asked(fused, bundles):
+def asked(fused, bundles, once):
     """Gives what is asked of a kind of file: of what was trained up to eight bits, and of the
     file itself below, which says other things by right."""
-    of_file = load_base(ModelSection(path=str(bundles["q4_k_m"] / "model.gguf")))
-    trained, file = questions(fused), questions(of_file)
+
+    def answered(name: str, model: Callable[[], Any]) -> list[Asked]:
+        def make(path: Path) -> None:
+            rows = [row._asdict() for row in questions(model())]
+            (path / "rows.json").write_text(json.dumps(rows))
+
+        rows = json.loads((once(f"answers of {name}", make) / "rows.json").read_text())
+        return [Asked(**row) for row in rows]
+
+    path = str(bundles["q4_k_m"] / "model.gguf")
+    trained = answered("shell", lambda: fused)
+    file = answered("shell as q4_k_m", lambda: load_base(ModelSection(path=path)))
 
     def sure(kind):
         rows = file if kind == "q4_k_m" else trained
