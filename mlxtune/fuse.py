@@ -24,12 +24,16 @@ from mlxtune.models.folder import dense_pieces, weight_files
 from mlxtune.models.load import LoadedModel, load_model
 from mlxtune.models.resolve import ModelSource
 from mlxtune.models.safetensors import write_safetensors
-from mlxtune.train.corpus import read_corpus
+from mlxtune.train.kept import rows_to_try
 from mlxtune.train.session import open_run
 
 REPORT = "fuse.json"
 # Enough to meet every layer with real inputs, and quick for a large model too.
 PROOF_CONVERSATIONS = 8
+_TEXTS = (
+    "List the ten largest files below this folder, the largest first.",
+    "for name in sorted(names):\n    print(name, len(name))\n",
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class FuseReport:
         folder: the fused model.
         dtype: of its weights.
         max_logit_difference: largest |Δlogit| between the live adapter and the folder
-            read back from disk, over `tokens_compared` tokens of real conversations.
+            read back from disk, over `tokens_compared` tokens of the run's records.
         max_logit: largest |logit| among them, for scale.
         top1_agreement: share of those tokens at which both have the same best token.
     """
@@ -78,9 +82,11 @@ def fuse_run(
     with atomic_folder(output, overwrite=overwrite, marker=REPORT) as folder:
         run, live = open_run(path, adapter=adapter, for_inference=False)
         require_apart(output, (*model_places(live.source.path), *([adapter] if adapter else [])))
-        corpus = read_corpus(run.recipe(), Renderer(live.tokenizer))
-        chosen = (corpus.held_out or corpus.parts[0].samples)[:PROOF_CONVERSATIONS]
+        renderer = Renderer(live.tokenizer)
+        chosen = rows_to_try(run, renderer, PROOF_CONVERSATIONS)
         prompts = [sample.tokens.tolist() for sample in chosen]
+        if not prompts:  # the run has outlived its data
+            prompts = [renderer.encode(text) for text in _TEXTS]
         before = _logits(live.model, prompts)
         dtype = dtype or live.stored_dtype
         save_model(folder, live, dtype)

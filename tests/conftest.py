@@ -112,7 +112,7 @@ def recipe(tiny_folder):
             "name": "t",
             "model": {"path": str(tiny_folder)},
             "lora": {"rank": 4},
-            "data": [{"path": str(data)}],
+            "data": data if isinstance(data, list) else [{"path": str(data)}],
             # Checkpointing is not left to be found out by measuring, which takes as long again.
             "train": {
                 "batch_size": 4,

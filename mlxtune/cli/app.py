@@ -71,17 +71,11 @@ def init(output: Path, preset: str, list_presets: bool, overwrite: bool) -> None
 @click.argument("recipe", type=PATH)
 @SET
 def validate(recipe: Path, overrides: tuple[str, ...]) -> None:
-    """Check a recipe and its data files, without loading a model."""
-    from mlxtune.evaluate.suite import suite_of
-    from mlxtune.recipe.load import load_recipe
-    from mlxtune.train.corpus import check_sources
+    """Check a recipe, its data files and that its model is there."""
+    from mlxtune.cli.validation import validated
 
-    checked = load_recipe(recipe, overrides)
-    suite_of(checked)
-    for number, (path, count) in enumerate(check_sources(checked)):
-        held_out = "held-out " if number == len(checked.data) else ""
-        click.echo(f"{path}: {count} {held_out}records")
-    click.echo(f"{recipe} is valid")
+    for line in validated(recipe, overrides):
+        click.echo(line)
 
 
 @cli.command()

@@ -42,12 +42,14 @@ class Sample:
             the model is given rather than trained to say.
         record: number of the record in its source, from 1.
         where: `file:line` of the record.
+        fingerprint: of the record, see `Conversation.fingerprint`.
     """
 
     tokens: npt.NDArray[np.int32]
     weights: npt.NDArray[np.float32]
     record: int
     where: str = ""
+    fingerprint: int = 0
 
     @property
     def supervised(self) -> int:
@@ -173,7 +175,8 @@ class Renderer:
                     where=where,
                     remedy="set model.chat_template to a template that writes these turns",
                 )
-        return [Sample(tokens, weights, record, where) for tokens, weights in made]
+        said = conversation.fingerprint()
+        return [Sample(tokens, weights, record, where, said) for tokens, weights in made]
 
     def _parts(
         self, conversation: Conversation, masking: Masking

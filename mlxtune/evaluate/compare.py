@@ -28,6 +28,7 @@ from mlxtune.layers.inject import fuse_lora
 from mlxtune.models.load import LoadedModel
 from mlxtune.models.resolve import resolve_model
 from mlxtune.recipe.schema import DataSource, ModelSection, Recipe, TrainSection
+from mlxtune.train.kept import held_out_rows, trained_on
 from mlxtune.train.model import load_base
 from mlxtune.train.run import STATUS, Run, adapter_folder
 from mlxtune.train.session import open_run
@@ -87,6 +88,17 @@ def compare_run(
     run = Run.open(path)
     saved = read_adapter(adapter_folder(adapter) if adapter else run.finished_adapter())
     recipe = run.recipe()
+    suite = suite_of(recipe, options.suite)
+    sources = replace(options, suite=suite).sources()
+    if not sources:
+        kept = held_out_rows(run)
+        if kept is None:
+            raise DataError(
+                "this run holds no records out",
+                where=str(path),
+                remedy="name a file of records with --data",
+            )
+        sources = [DataSource(path=str(kept))]
 
     def models() -> Iterator[tuple[str, LoadedModel]]:
         model = load_base(recipe.model, for_inference=True)
@@ -99,7 +111,7 @@ def compare_run(
             fuse_lora(model.model)
         yield TUNED, model
 
-    return _compare(str(path), recipe, models, options, adapter)
+    return _compare(str(path), recipe, models, options, sources, adapter=adapter, run=run)
 
 
 def compare_models(name: str, *, options: Options | None = None, **how: Any) -> Comparison:
@@ -132,14 +144,21 @@ def compare_models(name: str, *, options: Options | None = None, **how: Any) -> 
     def models() -> Iterator[tuple[str, LoadedModel]]:
         yield "model", load_base(recipe.model, for_inference=True)
 
-    return _compare(name, recipe, models, options)
+    return _compare(name, recipe, models, options, sources)
 
 
 Models = Callable[[], Iterator[tuple[str, LoadedModel]]]
 
 
 def _compare(
-    subject: str, recipe: Recipe, models: Models, options: Options, adapter: Path | None = None
+    subject: str,
+    recipe: Recipe,
+    models: Models,
+    options: Options,
+    sources: Sequence[DataSource],
+    *,
+    adapter: Path | None = None,
+    run: Run | None = None,
 ) -> Comparison:
     suite, others = suite_of(recipe, options.suite), options.others or {}
     options = replace(options, suite=suite)
@@ -148,7 +167,7 @@ def _compare(
     judge = Judge(suite.judge, progress=options.progress) if suite.judge is not None else None
     with sandbox() if options.execute else nullcontext() as box:
         scorer = Scorer(suite, box)
-        several = _Several(subject, recipe, suite, options)
+        several = _Several(recipe, suite, options, sources)
         for name, loaded in models():
             several.add(name, loaded)
             del loaded  # two models at once may not fit
@@ -162,7 +181,8 @@ def _compare(
             for number, c in conversations.items()
             if c.turns
         ]
-    notes = several.notes + scorer.notes([answer.expected for answer in answered])
+    notes = _trained_note(run, conversations) + several.notes
+    notes += scorer.notes([answer.expected for answer in answered])
     if judge is not None:
         for answer in answered:
             for name, said in answer.said.items():
@@ -196,11 +216,21 @@ def _compare(
     )
 
 
+def _trained_note(run: Run | None, conversations: Mapping[int, Conversation]) -> list[str]:
+    """Figures of records that were trained on say nothing about new ones."""
+    count = trained_on(run, conversations.values()) if run is not None else 0
+    if not count:
+        return []
+    return [f"{count} of the {len(conversations)} records were also trained on"]
+
+
 class _Several:
     """Models measured one after the other, so that one is in memory at a time."""
 
-    def __init__(self, subject: str, recipe: Recipe, suite: Suite, options: Options) -> None:
-        self._subject, self._recipe = subject, recipe
+    def __init__(
+        self, recipe: Recipe, suite: Suite, options: Options, sources: Sequence[DataSource]
+    ) -> None:
+        self._recipe, self._sources = recipe, sources
         self._suite, self._options = suite, options
         self._records: dict[int, Conversation] | None = None
         self.limited = False
@@ -219,12 +249,7 @@ class _Several:
         """
         options, before = self._options, self._records
         renderer = Renderer(loaded.tokenizer)
-        try:
-            records = read_records(self._recipe, options.sources(), renderer)
-        except DataError as error:
-            if error.where != "eval":
-                raise
-            raise DataError(error.what, where=self._subject, remedy=error.remedy) from None
+        records = read_records(self._recipe, self._sources, renderer)
         if before is None:
             whole, records = len(records.conversations), records.first(options.limit)
             self.limited = len(records.conversations) < whole

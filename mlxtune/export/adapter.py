@@ -182,7 +182,7 @@ def _modelfile(adapter: SavedAdapter, run: Run | None, base: str | None) -> Mode
         require_name(base, where="--base")
     if run is not None:
         recipe = run.recipe()
-        tokenizer, settings = tokenizer_of(recipe.model), recipe.export
+        tokenizer, settings = tokenizer_of(recipe.model), recipe.shipping
     else:
         tokenizer = load_tokenizer(resolve_model(adapter.base, weights=False))
         settings = ExportSection()

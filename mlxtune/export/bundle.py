@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from mlxtune.data.render import Renderer
-from mlxtune.errors import MlxtuneError
 from mlxtune.export.calibrate import importance_of
 from mlxtune.export.convert import Verified, write_model
 from mlxtune.export.handover import GGUF, LABELS, MODELFILE, HandOver, run_commands
@@ -33,7 +32,7 @@ from mlxtune.gguf.architectures import for_config
 from mlxtune.models.load import LoadedModel
 from mlxtune.models.resolve import is_hub_id, public_name
 from mlxtune.recipe.schema import Recipe
-from mlxtune.train.corpus import read_corpus
+from mlxtune.train.kept import rows_to_try
 from mlxtune.train.model import tokenizer_of
 from mlxtune.train.run import Run, adapter_folder
 from mlxtune.train.session import open_run
@@ -118,7 +117,7 @@ def export_run(
     used = (*model_places(model.source.path), *given)
     for_config(model.config)
     name = name or recipe.export.name or recipe.name
-    ollama = modelfile(Renderer(model.tokenizer), model.tokenizer, recipe.export)
+    ollama = modelfile(Renderer(model.tokenizer), model.tokenizer, recipe.shipping)
     # The folder is shipped: its card knows no place on this machine.
     card = model_card(run, recipe, file_type, _commands(Path(), name), adapter)
     weights = adapter_folder(adapter or path)
@@ -141,7 +140,7 @@ def export_run(
             importance=importance,
             pre=pre,
             verify=verify,
-            rows=partial(_held_out_rows, recipe, model),
+            rows=partial(_rows_to_try, run, model),
             progress=progress,
         )
         seen = {} if verified is None else asdict(verified)
@@ -193,7 +192,7 @@ def exported_before(
     if verify and verified is None:
         raise different(folder, "it was not read back (--no-verify hands it over as it is)")
     tokenizer = tokenizer_of(recipe.model)
-    ollama = modelfile(Renderer(tokenizer), tokenizer, recipe.export)
+    ollama = modelfile(Renderer(tokenizer), tokenizer, recipe.shipping)
     commands = _commands(folder, name or recipe.export.name or recipe.name)
     return Bundle(folder, file_type, size, verified, commands, ollama, written_before=True)
 
@@ -229,17 +228,10 @@ def _made_of(
     }
 
 
-def _held_out_rows(recipe: Recipe, model: LoadedModel) -> list[list[int]] | None:
-    """What the file is tried with: held-out records, else some that were trained on.
-
-    None where they cannot be read: a run may outlive its data.
-    """
-    try:
-        corpus = read_corpus(recipe, Renderer(model.tokenizer))
-    except MlxtuneError:
-        return None
-    samples = corpus.held_out or corpus.parts[0].samples
-    return [sample.tokens.tolist() for sample in samples[:ROWS]]
+def _rows_to_try(run: Run, model: LoadedModel) -> list[list[int]] | None:
+    """What the file is tried with; None where the run's records are gone."""
+    samples = rows_to_try(run, Renderer(model.tokenizer), ROWS)
+    return [sample.tokens.tolist() for sample in samples] or None
 
 
 def _commands(folder: Path, name: str) -> dict[str, str]:

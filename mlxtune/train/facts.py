@@ -27,7 +27,7 @@ def facts_of(
 ) -> dict[str, Any]:
     """What run.json says of the circumstances."""
     sources = [source_of(section) for section in recipe.data]
-    if (held_out := held_out_source(recipe.eval)) is not None:
+    if (held_out := held_out_source(recipe)) is not None:
         sources.append(held_out)
     files = [file for s in sources for file in s.files()]
     if recipe.model.chat_template is not None:
@@ -48,7 +48,7 @@ def facts_of(
             "model": _fingerprint(source),
             "tokenizer": hashlib.sha256(renderer.identity().encode()).hexdigest(),
             **{str(path): sha256(path) for path in files},
-            **{s.path: s.fingerprint() for s in sources if s.path.startswith(HUB)},
+            **{s.name: s.fingerprint() for s in sources if s.path.startswith(HUB)},
         },
     }
 

@@ -15,7 +15,7 @@ from mlxtune.data.store import Progress, TokenStore
 from mlxtune.data.tokens import tokenize
 from mlxtune.errors import DataError
 from mlxtune.recipe.schema import Recipe
-from mlxtune.train.corpus import rules_of, source_of
+from mlxtune.train.corpus import read_corpus, rules_of, source_of
 from mlxtune.train.model import tokenizer_of
 
 
@@ -31,11 +31,12 @@ class Shown:
 class Inspection:
     """All that `mlxtune data inspect` tells.
 
-    `tallies` has the path of each source, `left_out` the reasons of records that were to
-    be shown and are not trained on.
+    `tallies` has each source and what became of its records, `notes` what else there is to
+    say of them, `left_out` the reasons of records that were to be shown and are not trained on.
     """
 
     tallies: tuple[tuple[str, Tally], ...]
+    notes: tuple[str, ...]
     lengths: tuple[Bin, ...]
     prefix: SharedPrefix
     max_seq_length: int
@@ -46,6 +47,7 @@ class Inspection:
         """As JSON."""
         return {
             "sources": [{"path": path} | asdict(tally) for path, tally in self.tallies],
+            "notes": list(self.notes),
             "max_seq_length": self.max_seq_length,
             "lengths": [asdict(bin) for bin in self.lengths],
             "shared_prefix": asdict(self.prefix),
@@ -99,9 +101,11 @@ def inspect_recipe(
         first += stores[-1].tally.rows
     if chosen is not None and chosen > first:
         raise DataError(f"there is no record {chosen}: there are {first}")
+    corpus = read_corpus(recipe, renderer, progress)
     lengths = np.concatenate([store.lengths() for store in stores])
     return Inspection(
-        tallies=tuple((s.path, t.tally) for s, t in zip(recipe.data, stores, strict=True)),
+        tallies=corpus.tallies,
+        notes=tuple(corpus.notes()),
         lengths=tuple(histogram(lengths)),
         prefix=shared_prefix([sample for store in stores for sample in spread(store)]),
         max_seq_length=recipe.train.max_seq_length,

@@ -3,6 +3,8 @@
 recipe.toml     the recipe as it was resolved
 run.json        status, versions, device, hashes, seed
 metrics.jsonl   one object a report
+held-out.jsonl  the records that were held out, as they are
+trained-rows.u64  fingerprints of the records that are trained on
 checkpoints/    step-N/, the latest few
 adapter/        the final adapter
 adapter-best/   the adapter with the lowest held-out loss
@@ -13,7 +15,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +52,23 @@ class Run:
     path: Path
 
     @classmethod
-    def create(cls, path: Path, recipe: Recipe, facts: dict[str, Any], *, overwrite: bool) -> Run:
+    def create(
+        cls,
+        path: Path,
+        recipe: Recipe,
+        facts: dict[str, Any],
+        *,
+        overwrite: bool,
+        fill: Callable[[Path], None] = lambda _folder: None,
+    ) -> Run:
         """Make the folder of a new run.
+
+        Args:
+            path: of the folder.
+            recipe: of the run.
+            facts: entries of run.json.
+            overwrite: replace a run that is there.
+            fill: writes more into the folder; it appears whole or not at all.
 
         Raises:
             OutputExists: the folder exists and `overwrite` is false, or it exists and is
@@ -65,6 +82,7 @@ class Run:
         with atomic_folder(path, overwrite=overwrite, marker=STATUS) as folder:
             write_text(folder / RECIPE, dump_recipe(recipe))
             cls(folder).write_status(status="running", **facts)
+            fill(folder)
         return cls(path)
 
     @staticmethod

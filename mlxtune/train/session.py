@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,12 @@ from mlxtune.models.load import LoadedModel
 from mlxtune.recipe.load import dump_recipe
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.blocks import checkpoint_blocks
+from mlxtune.train.check import check_sources
 from mlxtune.train.checkpoint import checkpoints
-from mlxtune.train.corpus import Corpus, check_sources, read_corpus
+from mlxtune.train.corpus import Corpus, read_corpus
 from mlxtune.train.distributed import Workers, end_in_peace, join
 from mlxtune.train.facts import facts_of, require_same, shared_facts
+from mlxtune.train.kept import keep_rows
 from mlxtune.train.loop import Interrupted, Trainer
 from mlxtune.train.memory import keep_within, memory_budget
 from mlxtune.train.metrics import Outline, Reporter, Several, Silent
@@ -111,10 +114,11 @@ def _fine_tune(
     further = resume and (run is None or bool(checkpoints(run.checkpoints)))
     if (path_of_initial := recipe.lora.init_from) is not None and not further:
         initial = read_adapter(adapter_folder(Path(path_of_initial)))
-    check_sources(recipe, rows=100)
+    check_sources(recipe, rows=100).require_usable()
     workers.barrier()
     renderer = Renderer(tokenizer_of(recipe.model))
     corpus = read_corpus(recipe, renderer, reporter.tokenized)
+    corpus.overlap().require_below(recipe.eval.max_overlap)
     workers.barrier()
     before = run.status() if run is not None else {}
     said: tuple[str, ...] = ()
@@ -164,7 +168,8 @@ def _fine_tune(
     if not workers.first:
         run = Run(path)  # which it neither reads nor writes
     elif run is None:
-        run = Run.create(path, recipe, facts, overwrite=overwrite)
+        keep = partial(keep_rows, recipe=recipe, corpus=corpus)
+        run = Run.create(path, recipe, facts, overwrite=overwrite, fill=keep)
     else:
         notes += require_same(before, facts)
         run.write_status(checkpointed_blocks=twice)
@@ -296,7 +301,16 @@ def _resumable(path: Path, recipe: Recipe) -> Run:
 _MEMORY = ("train.memory_limit", "train.gradient_checkpointing")
 # What may change while a run is interrupted: nothing of it reaches the weights, but for
 # rounding where blocks are computed twice.
-_FREE = ("checkpoint.", "log.", "export.", "prep.", "judge.", "eval.suite", *_MEMORY)
+_FREE = (
+    "checkpoint.",
+    "log.",
+    "export.",
+    "prep.",
+    "judge.",
+    "eval.suite",
+    "eval.max_overlap",
+    *_MEMORY,
+)
 
 
 def _flat(values: dict[str, Any], form: Callable[[object], str] = repr) -> dict[str, str]:

@@ -18,7 +18,7 @@ from mlxtune.evaluate.compare import compare_run
 from mlxtune.export.adapter import export_adapter
 from mlxtune.fuse import fuse_run
 from mlxtune.recipe.load import parse_recipe
-from mlxtune.train.corpus import read_held_out
+from mlxtune.train.corpus import read_corpus
 from mlxtune.train.metrics import Silent
 from mlxtune.train.run import Run
 from mlxtune.train.session import fine_tune, open_run
@@ -169,7 +169,7 @@ def test_another_adapter_is_evaluated_with_the_data_of_a_run(run, foreign):
     assert other.tuned.held_out_loss != own.tuned.held_out_loss
     recipe = Run.open(run).recipe()
     _, loaded = open_run(run)
-    samples = read_held_out(recipe, Renderer(loaded.tokenizer))
+    samples = read_corpus(recipe, Renderer(loaded.tokenizer)).held_out
     total = weight = 0.0
     for sample in samples:
         with torch.no_grad():

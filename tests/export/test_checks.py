@@ -196,10 +196,13 @@ def test_a_run_outlives_its_data(folder, tmp_path):
     pytest.importorskip("xllamacpp")
     data = tmp_path / "rows.jsonl"
     write_jsonl(data, [json.loads(line) for line in SHELL_TRAIN.read_text().splitlines()[:8]])
-    recipe = {"name": "r", "model": {"path": str(folder)}, "data": [{"path": str(data)}]}
+    source = {"path": str(data), "system": "Be brief."}
+    recipe = {"name": "r", "model": {"path": str(folder)}, "data": [source]}
     recipe |= {"train": {"max_steps": 1, "batch_size": 2}}
     run = fine_tune(parse_recipe(recipe, where="test"), tmp_path / "run", Silent()).path
     with_data = export_run(run, output=tmp_path / "with", file_type="f32").verified
+    # Asked in use as it was trained.
+    assert "SYSTEM Be brief.\n" in (tmp_path / "with/Modelfile").read_text().replace('"', "")
     adapter = export_adapter(run, "gguf").folder / "adapter.gguf"
     assert GGUFReader(adapter).fields["general.base_model.0.name"].contents() == folder.name
     assert str(folder.parent).encode() not in adapter.read_bytes()
