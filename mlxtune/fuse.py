@@ -15,15 +15,15 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxtune.arrays import scalar
-from mlxtune.data.render import Renderer
 from mlxtune.errors import OutputExists
 from mlxtune.files import atomic_folder, require_apart, write_json
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.layers.dense import dense_tensors
-from mlxtune.models.folder import dense_pieces, weight_files
+from mlxtune.models.folder import dense_pieces
 from mlxtune.models.load import LoadedModel, load_model
 from mlxtune.models.resolve import ModelSource
 from mlxtune.models.safetensors import write_safetensors
+from mlxtune.models.weights import weight_files
 from mlxtune.train.corpus import read_corpus
 from mlxtune.train.session import open_run
 
@@ -78,7 +78,7 @@ def fuse_run(
     with atomic_folder(output, overwrite=overwrite, marker=REPORT) as folder:
         run, live = open_run(path, adapter=adapter, for_inference=False)
         require_apart(output, (*model_places(live.source.path), *([adapter] if adapter else [])))
-        corpus = read_corpus(run.recipe(), Renderer(live.tokenizer))
+        corpus = read_corpus(run.recipe(), live.renderer())
         chosen = (corpus.held_out or corpus.parts[0].samples)[:PROOF_CONVERSATIONS]
         prompts = [sample.tokens.tolist() for sample in chosen]
         before = _logits(live.model, prompts)

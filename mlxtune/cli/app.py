@@ -75,9 +75,11 @@ def validate(recipe: Path, overrides: tuple[str, ...]) -> None:
     from mlxtune.evaluate.suite import suite_of
     from mlxtune.recipe.load import load_recipe
     from mlxtune.train.corpus import check_sources
+    from mlxtune.train.model import check_model
 
     checked = load_recipe(recipe, overrides)
     suite_of(checked)
+    check_model(checked.model)
     for number, (path, count) in enumerate(check_sources(checked)):
         held_out = "held-out " if number == len(checked.data) else ""
         click.echo(f"{path}: {count} {held_out}records")

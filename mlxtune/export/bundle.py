@@ -34,7 +34,7 @@ from mlxtune.models.load import LoadedModel
 from mlxtune.models.resolve import is_hub_id, public_name
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.corpus import read_corpus
-from mlxtune.train.model import tokenizer_of
+from mlxtune.train.model import rows_of, tokenizer_of
 from mlxtune.train.run import Run, adapter_folder
 from mlxtune.train.session import open_run
 
@@ -118,7 +118,7 @@ def export_run(
     used = (*model_places(model.source.path), *given)
     for_config(model.config)
     name = name or recipe.export.name or recipe.name
-    ollama = modelfile(Renderer(model.tokenizer), model.tokenizer, recipe.export)
+    ollama = modelfile(model.renderer(), model.tokenizer, recipe.export)
     # The folder is shipped: its card knows no place on this machine.
     card = model_card(run, recipe, file_type, _commands(Path(), name), adapter)
     weights = adapter_folder(adapter or path)
@@ -193,7 +193,8 @@ def exported_before(
     if verify and verified is None:
         raise different(folder, "it was not read back (--no-verify hands it over as it is)")
     tokenizer = tokenizer_of(recipe.model)
-    ollama = modelfile(Renderer(tokenizer), tokenizer, recipe.export)
+    renderer = Renderer(tokenizer, rows=rows_of(recipe.model))
+    ollama = modelfile(renderer, tokenizer, recipe.export)
     commands = _commands(folder, name or recipe.export.name or recipe.name)
     return Bundle(folder, file_type, size, verified, commands, ollama, written_before=True)
 
@@ -235,7 +236,7 @@ def _held_out_rows(recipe: Recipe, model: LoadedModel) -> list[list[int]] | None
     None where they cannot be read: a run may outlive its data.
     """
     try:
-        corpus = read_corpus(recipe, Renderer(model.tokenizer))
+        corpus = read_corpus(recipe, model.renderer())
     except MlxtuneError:
         return None
     samples = corpus.held_out or corpus.parts[0].samples

@@ -20,7 +20,6 @@ from mlxtune.adapters.store import load_adapter, read_adapter
 from mlxtune.arrays import flat
 from mlxtune.data.batches import Plan
 from mlxtune.data.inspect import histogram
-from mlxtune.data.render import Renderer
 from mlxtune.data.sources import HUB
 from mlxtune.data.store import lengths_of
 from mlxtune.device import device_name
@@ -44,7 +43,7 @@ from mlxtune.train.model import (
     blocks_computed_twice,
     layout_for,
     load_base,
-    tokenizer_of,
+    renderer_of,
 )
 from mlxtune.train.neftune import add_embedding_noise
 from mlxtune.train.run import RECIPE, Run, adapter_folder
@@ -113,7 +112,7 @@ def _fine_tune(
         initial = read_adapter(adapter_folder(Path(path_of_initial)))
     check_sources(recipe, rows=100)
     workers.barrier()
-    renderer = Renderer(tokenizer_of(recipe.model))
+    renderer = renderer_of(recipe.model)
     corpus = read_corpus(recipe, renderer, reporter.tokenized)
     workers.barrier()
     before = run.status() if run is not None else {}
