@@ -228,7 +228,8 @@ def check_model(section: ModelSection) -> None:
 
 def renderer_of(section: ModelSection) -> Renderer:
     """What turns conversations into the tokens of a recipe's model; no weights are loaded."""
-    return Renderer(tokenizer_of(section), rows=rows_of(section))
+    rows = rows_of(section)  # first: what is no model has no tokenizer either
+    return Renderer(tokenizer_of(section), rows=rows)
 
 
 def rows_of(section: ModelSection) -> int | None:
