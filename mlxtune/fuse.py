@@ -15,19 +15,22 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxtune.arrays import scalar
-from mlxtune.data.render import Renderer
 from mlxtune.errors import OutputExists
 from mlxtune.files import atomic_folder, require_apart, write_json
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.layers.dense import dense_tensors
-from mlxtune.models.folder import dense_pieces, weight_files
+from mlxtune.models.folder import dense_pieces
 from mlxtune.models.load import LoadedModel, load_model
 from mlxtune.models.resolve import ModelSource
 from mlxtune.models.safetensors import write_safetensors
+from mlxtune.models.tokenizer_files import save_tokenizer
+from mlxtune.models.weights import weight_files
 from mlxtune.train.kept import rows_to_try
 from mlxtune.train.session import open_run
 
 REPORT = "fuse.json"
+# What config.json calls the type of the weights; transformers 4 knew the first name alone.
+_DTYPES = ("torch_dtype", "dtype")
 # Enough to meet every layer with real inputs, and quick for a large model too.
 PROOF_CONVERSATIONS = 8
 _TEXTS = (
@@ -82,7 +85,7 @@ def fuse_run(
     with atomic_folder(output, overwrite=overwrite, marker=REPORT) as folder:
         run, live = open_run(path, adapter=adapter, for_inference=False)
         require_apart(output, (*model_places(live.source.path), *([adapter] if adapter else [])))
-        renderer = Renderer(live.tokenizer)
+        renderer = live.renderer()
         chosen = rows_to_try(run, renderer, PROOF_CONVERSATIONS)
         prompts = [sample.tokens.tolist() for sample in chosen]
         if not prompts:  # the run has outlived its data
@@ -140,17 +143,24 @@ def save_model(folder: Path, model: LoadedModel, dtype: str) -> None:
         dtype: `float32`, `float16` or `bfloat16`.
     """
     # Small files first: if the disk fills up, it is at a file that we write ourselves.
-    model.tokenizer.save_pretrained(str(folder))
+    save_tokenizer(folder, model.tokenizer)
     write_json(folder / "config.json", dense_config(model.config, dtype))
     tensors = (tensor.source() for tensor in dense_tensors(model.model))
     write_safetensors(folder, dense_pieces(tensors, dtype, model.config))
 
 
 def dense_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json of a model whose weights are expanded."""
+    """config.json of a model whose weights are expanded.
+
+    The type of the weights is told under the key's older name too, where the config has it, and
+    of the parts of a model that are configs themselves.
+    """
     packed = {"quantization", "quantization_config"}
     kept = {k: v for k, v in config.items() if k not in packed and v is not None}
-    return kept | {"dtype": dtype}
+    for key, part in kept.items():
+        if key.endswith("_config") and isinstance(part, dict):
+            kept[key] = part | {k: dtype for k in _DTYPES if k in part}
+    return kept | {"dtype": dtype} | {k: dtype for k in _DTYPES if k in kept}
 
 
 def _logits(model: nn.Module, prompts: Sequence[list[int]]) -> list[mx.array]:

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mlxtune.arrays import flat
 from mlxtune.errors import RunError
-from mlxtune.files import atomic_file
+from mlxtune.files import LFS_POINTER, LFS_REMEDY, atomic_file, is_lfs_pointer
 
 CONFIG = "adapter_config.json"
 KINDS = ("lora", "dora")
@@ -105,12 +105,32 @@ def save_arrays(path: Path, arrays: dict[str, mx.array], *, format: str = "mlx")
         mx.save_safetensors(handle, arrays, {"format": format})
 
 
+def load_adapter_arrays(path: Path) -> dict[str, mx.array]:
+    """Read the safetensors file of an adapter.
+
+    Raises:
+        RunError: as `load_arrays`, or a tensor has a value that is no number.
+    """
+    arrays = load_arrays(path)
+    for name, array in sorted(arrays.items()):
+        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+            raise RunError(
+                f"the adapter's tensor {name} holds NaN or infinite values, as after a training "
+                "that diverged",
+                where=str(path),
+                remedy="train it anew with a lower learning rate",
+            )
+    return arrays
+
+
 def load_arrays(path: Path) -> dict[str, mx.array]:
     """Read a safetensors file.
 
     Raises:
         RunError: it is missing, or not a whole safetensors file.
     """
+    if is_lfs_pointer(path):
+        raise RunError(LFS_POINTER, where=str(path), remedy=LFS_REMEDY)
     try:
         arrays: Any = mx.load(str(path))
         mx.eval(arrays)

@@ -21,7 +21,7 @@ from mlxtune.adapters.saved import (
     KINDS,
     SavedAdapter,
     check_complete,
-    load_arrays,
+    load_adapter_arrays,
     read_config,
     save_arrays,
     within_block,
@@ -252,7 +252,7 @@ def _read_mlx_lm(folder: Path, config: dict[str, Any]) -> SavedAdapter:
         blocks = int(config["num_layers"]) if targets is not None else None
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"this folder holds no readable adapter: {error!r}", where=where) from None
-    arrays = {n: a.astype(mx.float32) for n, a in load_arrays(folder / WEIGHTS).items()}
+    arrays = {n: a.astype(mx.float32) for n, a in load_adapter_arrays(folder / WEIGHTS).items()}
     check_complete(arrays, kind, where=where)
     adapter = SavedAdapter(
         kind=kind,

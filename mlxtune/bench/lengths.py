@@ -13,7 +13,7 @@ from mlxtune.data.records import Conversation
 from mlxtune.data.render import Renderer, Sample
 from mlxtune.data.sources import HUB
 from mlxtune.errors import DataError, MlxtuneError
-from mlxtune.models.load import load_tokenizer
+from mlxtune.models.load import embedding_rows, load_tokenizer, model_config
 from mlxtune.models.resolve import ModelSource
 from mlxtune.recipe.schema import DataSource, Recipe
 from mlxtune.train.corpus import read_corpus, source_of
@@ -54,7 +54,8 @@ def lengths_of_recipe(recipe: Recipe, source: ModelSource | None) -> Lengths:
     if source is not None:
         try:
             tokenizer = load_tokenizer(source)
-            parts = read_corpus(recipe, Renderer(tokenizer)).parts
+            rows = embedding_rows(model_config(source))
+            parts = read_corpus(recipe, Renderer(tokenizer, rows=rows)).parts
             count = sum(len(part.samples) for part in parts)
             return Lengths(parts, "tokenized", f"{count} records, tokenized")
         except MlxtuneError:

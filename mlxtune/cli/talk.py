@@ -26,7 +26,7 @@ def talk(model: str, *, prompt: str | None, max_tokens: int) -> None:
         max_tokens: an answer is cut off there.
     """
     loaded = _load(model)
-    renderer = Renderer(loaded.tokenizer)
+    renderer = loaded.renderer()
     turns: list[Turn] = []
     if prompt is not None:
         _answer(loaded, renderer, [Turn("user", prompt)], max_tokens)

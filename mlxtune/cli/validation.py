@@ -8,11 +8,10 @@ from pathlib import Path
 
 from mlxtune.errors import DataError, MlxtuneError, RecipeError
 from mlxtune.evaluate.suite import suite_of
-from mlxtune.models.resolve import is_hub_id, resolve_model
 from mlxtune.recipe.load import load_recipe
-from mlxtune.recipe.schema import Recipe
 from mlxtune.train.check import CheckedSource, check_sources
 from mlxtune.train.corpus import unread_files
+from mlxtune.train.model import check_model
 
 
 def validated(path: Path, overrides: tuple[str, ...]) -> Iterator[str]:
@@ -29,7 +28,7 @@ def validated(path: Path, overrides: tuple[str, ...]) -> Iterator[str]:
     suite_of(recipe)
     problems: list[MlxtuneError] = []
     try:
-        _require_model(recipe)
+        check_model(recipe.model)
     except MlxtuneError as error:
         where = "model.path" if error.where == recipe.model.path else str(error.where)
         problems.append(type(error)(error.what, where=where, remedy=error.remedy or ""))
@@ -52,12 +51,6 @@ def validated(path: Path, overrides: tuple[str, ...]) -> Iterator[str]:
     if problems:
         raise RecipeError("this recipe cannot be trained", where=str(path), problems=(*problems,))
     yield f"{path} is valid"
-
-
-def _require_model(recipe: Recipe) -> None:
-    """See that the model is on this machine; what is fetched when it is needed is not asked for."""
-    if not is_hub_id(recipe.model.path):
-        resolve_model(recipe.model.path, revision=recipe.model.revision)
 
 
 def _lines(source: CheckedSource) -> Iterator[str]:

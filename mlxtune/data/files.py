@@ -20,6 +20,7 @@ import jsonlines
 from mlxtune.data.compressed import needs_extra, opened
 from mlxtune.data.formats import FORMATS
 from mlxtune.errors import DataError
+from mlxtune.files import LFS_POINTER, LFS_REMEDY, is_lfs_pointer
 
 
 class Row(NamedTuple):
@@ -113,6 +114,8 @@ def read_rows(path: Path) -> Iterator[Row]:
     """
     read = _reader(path) or _json_lines
     with read_errors(path):
+        if is_lfs_pointer(path):
+            raise DataError(LFS_POINTER, where=str(path), remedy=LFS_REMEDY)
         yield from read(path)
 
 

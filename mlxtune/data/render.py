@@ -66,12 +66,14 @@ class Renderer:
 
     Args:
         tokenizer: a fast Hugging Face tokenizer, or mlx-lm's wrapper around one.
+        rows: of the embedding of the model that the tokens are for; None if unknown. A
+            tokenizer may have tokens beyond them, as Gemma 3's does, which no text may use.
 
     Raises:
         ModelError: the tokenizer gives no character offsets.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, rows: int | None = None) -> None:
         # The Rust core of a fast tokenizer gives ids and offsets in one call.
         core = getattr(tokenizer, "backend_tokenizer", None)
         if core is None:
@@ -86,6 +88,7 @@ class Renderer:
             core.no_padding()
         self._tokenizer = _unwrapped(tokenizer)
         self._core = core
+        self.rows = rows
         self._bos: int | None = tokenizer.bos_token_id
         self._eos: int | None = tokenizer.eos_token_id
         # A tokenizer names few of its special tokens; Phi's end of turn is not among them.
@@ -130,8 +133,31 @@ class Renderer:
         return self.encode(self.text(turns, tools=conversation.tools, ask=True))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of rendered text; the template has put all special tokens in it."""
-        return list(self._core.encode(text, add_special_tokens=False).ids)
+        """Token ids of rendered text; the template has put all special tokens in it.
+
+        Raises:
+            ModelError: one of them has no row in the embedding.
+        """
+        ids = list(self._core.encode(text, add_special_tokens=False).ids)
+        self.require_rows(ids)
+        return ids
+
+    def require_rows(self, tokens: Sequence[int] | npt.NDArray[np.int32], where: str = "") -> None:
+        """See that each token has a row in the embedding.
+
+        Raises:
+            ModelError: one has none; MLX would read whatever lies behind the last row.
+        """
+        largest = int(np.max(tokens, initial=0))
+        if self.rows is not None and largest >= self.rows:
+            raise ModelError(
+                f"the token {self._core.id_to_token(largest)!r} has the id {largest}, and the "
+                f"model's embedding has {self.rows} rows: it was not resized when tokens were "
+                "added",
+                where=where or None,
+                remedy="resize it in transformers, model.resize_token_embeddings(len(tokenizer)), "
+                "and save the model anew",
+            )
 
     def decode(self, tokens: Iterable[int], *, special: bool = True) -> str:
         """The text of tokens; with `special` that of special ones too."""
@@ -146,7 +172,7 @@ class Renderer:
             NothingTrained: no token carries weight.
             DataError: the template cannot be rendered, or where a turn begins and ends
                 in its text cannot be told.
-            ModelError: see `text`.
+            ModelError: see `text`, or a token has no row in the embedding.
         """
         masking = masking or Masking()
         where = conversation.where
@@ -162,6 +188,7 @@ class Renderer:
                 f"the model's chat template refuses this conversation: {error}", where=where
             ) from None
         for tokens, weights in made:
+            self.require_rows(tokens, where)
             if len(tokens) > 1 and self._bos is not None and (tokens[:2] == self._bos).all():
                 raise DataError(
                     "this record begins with two tokens that mean the beginning of a text",

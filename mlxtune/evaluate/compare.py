@@ -14,7 +14,6 @@ import mlx.core as mx
 
 from mlxtune.adapters.store import fitted, put_adapter, read_adapter
 from mlxtune.data.records import Conversation, Turn
-from mlxtune.data.render import Renderer
 from mlxtune.errors import DataError, MlxtuneError
 from mlxtune.evaluate.bootstrap import mean_interval, paired_difference, ratio_interval
 from mlxtune.evaluate.comparison import BASE, TUNED, Answered, Comparison, Figures, Source
@@ -248,7 +247,7 @@ class _Several:
         one model lacks are left out for all.
         """
         options, before = self._options, self._records
-        renderer = Renderer(loaded.tokenizer)
+        renderer = loaded.renderer()
         records = read_records(self._recipe, self._sources, renderer)
         if before is None:
             whole, records = len(records.conversations), records.first(options.limit)

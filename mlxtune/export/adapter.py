@@ -21,10 +21,10 @@ from mlxtune.export.ollama import require_name
 from mlxtune.export.record import REPORT, SIZE, of_weights, read_record, require_same
 from mlxtune.files import atomic_folder, write_json, write_text
 from mlxtune.fuse import require_outside
-from mlxtune.models.load import load_tokenizer, model_config
+from mlxtune.models.load import embedding_rows, load_tokenizer, model_config
 from mlxtune.models.resolve import resolve_model
 from mlxtune.recipe.schema import ExportSection
-from mlxtune.train.model import tokenizer_of
+from mlxtune.train.model import rows_of, tokenizer_of
 from mlxtune.train.run import STATUS, Run, adapter_folder
 
 GGUF = "adapter.gguf"
@@ -183,10 +183,12 @@ def _modelfile(adapter: SavedAdapter, run: Run | None, base: str | None) -> Mode
     if run is not None:
         recipe = run.recipe()
         tokenizer, settings = tokenizer_of(recipe.model), recipe.shipping
+        rows = rows_of(recipe.model)
     else:
-        tokenizer = load_tokenizer(resolve_model(adapter.base, weights=False))
+        source = resolve_model(adapter.base, weights=False)
+        tokenizer, rows = load_tokenizer(source), embedding_rows(model_config(source))
         settings = ExportSection()
-    made = modelfile(Renderer(tokenizer), tokenizer, settings, gguf=base)
+    made = modelfile(Renderer(tokenizer, rows=rows), tokenizer, settings, gguf=base)
     return replace(made, adapter=f"./{GGUF}")
 
 

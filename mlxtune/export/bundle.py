@@ -33,7 +33,7 @@ from mlxtune.models.load import LoadedModel
 from mlxtune.models.resolve import is_hub_id, public_name
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.kept import rows_to_try
-from mlxtune.train.model import tokenizer_of
+from mlxtune.train.model import rows_of, tokenizer_of
 from mlxtune.train.run import Run, adapter_folder
 from mlxtune.train.session import open_run
 
@@ -117,7 +117,7 @@ def export_run(
     used = (*model_places(model.source.path), *given)
     for_config(model.config)
     name = name or recipe.export.name or recipe.name
-    ollama = modelfile(Renderer(model.tokenizer), model.tokenizer, recipe.shipping)
+    ollama = modelfile(model.renderer(), model.tokenizer, recipe.shipping)
     # The folder is shipped: its card knows no place on this machine.
     card = model_card(run, recipe, file_type, _commands(Path(), name), adapter)
     weights = adapter_folder(adapter or path)
@@ -192,7 +192,8 @@ def exported_before(
     if verify and verified is None:
         raise different(folder, "it was not read back (--no-verify hands it over as it is)")
     tokenizer = tokenizer_of(recipe.model)
-    ollama = modelfile(Renderer(tokenizer), tokenizer, recipe.shipping)
+    renderer = Renderer(tokenizer, rows=rows_of(recipe.model))
+    ollama = modelfile(renderer, tokenizer, recipe.shipping)
     commands = _commands(folder, name or recipe.export.name or recipe.name)
     return Bundle(folder, file_type, size, verified, commands, ollama, written_before=True)
 
@@ -230,7 +231,7 @@ def _made_of(
 
 def _rows_to_try(run: Run, model: LoadedModel) -> list[list[int]] | None:
     """What the file is tried with; None where the run's records are gone."""
-    samples = rows_to_try(run, Renderer(model.tokenizer), ROWS)
+    samples = rows_to_try(run, model.renderer(), ROWS)
     return [sample.tokens.tolist() for sample in samples] or None
 
 

@@ -147,7 +147,7 @@ def calibrate(
     counts: dict[str, npt.NDArray[np.float64]] = {}
     tokens = 0
     with _recorded(_matrices(model)) as recorded:
-        for batch in _batches(_limited(_chunks(data, model.tokenizer), max_tokens)):
+        for batch in _batches(_limited(_chunks(data, model), max_tokens)):
             model.model(mx.array(batch))
             # The logits are not asked for, so they are not computed.
             mx.eval(recorded)
@@ -197,11 +197,11 @@ def _batches(chunks: Iterable[npt.NDArray[np.int32]]) -> Iterator[npt.NDArray[np
             yield np.stack(same[start : start + rows])
 
 
-def _chunks(data: Path, tokenizer: Any) -> Iterator[npt.NDArray[np.int32]]:
+def _chunks(data: Path, model: LoadedModel) -> Iterator[npt.NDArray[np.int32]]:
     """Token ids, at most `CHUNK` at a time; no chunk has tokens of two records."""
-    renderer = Renderer(tokenizer)
+    renderer = model.renderer()
     if data.suffix == ".txt":
-        yield from _of_text(_text(data), renderer, tokenizer)
+        yield from _of_text(_text(data), renderer, model.tokenizer)
         return
     for number, conversation in enumerate(Source(str(data)), 1):
         for sample in renderer.samples(conversation, number):
@@ -220,6 +220,7 @@ def _of_text(text: str, renderer: Renderer, tokenizer: Any) -> Iterator[npt.NDAr
     """Chunks that each begin as texts of this tokenizer do."""
     first = list(tokenizer.encode(""))[:1]
     begin = first if first == [tokenizer.bos_token_id] else []
+    renderer.require_rows(begin)
     ids, room = renderer.encode(text), CHUNK - len(begin)
     for start in range(0, len(ids), room):
         yield np.array(begin + ids[start : start + room], np.int32)

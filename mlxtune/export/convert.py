@@ -23,6 +23,7 @@ from mlxtune.gguf.tensors import SourceTensor
 from mlxtune.gguf.writer import Importance, Written, write_gguf
 from mlxtune.models.folder import dense_pieces, packable, packed_pieces
 from mlxtune.models.safetensors import write_safetensors
+from mlxtune.models.tokenizer_files import save_tokenizer
 from mlxtune.train.memory import GB, memory_budget
 
 Progress = Callable[[str], None]
@@ -270,7 +271,7 @@ def convert_to_folder(
         return f"{mlx_bits} bits" if mlx_bits and packable(tensor, group_size) else dtype
 
     with atomic_folder(output, overwrite=overwrite, marker="config.json") as folder:
-        model.tokenizer().save_pretrained(str(folder))
+        save_tokenizer(folder, model.tokenizer())
         if mlx_bits is None:
             pieces = dense_pieces(model.tensors(), dtype, config)
         else:

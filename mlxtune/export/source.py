@@ -24,11 +24,11 @@ from mlxtune.gguf.sentencepiece import sentencepiece_metadata
 from mlxtune.gguf.tensors import SourceTensor, gguf_tensors
 from mlxtune.gguf.tokenizer import tokenizer_metadata
 from mlxtune.layers.dense import dense_tensors
-from mlxtune.models.folder import CODES, folder_tensors, weight_files
+from mlxtune.models.folder import CODES, folder_tensors
 from mlxtune.models.load import LoadedModel, load_model, load_tokenizer, model_config
 from mlxtune.models.resolve import ModelSource, resolve_model
-from mlxtune.models.safetensors import read_safetensors
 from mlxtune.models.skeleton import built
+from mlxtune.models.weights import stored_tensors
 from mlxtune.train.run import STATUS
 from mlxtune.train.session import open_run
 
@@ -170,7 +170,7 @@ def _called(source: ModelSource) -> str:
 
 def _from_folder(source: ModelSource) -> Convertible:
     config = _text_config(model_config(source))
-    if not any(name.endswith("lm_head.weight") for name in _headers(source.path)):
+    if not any(name.endswith("lm_head.weight") for name in stored_tensors(source.path)):
         config.setdefault("tie_word_embeddings", True)
     tokenizer = cache(lambda: load_tokenizer(source))
     return Convertible(
@@ -245,15 +245,11 @@ def _only_pieces(path: Path) -> bool:
     return (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file()
 
 
-def _headers(path: Path) -> dict[str, Any]:
-    return {name: t for file in weight_files(path) for name, t in read_safetensors(file).items()}
-
-
 def _stored_dtype(path: Path) -> str:
     """The float type of most of a folder's bytes."""
     names = {code: name for name, code in CODES.items()}
     sizes = dict.fromkeys(names.values(), 0)
-    for tensor in _headers(path).values():
+    for tensor in stored_tensors(path).values():
         if tensor.dtype in names:
             sizes[names[tensor.dtype]] += tensor.nbytes
     return max(sizes, key=lambda name: sizes[name])

@@ -14,6 +14,7 @@ from mlxtune.device import device_name
 from mlxtune.errors import RunError
 from mlxtune.files import sha256
 from mlxtune.models.resolve import ModelSource
+from mlxtune.models.weights import weight_files
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.corpus import held_out_source, source_of
 from mlxtune.train.distributed import Workers
@@ -72,7 +73,7 @@ def _fingerprint(source: ModelSource) -> str:
     """
     if source.is_gguf:
         return sha256(source.path)
-    files = sorted(source.path.glob("*.safetensors"))
+    files = weight_files(source.path)
     weights = ",".join(f"{file.name}:{_sampled(file)}" for file in files)
     return f"{sha256(source.path / 'config.json')} {weights}"
 

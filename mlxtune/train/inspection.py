@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from mlxtune.data.inspect import Bin, SharedPrefix, histogram, shared_prefix, spread, stretches
-from mlxtune.data.render import Renderer, Sample
+from mlxtune.data.render import Sample
 from mlxtune.data.rules import Tally, record_samples
 from mlxtune.data.store import Progress, TokenStore
 from mlxtune.data.tokens import tokenize
 from mlxtune.errors import DataError
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.corpus import read_corpus, rules_of, source_of
-from mlxtune.train.model import tokenizer_of
+from mlxtune.train.model import renderer_of
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def inspect_recipe(
     Raises:
         DataError: a record is wrong, or there is none of that number.
     """
-    renderer = Renderer(tokenizer_of(recipe.model))
+    renderer = renderer_of(recipe.model)
     stores: list[TokenStore] = []
     samples: list[Sample] = []
     left_out: dict[int, str] = {}

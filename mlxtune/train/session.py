@@ -21,7 +21,6 @@ from mlxtune.adapters.store import load_adapter, read_adapter
 from mlxtune.arrays import flat
 from mlxtune.data.batches import Plan
 from mlxtune.data.inspect import histogram
-from mlxtune.data.render import Renderer
 from mlxtune.data.sources import HUB
 from mlxtune.data.store import lengths_of
 from mlxtune.device import device_name
@@ -47,7 +46,7 @@ from mlxtune.train.model import (
     blocks_computed_twice,
     layout_for,
     load_base,
-    tokenizer_of,
+    renderer_of,
 )
 from mlxtune.train.neftune import add_embedding_noise
 from mlxtune.train.run import RECIPE, Run, adapter_folder
@@ -116,7 +115,7 @@ def _fine_tune(
         initial = read_adapter(adapter_folder(Path(path_of_initial)))
     check_sources(recipe, rows=100).require_usable()
     workers.barrier()
-    renderer = Renderer(tokenizer_of(recipe.model))
+    renderer = renderer_of(recipe.model)
     corpus = read_corpus(recipe, renderer, reporter.tokenized)
     corpus.overlap().require_below(recipe.eval.max_overlap)
     workers.barrier()

@@ -295,6 +295,26 @@ def test_a_folder_without_a_readable_config_is_refused(tmp_path, damage):
     assert caught.value.where == str(tmp_path)
 
 
+@pytest.mark.parametrize("value", [mx.nan, mx.inf, -mx.inf])
+@pytest.mark.parametrize("layout", ["own", "mlx-lm", "peft"])
+def test_values_that_are_no_numbers_are_refused_by_their_tensor(tmp_path, layout, value):
+    model = adapted(tiny_llama())
+    save_adapter(tmp_path, model, base="base")
+    if layout != "own":
+        adapter = read_adapter(tmp_path)
+        (tmp_path / "adapters.safetensors").unlink()
+        (write_peft if layout == "peft" else write_mlx_lm)(tmp_path, adapter)
+    [file] = tmp_path.glob("*.safetensors")
+    arrays = mx.load(str(file))
+    name = next(name for name in sorted(arrays) if "layers.1.mlp.up_proj" in name)
+    arrays[name][1, 1] = value
+    mx.save_safetensors(str(file), arrays)
+    with pytest.raises(RunError) as told:
+        read_adapter(tmp_path)
+    assert f"the adapter's tensor {name} holds NaN or infinite values" in told.value.what
+    assert told.value.where == str(file)
+
+
 @pytest.mark.parametrize("kept", [0, 4, 100, 0.5, 0.99])
 def test_truncated_adapter_weights_are_refused(tmp_path, kept):
     save_adapter(tmp_path, adapted(tiny_llama()), base="tiny")
