@@ -27,6 +27,18 @@ def pytest_xdist_auto_num_workers() -> int:
     return max(1, min(cores(), psutil.virtual_memory().total // (4 << 30), 4))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests come first, so that processes end together, and those of the long real run
+    before all others: one process makes it while the other has work that does not wait for it."""
+
+    def later(item: pytest.Item) -> tuple[bool, bool]:
+        of_run = "shell_run" in item.nodeid or "shell_run" in item.fixturenames
+        return not of_run, item.get_closest_marker("slow") is None
+
+    items.sort(key=later)
+
+
 @pytest.fixture
 def recipe_file(tmp_path):
     """Writes text as a recipe."""

@@ -254,7 +254,7 @@ def test_interrupted_and_resumed_is_the_uninterrupted_run(recipe, few, tmp_path)
     assert [p.name for p in sorted(stopped.checkpoints.iterdir())] == ["step-4", "step-6"]
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_the_uninterrupted_run(recipe, few, tmp_path, kills):
     """SIGKILL at random moments; MLXTUNE_KILLS=100 for more of them."""
     kills = int(os.environ.get("MLXTUNE_KILLS", kills))
