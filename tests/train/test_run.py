@@ -239,7 +239,7 @@ def test_interrupted_and_resumed_is_the_uninterrupted_run(recipe, few, tmp_path)
         lora={"dropout": 0.1},
         train={"neftune_noise_alpha": 5.0},
         checkpoint={"steps": 2},
-        eval={"path": str(few), "steps": 3},
+        eval={"path": str(few), "max_overlap": 1.0, "steps": 3},
     )
     straight = fine_tune(settings, tmp_path / "straight", Silent())
     with pytest.raises(Interrupted):
@@ -264,7 +264,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(recipe, few, tmp_path, kill
         checkpoint={"steps": 1},
         lora={"dropout": 0.1},
         train={"max_steps": 15 * (kills + 1)},
-        eval={"path": str(few), "max_samples": 2, "steps": 15},
+        eval={"path": str(few), "max_overlap": 1.0, "max_samples": 2, "steps": 15},
     )
     from mlxtune.recipe.load import dump_recipe
 
@@ -350,7 +350,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_as_it_did(recipe, few, 
     settings = recipe(
         few,
         lora={"init_from": str(first.path), "dropout": 0.1},
-        eval={"path": str(few), "max_samples": 2, "steps": 3},
+        eval={"path": str(few), "max_overlap": 1.0, "max_samples": 2, "steps": 3},
     )
     straight = fine_tune(settings, tmp_path / "straight", Silent())
     with pytest.raises(MemoryError):
@@ -387,7 +387,7 @@ def test_training_stops_when_the_held_out_loss_gets_no_better(recipe, few, tmp_p
     settings = recipe(
         few,
         train={"learning_rate": 1e-30, "max_steps": 30},
-        eval={"path": str(few), "steps": 1, "patience": 3},
+        eval={"path": str(few), "max_overlap": 1.0, "steps": 1, "patience": 3},
     )
     run = fine_tune(settings, tmp_path / "run", Silent())
     measured = [e["held_out_loss"] for e in run.metrics() if "held_out_loss" in e]
@@ -405,7 +405,7 @@ def test_the_last_steps_before_an_early_stop_are_reported(recipe, few, tmp_path)
     settings = recipe(
         few,
         train={"learning_rate": 1e-30, "max_steps": 30},
-        eval={"path": str(few), "max_samples": 2, "steps": 1, "patience": 3},
+        eval={"path": str(few), "max_overlap": 1.0, "max_samples": 2, "steps": 1, "patience": 3},
         log={"steps": 10},
     )
     run = fine_tune(settings, tmp_path / "run", Silent())
@@ -597,7 +597,7 @@ def test_max_samples_takes_the_first_so_many(recipe, few, tmp_path):
     from mlxtune.train.corpus import read_corpus
     from mlxtune.train.model import tokenizer_of
 
-    settings = recipe(few, eval={"path": str(few), "max_samples": 3})
+    settings = recipe(few, eval={"path": str(few), "max_overlap": 1.0, "max_samples": 3})
     values = settings.model_dump() | {"data": [{"path": str(few), "max_samples": 7}]}
     settings = parse_recipe(values, where="test")
     corpus = read_corpus(settings, Renderer(tokenizer_of(settings.model)))
