@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlxtune.arrays import flat
+from mlxtune.arrays import flat, scalar
 from mlxtune.errors import RunError
 from mlxtune.files import atomic_file
 
@@ -85,6 +85,25 @@ def check_complete(names: Iterable[str], kind: str, *, where: str) -> None:
         if wrong := sorted(arrays ^ wanted):
             verb = "lacks" if wrong[0] in wanted else "has an unknown array"
             raise RunError(f"the adapter of {path} {verb} {wrong[0]}", where=where)
+
+
+def check_finite(arrays: Mapping[str, mx.array], *, where: str) -> None:
+    """Refuse an adapter with weights that are no numbers: a model with it answers nothing.
+
+    Raises:
+        RunError: it has such weights; they are counted, and the first array is named.
+    """
+    found = {name: mx.logical_not(mx.isfinite(array)).sum() for name, array in arrays.items()}
+    mx.eval(found)
+    wrong = {name: int(scalar(count)) for name, count in sorted(found.items()) if scalar(count)}
+    if wrong:
+        whole = sum(array.size for array in arrays.values())
+        raise RunError(
+            f"the adapter is damaged: {sum(wrong.values()):,} of its {whole:,} weights are no "
+            f"numbers (nan or infinite), the first in {next(iter(wrong))}",
+            where=where,
+            remedy="train again with a lower train.learning_rate, or take a copy that is whole",
+        )
 
 
 def within_block(path: str) -> str:
