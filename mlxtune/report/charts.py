@@ -129,7 +129,7 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
             "Peak memory",
             "GB",
             "The most memory that MLX had in use up to each step.",
-            _curves(runs, "peak_memory_bytes", "peak"),
+            _curves(runs, "peak_memory_bytes", "measured"),
             _plans(runs),
             scale=GB,
             from_zero=True,
@@ -169,7 +169,9 @@ def _curves(runs: Sequence[RunRecord], key: str, name: str) -> tuple[Curve, ...]
 
 def _plans(runs: Sequence[RunRecord]) -> tuple[Level, ...]:
     key = "peak_memory_bytes"
-    return tuple(Level("plan", n, run.plan[key]) for n, run in enumerate(runs) if key in run.plan)
+    return tuple(
+        Level("planned", n, run.plan[key]) for n, run in enumerate(runs) if key in run.plan
+    )
 
 
 def _is_spread(curves: Sequence[Curve]) -> bool:

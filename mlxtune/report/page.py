@@ -208,10 +208,11 @@ def _facts(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     tables = []
     for run in runs:
         facts = {"folder of the run": str(run.path), "status": run.status}
-        for key, value in run.facts.items():
+        first = {key: run.facts.get(key) for key in ("command", "started", "ended")}
+        for key, value in (first | run.facts).items():
             if key == "versions" and isinstance(value, dict):
                 facts |= {f"version of {name}": str(version) for name, version in value.items()}
-            elif key not in _SHOWN_ELSEWHERE and value is not None:
+            elif key not in _SHOWN_ELSEWHERE and value not in (None, "", [], {}):
                 told = value if isinstance(value, str) else json.dumps(value)
                 facts[_FACT_NAMES.get(key, key.replace("_", " "))] = told
         hashes = run.facts.get("hashes")

@@ -221,7 +221,7 @@ def _cell(interval: dict[str, Any] | None, gain: dict[str, Any] | None) -> Cell:
         return Cell("–")
     mean, low, high = (float(interval[key]) for key in ("mean", "low", "high"))
     text = f"{share(mean)} ±{50 * (high - low):.0f}"
-    if not gain:
+    if not gain or gain["low"] == gain["high"] == 0:
         return Cell(text, (mean, low, high))
     # Where it has to be in two lines, the interval is one of them.
     mean_gain, *ends = (

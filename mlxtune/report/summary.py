@@ -114,7 +114,7 @@ def time_text(started: str | None, ended: str | None) -> str:
     if begin is None:
         return ""
     text = f"{begin:%Y-%m-%d, %H:%M}"
-    if end is None:
+    if end is None or end.replace(second=0) == begin.replace(second=0):
         return text
     return f"{text} to {end:{'%H:%M' if end.date() == begin.date() else '%Y-%m-%d, %H:%M'}}"
 

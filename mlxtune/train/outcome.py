@@ -106,8 +106,8 @@ class Outcome:
         """
         if (step := self.better_before) is not None:
             return (
-                f"the held-out loss was lowest after step {step}, {self.losses[step]:.4f}: "
-                f"{best}, which eval, fuse and export take by --adapter"
+                f"the held-out loss was lowest after step {step} ({self.losses[step]:.4f}): that "
+                f"adapter is in {best}; eval, fuse and export take it with --adapter"
             )
         if self.warning is not None:
             return "train again with a lower train.learning_rate, or look at the records"

@@ -330,7 +330,7 @@ def test_several_runs_are_told_apart_and_compared(runs):
     assert [record.name for record in records] == ["tiny (a)", "tiny (b)"]
     dom = Dom(page(records))
     assert "What differs" in dom.text
-    differing = dom.text[dom.text.index("What differs") :].split("Training")[0]
+    differing = dom.text.split("What differs")[2].split("Training")[0]  # first in the contents
     assert "train.learning_rate" in differing and "train.max_steps" in differing
     assert "lora.rank" not in differing
 
@@ -451,9 +451,12 @@ def test_the_first_figure_is_of_a_whole_evaluation(runs, tmp_path):
     # Samples of all but the first are folded up.
     assert page([read_run(run)]).count("<details><summary>Sample answers</summary>") == len(kinds)
     for name in ("c", "b-of-other-data"):
-        assert tile().startswith(f"{kinds[name][1]:.1%} base") and "first" not in tile()
+        assert (
+            tile().startswith(f"{kinds[name][1]:.1%} 0.0% before training; 3 records")
+            and "first" not in tile()
+        )
         (run / f"eval/{name}.json").unlink()
-    assert tile().startswith("11.1% base") and "3 held-out records" in tile()
+    assert tile().startswith("11.1% 0.0% before training") and "3 held-out records" in tile()
 
 
 def test_what_the_judge_did_and_cost_is_on_the_page(runs, tmp_path):
