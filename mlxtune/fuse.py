@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxtune.arrays import scalar
-from mlxtune.errors import OutputExists
+from mlxtune.errors import OutputExists, RunError
 from mlxtune.files import atomic_folder, require_apart, write_json
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.layers.dense import dense_tensors
@@ -78,7 +78,7 @@ def fuse_run(
         overwrite: replace `output` if it exists.
 
     Raises:
-        RunError: there is no finished run.
+        RunError: there is no finished run, or its model gives no numbers.
         OutputExists, StorageError: nothing was written.
     """
     require_outside(output, path)
@@ -91,6 +91,12 @@ def fuse_run(
         if not prompts:  # the run has outlived its data
             prompts = [renderer.encode(text) for text in _TEXTS]
         before = _logits(live.model, prompts)
+        if any(scalar(mx.isnan(logits).any()) for logits in before):
+            raise RunError(
+                "the model gives no numbers with this adapter: its logits are nan",
+                where=str(path),
+                remedy="train again with a lower train.learning_rate",
+            )
         dtype = dtype or live.stored_dtype
         save_model(folder, live, dtype)
         fused = load_model(ModelSource(str(output), folder), dtype=live.dtype)

@@ -19,7 +19,7 @@ from support.models import SMOLLM2, save_tiny_model  # noqa: E402
 from support.once import Once  # noqa: E402
 
 machine.remember()
-pytest_plugins = ["support.budget", "support.leftovers"]
+pytest_plugins = ["support.browser", "support.budget", "support.leftovers"]
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -87,6 +87,37 @@ def tiny_run(once, recipe, few) -> Path:
 
     settings = recipe(few, eval={"path": str(SHELL_HELDOUT), "max_samples": 8})
     return once("tiny run", lambda path: fine_tune(settings, path, Silent()))
+
+
+@pytest.fixture(scope="session")
+def trained_folder(once, recipe, few) -> Path:
+    """The tiny model after ten good steps, as a folder: one that training can make worse."""
+    from mlxtune.fuse import fuse_run
+    from mlxtune.train.metrics import Silent
+    from mlxtune.train.session import fine_tune
+
+    def make(path: Path) -> None:
+        settings = recipe(few, train={"learning_rate": 3e-2, "max_steps": 10})
+        fine_tune(settings, path / "run", Silent())
+        fuse_run(path / "run", path / "model")
+
+    return once("trained tiny model", make) / "model"
+
+
+@pytest.fixture(scope="session")
+def worse_run(once, recipe, few, trained_folder) -> Path:
+    """A finished run that made its model worse, at an absurd rate. Do not change it."""
+    from mlxtune.train.metrics import Silent
+    from mlxtune.train.session import fine_tune
+
+    settings = recipe(
+        few,
+        name="worse",
+        model={"path": str(trained_folder)},
+        eval={"path": str(SHELL_HELDOUT), "max_samples": 8, "steps": 2},
+        train={"learning_rate": 1.0},
+    )
+    return once("worse run", lambda path: fine_tune(settings, path, Silent()))
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from mlxtune.adapters.saved import (
     CONFIG,
     SavedAdapter,
     check_complete,
-    load_adapter_arrays,
+    load_arrays,
     save_arrays,
     within_block,
 )
@@ -75,7 +75,7 @@ def read_peft(folder: Path, config: dict[str, Any]) -> SavedAdapter:
             remedy="save it again with safe_serialization=True",
         )
     kind = "dora" if config.get("use_dora") else "lora"
-    arrays = dict(_ours(n, a, where) for n, a in load_adapter_arrays(folder / WEIGHTS).items())
+    arrays = dict(_ours(n, a, where) for n, a in load_arrays(folder / WEIGHTS).items())
     check_complete(arrays, kind, where=where)
     base = str(config.get("base_model_name_or_path") or "another model")
     return SavedAdapter(kind, rank, scale, arrays, base, blocks=None, where=where)

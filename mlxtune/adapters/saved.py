@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlxtune.arrays import flat
+from mlxtune.arrays import flat, scalar
 from mlxtune.errors import RunError
 from mlxtune.files import LFS_POINTER, LFS_REMEDY, atomic_file, is_lfs_pointer
 
@@ -87,6 +87,25 @@ def check_complete(names: Iterable[str], kind: str, *, where: str) -> None:
             raise RunError(f"the adapter of {path} {verb} {wrong[0]}", where=where)
 
 
+def check_finite(arrays: Mapping[str, mx.array], *, where: str) -> None:
+    """Refuse an adapter with weights that are no numbers: a model with it answers nothing.
+
+    Raises:
+        RunError: it has such weights; they are counted, and the first array is named.
+    """
+    found = {name: mx.logical_not(mx.isfinite(array)).sum() for name, array in arrays.items()}
+    mx.eval(found)
+    wrong = {name: int(scalar(count)) for name, count in sorted(found.items()) if scalar(count)}
+    if wrong:
+        whole = sum(array.size for array in arrays.values())
+        raise RunError(
+            f"the adapter is damaged: {sum(wrong.values()):,} of its {whole:,} weights are no "
+            f"numbers (nan or infinite), the first in {next(iter(wrong))}",
+            where=where,
+            remedy="train again with a lower train.learning_rate, or take a copy that is whole",
+        )
+
+
 def within_block(path: str) -> str:
     """`self_attn.q_proj` for `model.layers.3.self_attn.q_proj`; nothing outside of blocks."""
     _, _, rest = path.partition("layers.")
@@ -103,24 +122,6 @@ def save_arrays(path: Path, arrays: dict[str, mx.array], *, format: str = "mlx")
     with atomic_file(path) as handle:
         # Through Python's file, because a full disk is an error there.
         mx.save_safetensors(handle, arrays, {"format": format})
-
-
-def load_adapter_arrays(path: Path) -> dict[str, mx.array]:
-    """Read the safetensors file of an adapter.
-
-    Raises:
-        RunError: as `load_arrays`, or a tensor has a value that is no number.
-    """
-    arrays = load_arrays(path)
-    for name, array in sorted(arrays.items()):
-        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
-            raise RunError(
-                f"the adapter's tensor {name} holds NaN or infinite values, as after a training "
-                "that diverged",
-                where=str(path),
-                remedy="train it anew with a lower learning rate",
-            )
-    return arrays
 
 
 def load_arrays(path: Path) -> dict[str, mx.array]:

@@ -21,7 +21,8 @@ from mlxtune.adapters.saved import (
     KINDS,
     SavedAdapter,
     check_complete,
-    load_adapter_arrays,
+    check_finite,
+    load_arrays,
     read_config,
     save_arrays,
     within_block,
@@ -94,11 +95,14 @@ def read_adapter(folder: Path) -> SavedAdapter:
     """An adapter that mlxtune, mlx-lm or PEFT wrote.
 
     Raises:
-        RunError: the folder holds none, a damaged one, or one of a kind that cannot be
-            used here, which is named.
+        RunError: the folder holds none, a damaged one, one whose weights are no numbers, or
+            one of a kind that cannot be used here, which is named.
     """
     config = read_config(folder)
-    return read_peft(folder, config) if "peft_type" in config else _read_mlx_lm(folder, config)
+    peft = "peft_type" in config
+    adapter = read_peft(folder, config) if peft else _read_mlx_lm(folder, config)
+    check_finite(adapter.arrays, where=str(folder))
+    return adapter
 
 
 def load_adapter(folder: Path, model: nn.Module) -> None:
@@ -252,7 +256,7 @@ def _read_mlx_lm(folder: Path, config: dict[str, Any]) -> SavedAdapter:
         blocks = int(config["num_layers"]) if targets is not None else None
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"this folder holds no readable adapter: {error!r}", where=where) from None
-    arrays = {n: a.astype(mx.float32) for n, a in load_adapter_arrays(folder / WEIGHTS).items()}
+    arrays = {n: a.astype(mx.float32) for n, a in load_arrays(folder / WEIGHTS).items()}
     check_complete(arrays, kind, where=where)
     adapter = SavedAdapter(
         kind=kind,

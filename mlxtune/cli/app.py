@@ -119,16 +119,20 @@ def lora(
                 overwrite=overwrite,
                 workers=workers,
                 forecast=forecast(force=force),
+                command=" ".join(["mlxtune", *map(quote, sys.argv[1:])]),
             )
     if silent:
         return
-    click.echo(f"adapter: {folder / 'adapter'}")
-    if (best := run.better_before()) is not None:
-        click.echo(
-            f"the held-out loss was lowest after step {best}: {folder / 'adapter-best'}, which "
-            "eval, fuse and export take by --adapter"
-        )
-    click.echo(f"next: mlxtune eval {folder}   mlxtune report {folder}   mlxtune export {folder}")
+    from mlxtune.train.outcome import adapter_name, outcome_lines
+
+    said = outcome_lines(run)
+    for line in said:
+        click.echo(line)
+    click.echo(f"adapter: {adapter_name(run.adapter)}")
+    # A model that got worse is to be looked at, not shipped.
+    worse = any(line.startswith("warning") for line in said)
+    verbs = ("eval", "report") if worse else ("eval", "report", "export")
+    click.echo("next: " + "   ".join(f"mlxtune {verb} {folder}" for verb in verbs))
 
 
 @cli.command()
@@ -156,7 +160,11 @@ def fuse(
     from dataclasses import asdict
 
     from mlxtune.fuse import fuse_run
+    from mlxtune.train.outcome import adapter_lines
+    from mlxtune.train.run import adapter_folder
 
+    for line in adapter_lines(adapter_folder(adapter or run)):
+        click.echo(line, err=True)
     report = fuse_run(run, output, adapter=adapter, dtype=dtype, overwrite=overwrite)
     if as_json:
         click.echo(json.dumps(asdict(report), indent=2))

@@ -127,7 +127,8 @@ def export(
     from mlxtune.export.bundle import export_run, exported_before
     from mlxtune.export.handover import hand_over
     from mlxtune.export.ollama import base_url, require_name
-    from mlxtune.train.run import Run
+    from mlxtune.train.outcome import adapter_lines
+    from mlxtune.train.run import Run, adapter_folder
 
     try:
         recipe = Run.open(run).recipe()
@@ -153,6 +154,9 @@ def export(
         "calibration": calibration,
         "verify": verify,
     }
+    # First, not after minutes of work that may have been for nothing.
+    for line in adapter_lines(adapter_folder(adapter or run)):
+        click.echo(line, err=True)
     bundle = None
     if to is not None and not overwrite:
         # Handed over once more, to a program that was not there the first time.
@@ -187,6 +191,7 @@ def _tell_bundle(bundle: Bundle, *, commands: bool) -> None:
     before = ", written before" * bundle.written_before
     size = file_size(bundle.gguf_bytes)
     click.echo(f"{bundle.folder}: model.gguf ({size}), Modelfile, README{before}")
+    click.echo(f"  of {bundle.adapter}")
     for line in unweighed_lines(bundle.unweighed):
         click.echo(line)
     if bundle.verified is not None:
@@ -210,9 +215,13 @@ def _export_adapter(
     from mlxtune.export.adapter import export_adapter
     from mlxtune.export.handover import hand_over
     from mlxtune.export.ollama import base_url
+    from mlxtune.train.outcome import adapter_lines
+    from mlxtune.train.run import adapter_folder
 
     if layout == "ollama" and not dry_run:
         base_url()
+    for line in adapter_lines(adapter_folder(path)):
+        click.echo(line, err=True)
     written = export_adapter(path, layout, output=output, base=base, name=name, overwrite=overwrite)
     if not as_json:
         before = ", written before" * written.written_before

@@ -29,6 +29,7 @@ from mlxtune.models.resolve import resolve_model
 from mlxtune.recipe.schema import DataSource, ModelSection, Recipe, TrainSection
 from mlxtune.train.kept import held_out_rows, trained_on
 from mlxtune.train.model import load_base
+from mlxtune.train.outcome import adapter_name
 from mlxtune.train.run import STATUS, Run, adapter_folder
 from mlxtune.train.session import open_run
 
@@ -85,7 +86,8 @@ def compare_run(
     """
     options = replace(options or Options(), **how)
     run = Run.open(path)
-    saved = read_adapter(adapter_folder(adapter) if adapter else run.finished_adapter())
+    weights = adapter_folder(adapter) if adapter else run.finished_adapter()
+    saved = read_adapter(weights)
     recipe = run.recipe()
     suite = suite_of(recipe, options.suite)
     sources = replace(options, suite=suite).sources()
@@ -110,7 +112,8 @@ def compare_run(
             fuse_lora(model.model)
         yield TUNED, model
 
-    return _compare(str(path), recipe, models, options, sources, adapter=adapter, run=run)
+    compared = _compare(str(path), recipe, models, options, sources, adapter=adapter, run=run)
+    return replace(compared, source=replace(compared.source, tuned=adapter_name(weights)))
 
 
 def compare_models(name: str, *, options: Options | None = None, **how: Any) -> Comparison:

@@ -34,6 +34,7 @@ from mlxtune.models.resolve import is_hub_id, public_name
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.kept import rows_to_try
 from mlxtune.train.model import rows_of, tokenizer_of
+from mlxtune.train.outcome import adapter_lines, adapter_name, adapter_step, judge, outcome
 from mlxtune.train.run import Run, adapter_folder
 from mlxtune.train.session import open_run
 
@@ -51,6 +52,8 @@ class Bundle:
         verified: how it differs from the trained model; None if it was not looked at.
         commands: runtime to the command that runs it.
         modelfile: what the file of that name says.
+        adapter: what was fused, and after which step it was kept, where that is known.
+        warnings: what its run's losses say against it.
         unweighed: how many matrices the importance that was given says nothing of.
         written_before: whether it was there already, and has only been looked at.
     """
@@ -61,6 +64,8 @@ class Bundle:
     verified: Verified | None
     commands: dict[str, str]
     modelfile: Modelfile
+    adapter: str
+    warnings: tuple[str, ...] = ()
     unweighed: int = 0
     written_before: bool = False
 
@@ -150,7 +155,17 @@ def export_run(
         write_text(temporary / CARD, card)
     commands = _commands(folder, name)
     unweighed = len(written.unweighed)
-    return Bundle(folder, file_type, size[SIZE], verified, commands, ollama, unweighed)
+    return Bundle(
+        folder,
+        file_type,
+        size[SIZE],
+        verified,
+        commands,
+        ollama,
+        adapter_name(weights),
+        tuple(adapter_lines(weights)),
+        unweighed,
+    )
 
 
 def exported_before(
@@ -195,7 +210,17 @@ def exported_before(
     renderer = Renderer(tokenizer, rows=rows_of(recipe.model))
     ollama = modelfile(renderer, tokenizer, recipe.shipping)
     commands = _commands(folder, name or recipe.export.name or recipe.name)
-    return Bundle(folder, file_type, size, verified, commands, ollama, written_before=True)
+    return Bundle(
+        folder,
+        file_type,
+        size,
+        verified,
+        commands,
+        ollama,
+        adapter_name(weights),
+        tuple(adapter_lines(weights)),
+        written_before=True,
+    )
 
 
 def _read_verified(record: dict[str, Any]) -> Verified | None:
@@ -273,7 +298,11 @@ def model_card(
         "| | |",
         "|---|---|",
     ]
-    lines += _made(run, recipe) if adapter is None else [f"| adapter | `{adapter.name}` |"]
+    if adapter is None:
+        lines += _made(run, recipe)
+    else:
+        step = adapter_step(adapter_folder(adapter))
+        lines.append(f"| adapter | `{adapter.name}`{f', after step {step}' if step else ''} |")
     lines += ["", "## How to run it", "", "In this folder:", ""]
     lines += [f"- {runtime}: `{command}`" for runtime, command in commands.items()]
     made_with = run.status().get("versions", {}).get("mlxtune", "of an unknown version")
@@ -284,7 +313,7 @@ def model_card(
 def _made(run: Run, recipe: Recipe) -> list[str]:
     """Rows of a table that says how a run was trained."""
     train = [entry for entry in run.metrics() if "loss" in entry]
-    held_out = [entry["held_out_loss"] for entry in run.metrics() if "held_out_loss" in entry]
+    found = outcome(run.metrics())
     lines = [
         f"| data | {', '.join(f'`{Path(s.path).name}`' for s in recipe.data)} |",
         f"| adapter | rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g} on "
@@ -295,6 +324,9 @@ def _made(run: Run, recipe: Recipe) -> list[str]:
     if train:
         last = train[-1]
         lines.append(f"| steps | {last['step']} ({last['examples']} examples) |")
-    if held_out:
-        lines.append(f"| held-out loss | {held_out[0]:.4f} before, {held_out[-1]:.4f} after |")
+    if found.before is not None and found.after is not None:
+        worse = ": worse than before training" * (judge(found.before, found.after) == "worse")
+        lines.append(
+            f"| held-out loss | {found.before:.4f} before, {found.after:.4f} after{worse} |"
+        )
     return lines

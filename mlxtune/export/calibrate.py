@@ -138,7 +138,7 @@ def calibrate(
 
     Raises:
         DataError: there is no text in the file, or a record cannot be read.
-        ExportError: the model cannot be written as GGUF.
+        ExportError: the model cannot be written as GGUF, or gives no numbers.
         ModelError: it has no chat template for the records.
     """
     own_quantized_layers(model.model, DTYPES[model.dtype])
@@ -159,6 +159,13 @@ def calibrate(
             progress(f"calibrating, {tokens:,} tokens")
     if not tokens:
         raise DataError("there is no text to calibrate on", where=str(data))
+    if not all(np.isfinite(squares).all() for squares in sums.values()):
+        raise ExportError(
+            "the model itself gives no numbers: what its layers compute on these texts is nan or "
+            "infinite",
+            where=str(data),
+            remedy="train again with a lower train.learning_rate, or fetch the model again",
+        )
     return Calibration(_in_gguf_order(_single(sums), model.config), _single(counts), tokens)
 
 

@@ -71,13 +71,30 @@ def check_in_llamacpp(
     with _Server(path, max((len(row) for row in chosen), default=1)) as server:
         for row in chosen:
             expected = _log_probabilities(model, row)
+            if np.isnan(expected).any():
+                raise ExportError(
+                    "the model itself gives no numbers: what MLX computes with it is nan, so "
+                    "no file of it can answer anything",
+                    where=str(path),
+                    remedy="its weights, or those of its adapter, are damaged or too large: train "
+                    "again with a lower train.learning_rate, or fetch the model again",
+                )
             for place in range(max(1, len(row) - PLACES), len(row)):
                 told = server.next_token(row[:place])
                 if told is None:
                     continue
                 ids, got = told
+                if not np.isfinite(got).all():
+                    raise ExportError(
+                        "llama.cpp computes no numbers with this file, though MLX does with the "
+                        "model: what its layers compute is too large for the 16-bit floats that "
+                        f"llama.cpp uses beside {file_type}",
+                        where=str(path),
+                        remedy="train again with a lower train.learning_rate; --no-verify writes "
+                        "the file all the same",
+                    )
                 want = expected[place - 1]
-                divergences.append(_divergence(want[ids], np.array(got)))
+                divergences.append(_divergence(want[ids], got))
                 same.append(ids[0] == int(want.argmax()))
     if not same:
         return RuntimeCheck(0, None, None)
@@ -138,7 +155,7 @@ class _Server:
         self._client.close()
         del self._server
 
-    def next_token(self, tokens: list[int]) -> tuple[list[int], list[float]] | None:
+    def next_token(self, tokens: list[int]) -> tuple[list[int], npt.NDArray[np.float64]] | None:
         """The likeliest next tokens, best first, and their log-probabilities."""
         asked = {"prompt": tokens, "n_predict": 1, "n_probs": TOKENS, "temperature": 0}
         answer = self._client.post("/completion", json=asked).json()
@@ -147,4 +164,6 @@ class _Server:
         if "completion_probabilities" not in answer:
             return None  # it tells none where its token is a part of a character
         top = answer["completion_probabilities"][0]["top_logprobs"]
-        return [entry["id"] for entry in top], [entry["logprob"] for entry in top]
+        # JSON has no nan: it comes as null.
+        told = np.array([entry["logprob"] for entry in top], np.float64)
+        return [entry["id"] for entry in top], told

@@ -249,18 +249,11 @@ class Run:
         """Objects of metrics.jsonl; a line cut off by a crash is passed over."""
         if not (self.path / METRICS).is_file():
             return
-        for line in (self.path / METRICS).read_text(encoding="utf-8").splitlines():
+        text = (self.path / METRICS).read_text(encoding="utf-8", errors="replace")
+        for line in text.splitlines():
             with suppress(ValueError):
-                yield json.loads(line)
-
-    def better_before(self) -> int | None:
-        """The step after which the held-out loss was lowest, if the last one is worse.
-
-        `adapter-best/` is of that step.
-        """
-        losses = {e["step"]: e["held_out_loss"] for e in self.metrics() if "held_out_loss" in e}
-        best = min(losses, key=lambda step: losses[step], default=0)
-        return best if best and best != max(losses) and self.best_adapter.is_dir() else None
+                if isinstance(entry := json.loads(line), dict):
+                    yield entry
 
     def forget_after(self, step: int) -> None:
         """Drop what metrics.jsonl says of steps after `step`, which will be run again."""

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def fine_tune(
     overwrite: bool = False,
     workers: Workers | None = None,
     forecast: Forecast | None = None,
+    command: str = "",
 ) -> Run:
     """Train what a recipe says, in the run folder `path`.
 
@@ -79,6 +81,7 @@ def fine_tune(
             together with this process, if any. The first one alone writes.
         forecast: is asked before a new run loads its model; what it says is kept in
             run.json as `plan`.
+        command: that training was started with, kept in run.json for the report.
 
     Raises:
         MlxtuneError: whatever is wrong with the recipe's model, data or targets, before
@@ -90,7 +93,7 @@ def fine_tune(
         workers.require_same({"recipe": dump_recipe(recipe)})
         reporter = reporter if workers.first else Silent()
         recipe = _with_absolute_paths(recipe)
-        return _fine_tune(recipe, path, reporter, resume, overwrite, workers, forecast)
+        return _fine_tune(recipe, path, reporter, resume, overwrite, workers, forecast, command)
 
 
 def _fine_tune(
@@ -101,6 +104,7 @@ def _fine_tune(
     overwrite: bool,
     workers: Workers,
     forecast: Forecast | None,
+    command: str,
 ) -> Run:
     run = _resumable(path, recipe) if resume and workers.first else None
     if run is None and workers.first:
@@ -167,6 +171,7 @@ def _fine_tune(
     if not workers.first:
         run = Run(path)  # which it neither reads nor writes
     elif run is None:
+        facts = {"command": command, "started": _now(), **facts}
         keep = partial(keep_rows, recipe=recipe, corpus=corpus)
         run = Run.create(path, recipe, facts, overwrite=overwrite, fill=keep)
     else:
@@ -204,20 +209,25 @@ def _fine_tune(
 def _status_kept(run: Run, trackers: Trackers, workers: Workers) -> Iterator[None]:
     """run.json says how it went, and the trackers are told."""
     with trackers.closed() as tell:
-        run.write_status(status="running")
+        run.write_status(status="running", ended=None)
         try:
             yield
         except (Interrupted, KeyboardInterrupt, BrokenPipeError):
-            run.write_status(status="interrupted")
+            run.write_status(status="interrupted", ended=_now())
             tell("interrupted")
             raise
         except Exception:
             if workers.size > 1:
                 end_in_peace()
-            run.write_status(status="failed")
+            run.write_status(status="failed", ended=_now())
             raise
-        run.write_status(status="finished")
+        run.write_status(status="finished", ended=_now())
         tell("finished")
+
+
+def _now() -> str:
+    """ISO 8601, in the zone of this machine."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def open_run(

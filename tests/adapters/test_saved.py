@@ -311,8 +311,8 @@ def test_values_that_are_no_numbers_are_refused_by_their_tensor(tmp_path, layout
     mx.save_safetensors(str(file), arrays)
     with pytest.raises(RunError) as told:
         read_adapter(tmp_path)
-    assert f"the adapter's tensor {name} holds NaN or infinite values" in told.value.what
-    assert told.value.where == str(file)
+    assert "1 of its" in told.value.what and "layers.1.mlp.up_proj" in told.value.what
+    assert told.value.where == str(tmp_path)
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, 0.5, 0.99])

@@ -13,6 +13,7 @@ from mlxtune.train import loop
 from mlxtune.train.checkpoint import checkpoints
 from mlxtune.train.loop import Interrupted
 from mlxtune.train.metrics import Silent
+from mlxtune.train.outcome import outcome
 from mlxtune.train.run import Run
 from mlxtune.train.session import fine_tune
 
@@ -127,7 +128,7 @@ def test_a_best_loss_between_checkpoints_gets_one_of_its_own(recipe, few, tmp_pa
     )
     run = fine_tune(settings, tmp_path / "run", Silent())
     assert [path.name for path in checkpoints(run.checkpoints)] == ["step-2", "step-6"]
-    assert run.better_before() == 2
+    assert outcome(run.metrics()).better_before == 2
 
 
 def test_a_run_that_ends_at_its_best_has_none_before(recipe, few, tmp_path, monkeypatch):
@@ -138,7 +139,7 @@ def test_a_run_that_ends_at_its_best_has_none_before(recipe, few, tmp_path, monk
         tmp_path / "run",
         Silent(),
     )
-    assert run.better_before() is None
+    assert outcome(run.metrics()).better_before is None
 
 
 def test_a_run_that_had_too_little_memory_goes_on_with_less_of_it(begun, recipe, few):
