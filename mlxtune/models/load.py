@@ -34,7 +34,7 @@ from mlxtune.gguf.reader import GGUFFile
 from mlxtune.gguf.tokenizer import read_tokenizer
 from mlxtune.models.quantization import in_mlx_form, readable
 from mlxtune.models.resolve import ModelSource
-from mlxtune.models.rotation import with_older_keys
+from mlxtune.models.rotation import take_positions, with_older_keys
 from mlxtune.models.safetensors import StoredTensor
 from mlxtune.models.weights import stored_tensors
 
@@ -91,6 +91,7 @@ def load_model(
     """
     read = _from_gguf if source.is_gguf else _from_folder
     model, tokenizer, config = read(source, tokenizer)
+    take_positions(model)
     stored = _stored_dtype(model)
     if dtype == "auto":
         dtype = "float32" if on_cpu() else stored

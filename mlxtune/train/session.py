@@ -50,6 +50,7 @@ from mlxtune.train.model import (
     renderer_of,
 )
 from mlxtune.train.neftune import add_embedding_noise
+from mlxtune.train.notes import context_notes, part_lengths, warmup_notes
 from mlxtune.train.run import RECIPE, Run, adapter_folder
 from mlxtune.train.trackers import Trackers, require_trackers
 
@@ -142,6 +143,9 @@ def _fine_tune(
         workers.rank,
         workers.size,
     )
+    steps = plan.total_steps(epochs=recipe.train.epochs, max_steps=recipe.train.max_steps)
+    notes += context_notes(part_lengths(corpus.parts), base.config)
+    notes += warmup_notes(recipe.train, steps)
     if split_head(base.model) is None:
         notes.append(
             "logits of all tokens: this architecture's head does not come apart in a known way, "
