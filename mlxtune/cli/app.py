@@ -22,12 +22,14 @@ from mlxtune.cli.data import data
 from mlxtune.cli.doctor import completion, doctor
 from mlxtune.cli.evaluate import evaluate
 from mlxtune.cli.export import export
+from mlxtune.cli.output import make_printable, of_locale
 from mlxtune.cli.plan import plan
 from mlxtune.cli.report import report
-from mlxtune.cli.shared import ADAPTER, DTYPE, PATH, SET, complete_paths, prepare
+from mlxtune.cli.shared import ADAPTER, DTYPE, PATH, SET, Words, complete_paths, prepare
 from mlxtune.cli.stops import Stopped, stop_on_signals
 from mlxtune.device import worker_rank
 from mlxtune.errors import MlxtuneError, RecipeError, WorkerFailed
+from mlxtune.install import explained
 
 if TYPE_CHECKING:
     from mlxtune.train.distributed import Workers
@@ -108,7 +110,7 @@ def lora(
     with _joined() as workers:
         checked = load_recipe(recipe, overrides)
         suite_of(checked)  # not first looked for when the training is done
-        prepare()
+        prepare(long=True)
         from mlxtune.cli.display import training_display
         from mlxtune.cli.plan import forecast
         from mlxtune.train.metrics import Silent
@@ -177,11 +179,11 @@ def fuse(
 
 @cli.command()
 @click.argument("model", shell_complete=complete_paths)
-@click.option("-p", "--prompt", help="Answer this and stop.")
+@click.option("-p", "--prompt", type=Words(), help="Answer this and stop.")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
 def chat(model: str, prompt: str | None, max_tokens: int) -> None:
     """Talk to a run, or to any model: a folder, a .gguf file, a hub id."""
-    prepare()
+    prepare(long=True)
     from mlxtune.cli.talk import talk
 
     talk(model, prompt=prompt, max_tokens=max_tokens)
@@ -200,6 +202,7 @@ cli.add_command(report)
 
 def main() -> None:
     """Entry point: run a verb; errors become one block on stderr."""
+    make_printable()
     debug = "--debug" in sys.argv[1:]
     # `mlxtune lora … --debug` is as good as `mlxtune --debug lora …`.
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
@@ -232,6 +235,9 @@ def main() -> None:
             sys.exit(128 + number)
         if debug:
             raise
+        if (said := _missing(error) or of_locale(error)) is not None:
+            print(_block(said), file=sys.stderr)
+            sys.exit(USER_ERROR)
         print(
             f"error: {type(error).__name__}: {error}{_notes(error)}\n"
             "  this is a bug in mlxtune; --debug shows where it happened",
@@ -239,6 +245,15 @@ def main() -> None:
         )
         sys.exit(USER_ERROR)
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def _missing(error: BaseException | None) -> MlxtuneError | None:
+    """The package whose import failed, if that is what an error comes from."""
+    while error is not None:
+        if isinstance(error, ImportError) and (found := explained(error)) is not None:
+            return found
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _block(error: MlxtuneError) -> str:
@@ -278,7 +293,7 @@ def _joined() -> AbstractContextManager[Workers | None]:
     """The workers that a launcher started with this process, who end together; or nobody."""
     if worker_rank() is None:
         return nullcontext()
-    prepare()
+    prepare(long=True)
     from mlxtune.train.distributed import join
 
     return join()

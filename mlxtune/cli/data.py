@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlxtune.cli.output import json_text
 from mlxtune.cli.shared import PATH, SET, complete_paths, quieten_libraries
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def inspect(
             progress=lambda path, done: say(f"tokenizing {path}: {done:,} records"),
         )
     if as_json:
-        click.echo(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+        click.echo(json_text(found.as_dict()))
     else:
         show(found, ids=ids)
 
@@ -158,7 +158,7 @@ def prep(
         overwrite=overwrite,
     )
     if as_json:
-        click.echo(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
+        click.echo(json_text(report.as_dict()))
     else:
         click.echo(report.as_text().rstrip())
         click.echo(f"written to {output}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,7 +24,8 @@ def doctor(as_json: bool) -> None:
 
     Ends with 1 if something is there that training suffers from.
     """
-    prepare()
+    with suppress(ImportError):  # MLX, which is then the first finding
+        prepare()
     from mlxtune.doctor import examine
 
     findings = []

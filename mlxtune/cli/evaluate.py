@@ -73,12 +73,12 @@ def evaluate(
         chosen = [name for task in tasks.split(",") if (name := task.strip())]
         if not chosen:
             raise click.UsageError("--tasks names none")
-        prepare()
+        prepare(long=True)
         _tasks(model, adapter, chosen, task_path, limit, output, as_json)
         return
     if task_path is not None:
         raise click.UsageError("--task-path goes with --tasks")
-    prepare()
+    prepare(long=True)
     from mlxtune.cli.display import status_line
     from mlxtune.evaluate.compare import Options
     from mlxtune.evaluate.suite import load_suite

@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
-from mlxtune.device import run_with_blas
+from mlxtune.device import run_with_blas, say_blas
+from mlxtune.files import cache_folder
+
+
+class Words(click.ParamType[str]):
+    """A text for a model: bytes that the locale could not read are taken for UTF-8."""
+
+    name = "text"
+
+    def convert(self, value: Any, _param: click.Parameter | None, _ctx: Any) -> str:
+        """Text without the surrogates that stand for such bytes."""
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return os.fsencode(value).decode("utf-8", "replace")
+        return str(value)
+
 
 DTYPE = click.Choice(["float32", "float16", "bfloat16"])
 PATH = click.Path(path_type=Path)
@@ -42,7 +60,29 @@ def quieten_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def prepare() -> None:
-    """What every verb that computes needs before MLX is used."""
-    run_with_blas([sys.executable, "-m", "mlxtune", *sys.argv[1:]])
+def prepare(*, long: bool = False) -> None:
+    """What every verb that computes needs before MLX is used.
+
+    Args:
+        long: whether the verb may take minutes: then the BLAS matters, and is spoken of.
+    """
+    say = _say_blas if long else lambda _: None
+    run_with_blas([sys.executable, "-m", "mlxtune", *sys.argv[1:]], say)
     quieten_libraries()
+
+
+def _say_blas(blas: Path | None) -> None:
+    """A slow BLAS is spoken of each time; a fast one once, which a file in the cache notes."""
+    if blas is not None and not _first_time(f"blas-{blas.name}"):
+        return
+    say_blas(blas)
+
+
+def _first_time(what: str) -> bool:
+    """Whether something has not been said yet to this user; from now on it has."""
+    note = cache_folder() / "said" / what
+    with suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch(exist_ok=False)
+        return True
+    return not note.exists()

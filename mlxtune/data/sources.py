@@ -12,6 +12,7 @@ from mlxtune.data.files import Row, find_files, read_rows, without_nulls
 from mlxtune.data.formats import FORMATS, parse_record
 from mlxtune.data.records import Conversation
 from mlxtune.errors import DataError
+from mlxtune.install import install_extra
 
 HUB = "hub:"
 
@@ -121,7 +122,7 @@ def _hub_dataset(name: str, subset: str | None, split: str) -> Any:
         raise DataError(
             "hub datasets need another package",
             where=HUB + name,
-            remedy='pip install "mlxtune[hub]"',
+            remedy=install_extra("hub"),
         ) from None
     datasets.disable_progress_bars()
     try:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlxtune.errors import MlxtuneError, StorageError
+from mlxtune.install import install_extra
 from mlxtune.train.metrics import Outline, Report, Silent
 from mlxtune.train.run import RECIPE, Run
 
@@ -133,7 +134,7 @@ def require_trackers(names: Sequence[str]) -> None:
             raise MlxtuneError(
                 f"{name} is not installed",
                 where="log.report_to",
-                remedy=f"pip install 'mlxtune[{name}]', or leave {name} out",
+                remedy=install_extra(name),
             )
 
 

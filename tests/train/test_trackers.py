@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from mlxtune.errors import MlxtuneError, RecipeError
+from mlxtune.install import install_extra
 from mlxtune.recipe.load import dump_recipe, load_recipe, parse_recipe
 from mlxtune.train.metrics import Silent
 from mlxtune.train.run import Run
@@ -172,7 +173,7 @@ def test_a_library_that_is_missing_is_told_before_anything_is_written(
     with pytest.raises(MlxtuneError) as caught:
         fine_tune(recipe(tracker), tmp_path / "run", Silent())
     assert caught.value.where == "log.report_to"
-    assert f"pip install 'mlxtune[{tracker}]'" in str(caught.value)
+    assert caught.value.remedy == install_extra(tracker)
     assert list(tmp_path.iterdir()) == []
 
 
