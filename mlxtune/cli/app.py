@@ -25,11 +25,22 @@ from mlxtune.cli.export import export
 from mlxtune.cli.output import make_printable, of_locale
 from mlxtune.cli.plan import plan
 from mlxtune.cli.report import report
-from mlxtune.cli.shared import ADAPTER, DTYPE, PATH, SET, Words, complete_paths, prepare
+from mlxtune.cli.shared import (
+    ADAPTER,
+    DTYPE,
+    PATH,
+    SET,
+    Words,
+    complete_paths,
+    complete_presets,
+    prepare,
+    steps,
+)
 from mlxtune.cli.stops import Stopped, stop_on_signals
+from mlxtune.cli.suggest import Verbs, unknown_option
 from mlxtune.device import worker_rank
 from mlxtune.errors import MlxtuneError, RecipeError, WorkerFailed
-from mlxtune.install import explained
+from mlxtune.install import explained, program
 
 if TYPE_CHECKING:
     from mlxtune.train.distributed import Workers
@@ -37,7 +48,9 @@ if TYPE_CHECKING:
 USER_ERROR, INTERRUPTED = 1, 130
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(mlxtune.__version__, prog_name="mlxtune")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
@@ -54,10 +67,32 @@ def cli(debug: bool) -> None:
 
 @cli.command()
 @click.argument("output", type=PATH, default="recipe.toml")
-@click.option("--preset", default="default", help="Which recipe; --list shows them.")
+@click.option(
+    "--preset",
+    default="default",
+    help="Which recipe; --list shows them.",
+    shell_complete=complete_presets,
+)
+@click.option(
+    "--model",
+    help="What to train: a hub id, a folder, a .gguf file.",
+    shell_complete=complete_paths,
+)
+@click.option(
+    "--data",
+    help="Records to train on: a file, a folder, hub:OWNER/NAME.",
+    shell_complete=complete_paths,
+)
 @click.option("--list", "list_presets", is_flag=True, help="List the presets.")
 @click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
-def init(output: Path, preset: str, list_presets: bool, overwrite: bool) -> None:
+def init(
+    output: Path,
+    preset: str,
+    model: str | None,
+    data: str | None,
+    list_presets: bool,
+    overwrite: bool,
+) -> None:
     """Write an annotated recipe."""
     from mlxtune.recipe.presets import presets, write_preset
 
@@ -65,8 +100,18 @@ def init(output: Path, preset: str, list_presets: bool, overwrite: bool) -> None
         for name, summary in presets().items():
             click.echo(f"{name:<14}{summary}")
         return
-    write_preset(output, preset, overwrite=overwrite)
-    click.echo(f"{output}: edit it, then mlxtune lora {output}")
+    write_preset(output, preset, model=model, data=data, overwrite=overwrite)
+    click.echo(f"{output}: written; edit it, then")
+    click.echo(
+        steps(
+            {
+                "validate": "are the recipe and its data in order?",
+                "plan": "does it fit, how long does it take?",
+                "lora": "train it",
+            },
+            output,
+        )
+    )
 
 
 @cli.command()
@@ -136,7 +181,18 @@ def lora(
             f"the held-out loss was lowest after step {best}: {folder / 'adapter-best'}, which "
             "eval, fuse and export take by --adapter"
         )
-    click.echo(f"next: mlxtune eval {folder}   mlxtune report {folder}   mlxtune export {folder}")
+    click.echo("next:")
+    click.echo(
+        steps(
+            {
+                "eval": "did it learn?",
+                "chat": "talk to it",
+                "report": "curves, evaluation and samples as a page",
+                "export": "a GGUF for Ollama, llama.cpp and mistral.rs",
+            },
+            folder,
+        )
+    )
 
 
 @cli.command()
@@ -218,6 +274,8 @@ def main() -> None:
         print(_block(error), file=sys.stderr)
         sys.exit(USER_ERROR)
     except click.ClickException as error:
+        if isinstance(error, click.NoSuchOption):
+            error = unknown_option(error)
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort) as error:
@@ -281,9 +339,10 @@ def _say_interrupted(error: Exception) -> int | None:
         return number  # the first worker tells the rest
     checkpoint = error.checkpoint
     run = checkpoint.parent.parent
+    recipe, folder = quote(str(run / "recipe.toml")), quote(str(run))
     print(
         f"interrupted; saved in {checkpoint}\n"
-        f"  go on: mlxtune lora {quote(str(run / 'recipe.toml'))} -o {quote(str(run))} --resume",
+        f"  go on: {program()} lora {recipe} -o {folder} --resume",
         file=sys.stderr,
     )
     return number

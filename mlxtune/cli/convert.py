@@ -6,12 +6,13 @@ import re
 import sys
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
 from mlxtune.cli.shared import DTYPE, PATH, complete_paths, prepare
+from mlxtune.cli.suggest import NearChoice
 
 if TYPE_CHECKING:
     from mlxtune.export.convert import Conversion, Verified
@@ -35,22 +36,6 @@ FILE_TYPES = [
     "q3_k_m",
     "q2_k",
 ]
-
-
-class NearChoice(click.Choice[str]):
-    """A choice that names the nearest to what is none."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """As click's."""
-        try:
-            return super().convert(value, param, ctx)
-        except click.BadParameter as error:
-            near = get_close_matches(str(value).lower(), self.choices, n=1)
-            if not near:
-                raise
-            raise click.BadParameter(
-                f"{error.message} Did you mean {near[0]}?", ctx, param
-            ) from None
 
 
 FILE_TYPE = NearChoice(FILE_TYPES, case_sensitive=False)

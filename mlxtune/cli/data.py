@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlxtune.cli.completing import complete_prep
 from mlxtune.cli.output import json_text
 from mlxtune.cli.shared import PATH, SET, complete_paths, quieten_libraries
+from mlxtune.cli.suggest import NearChoice, Verbs
 
 if TYPE_CHECKING:
     from mlxtune.data.sources import Source
@@ -26,7 +28,7 @@ _COLUMN = click.option(
 SHAPES = ("alpaca", "sharegpt", "messages", "shell")
 
 
-@click.group()
+@click.group(cls=Verbs)
 def data() -> None:
     """Look at records, change their shape, prepare them for training."""
 
@@ -75,7 +77,7 @@ def inspect(
 @data.command()
 @click.argument("source", shell_complete=complete_paths)
 @click.argument("output", type=PATH)
-@click.option("--to", "shape", type=click.Choice(SHAPES), required=True)
+@click.option("--to", "shape", type=NearChoice(SHAPES), required=True)
 @_FORMAT
 @_COLUMN
 @click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
@@ -103,10 +105,11 @@ def convert(
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help='Override a key of [prep], such as dedup=exact or languages=["en"].',
+    help="Override a key of [prep], such as dedup=exact or languages=en,de.",
+    shell_complete=complete_prep,
 )
 @click.option("--scrub", help="Replace these by placeholders: email,ip,phone,card,secret,presidio.")
-@click.option("--dedup", type=click.Choice(["off", "exact", "near"]))
+@click.option("--dedup", type=NearChoice(["off", "exact", "near"]))
 @click.option("--val-size", type=float, help="Hold out a share (below 1) or so many rows.")
 @click.option("--group-by", help="Rows with the same value of this field stay on one side.")
 @click.option("--against", help="A held-out file that nothing kept may be a near-duplicate of.")

@@ -6,13 +6,17 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
+from mlxtune.cli.completing import complete_set
+from mlxtune.cli.suggest import NearChoice
 from mlxtune.device import run_with_blas, say_blas
 from mlxtune.files import cache_folder
+from mlxtune.install import program
 
 
 class Words(click.ParamType[str]):
@@ -29,7 +33,7 @@ class Words(click.ParamType[str]):
         return str(value)
 
 
-DTYPE = click.Choice(["float32", "float16", "bfloat16"])
+DTYPE = NearChoice(["float32", "float16", "bfloat16"])
 PATH = click.Path(path_type=Path)
 ADAPTER = click.option(
     "--adapter",
@@ -43,6 +47,7 @@ SET = click.option(
     multiple=True,
     metavar="KEY=VALUE",
     help="Override a key of the recipe, such as train.learning_rate=1e-4.",
+    shell_complete=complete_set,
 )
 
 
@@ -51,6 +56,16 @@ def complete_paths(
 ) -> list[CompletionItem]:
     """For what may be a path and may be a name: the shell completes it as a path."""
     return [CompletionItem(begun, type="file")]
+
+
+def complete_presets(
+    _context: click.Context, _parameter: click.Parameter, begun: str
+) -> list[CompletionItem]:
+    """The names of presets."""
+    from mlxtune.recipe.presets import presets
+
+    found = presets().items()
+    return [CompletionItem(name, help=said) for name, said in found if name.startswith(begun)]
 
 
 def quieten_libraries() -> None:
@@ -86,3 +101,15 @@ def _first_time(what: str) -> bool:
         note.touch(exist_ok=False)
         return True
     return not note.exists()
+
+
+def steps(said: dict[str, str], path: Path) -> str:
+    """A line for each verb that comes next, ready to be typed.
+
+    Args:
+        said: verb to what it is for.
+        path: what the verbs are called with.
+    """
+    commands = {f"{program()} {verb} {quote(str(path))}": why for verb, why in said.items()}
+    width = max(map(len, commands))
+    return "\n".join(f"  {command:<{width}}   {why}" for command, why in commands.items())
