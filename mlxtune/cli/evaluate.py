@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,8 @@ def evaluate(
     from mlxtune.evaluate.compare import Options
     from mlxtune.evaluate.suite import load_suite
 
-    with status_line("loading") as progress:
+    every = 0.2 if sys.stderr.isatty() else 10.0
+    with status_line("loading", every=every, rare=lambda said: " of " in said) as progress:
         options = Options(
             suite=load_suite(suite) if suite is not None else None,
             data=data,
