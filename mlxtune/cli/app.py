@@ -46,6 +46,17 @@ if TYPE_CHECKING:
     from mlxtune.train.distributed import Workers
 
 USER_ERROR, INTERRUPTED = 1, 130
+_BEFORE_TRAINING = {
+    "validate": "are the recipe and its data in order?",
+    "plan": "does it fit, how long does it take?",
+    "lora": "train it",
+}
+_AFTER_TRAINING = {
+    "eval": "did it learn?",
+    "chat": "talk to it",
+    "report": "curves, evaluation and samples as a page",
+    "export": "a GGUF for Ollama, llama.cpp and mistral.rs",
+}
 
 
 @click.group(
@@ -61,6 +72,7 @@ def cli(debug: bool) -> None:
     mlxtune plan recipe.toml         does it fit, how long does it take?
     mlxtune lora recipe.toml         train it
     mlxtune eval runs/NAME           did it learn?
+    mlxtune chat runs/NAME           talk to it
     mlxtune export runs/NAME         a GGUF for Ollama, llama.cpp and mistral.rs
     """
 
@@ -102,16 +114,7 @@ def init(
         return
     write_preset(output, preset, model=model, data=data, overwrite=overwrite)
     click.echo(f"{output}: written; edit it, then")
-    click.echo(
-        steps(
-            {
-                "validate": "are the recipe and its data in order?",
-                "plan": "does it fit, how long does it take?",
-                "lora": "train it",
-            },
-            output,
-        )
-    )
+    click.echo(steps(_BEFORE_TRAINING, output))
 
 
 @cli.command()
@@ -146,7 +149,7 @@ def lora(
     overwrite: bool,
     force: bool,
 ) -> None:
-    """Train an adapter as a recipe says: LoRA or DoRA, on a packed model too (QLoRA)."""
+    """Train an adapter as a recipe says: LoRA or DoRA, on a quantized model too (QLoRA)."""
     from mlxtune.evaluate.suite import suite_of
     from mlxtune.recipe.load import load_recipe
 
@@ -182,17 +185,7 @@ def lora(
             "eval, fuse and export take by --adapter"
         )
     click.echo("next:")
-    click.echo(
-        steps(
-            {
-                "eval": "did it learn?",
-                "chat": "talk to it",
-                "report": "curves, evaluation and samples as a page",
-                "export": "a GGUF for Ollama, llama.cpp and mistral.rs",
-            },
-            folder,
-        )
-    )
+    click.echo(steps(_AFTER_TRAINING, folder))
 
 
 @cli.command()
@@ -227,9 +220,9 @@ def fuse(
         return
     click.echo(f"{output}: {report.dtype} safetensors, tokenizer and config")
     click.echo(
-        f"against the live adapter: max |Δlogit| {report.max_logit_difference:.2g} of "
-        f"{report.max_logit:.3g}, same best token at {report.top1_agreement:.1%} of "
-        f"{report.tokens_compared} tokens"
+        f"compared with the adapter unfused: at {report.top1_agreement:.1%} of "
+        f"{report.tokens_compared} tokens the most likely next token is the same; logits differ "
+        f"by at most {report.max_logit_difference:.2g}, where the largest is {report.max_logit:.3g}"
     )
 
 
@@ -254,6 +247,25 @@ cli.add_command(export)
 cli.add_command(plan)
 cli.add_command(bench)
 cli.add_command(report)
+# Each fits a line of `--help` in a terminal of 80 columns.
+_IN_SHORT = {
+    "bench": "Measure how fast this machine trains.",
+    "chat": "Talk to a run or to any model.",
+    "completion": "Print what lets a shell complete mlxtune's commands.",
+    "convert": "Write a model as GGUF, or as a folder.",
+    "data": "Look at records, change their shape, prepare them.",
+    "doctor": "Look at this machine, and say what it lacks.",
+    "eval": "Measure whether a run has learned.",
+    "export": "Write a run as GGUF for Ollama, llama.cpp, mistral.rs.",
+    "fuse": "Write a run as a Hugging Face folder.",
+    "init": "Write an annotated recipe.",
+    "lora": "Train an adapter: LoRA, DoRA or QLoRA.",
+    "plan": "Say whether a recipe fits and how long it takes.",
+    "report": "Write an HTML page of one run, or of several.",
+    "validate": "Check a recipe and its data.",
+}
+for _verb, _said in _IN_SHORT.items():
+    cli.commands[_verb].short_help = _said
 
 
 def main() -> None:

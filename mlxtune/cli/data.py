@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mlxtune.data.sources import Source
 
 _FORMAT = click.option(
-    "--format", "format_", default="auto", help="Shape of the input.  [default: told]"
+    "--format", "format_", default="auto", help="Shape of the input.  [default: by its keys]"
 )
 _COLUMN = click.option(
     "--column",
@@ -33,7 +33,7 @@ def data() -> None:
     """Look at records, change their shape, prepare them for training."""
 
 
-@data.command()
+@data.command(short_help="Show records as the model sees them.")
 @click.argument("recipe", type=PATH)
 @SET
 @click.option(
@@ -41,7 +41,7 @@ def data() -> None:
     type=click.IntRange(0),
     default=3,
     show_default=True,
-    help="Of each source.",
+    help="How many records of each source to show.",
 )
 @click.option("--row", "chosen", type=click.IntRange(1), help="Show this record.")
 @click.option("--ids", is_flag=True, help="Show token ids too.")
@@ -96,7 +96,7 @@ def convert(
     click.echo(f"{output}: {count} {shape} records")
 
 
-@data.command()
+@data.command(short_help="Filter, scrub, deduplicate and split records.")
 @click.argument("source", shell_complete=complete_paths)
 @click.argument("output", type=PATH)
 @click.option("--recipe", type=PATH, help="Take [prep] and the seed of this recipe.")
@@ -110,7 +110,7 @@ def convert(
 )
 @click.option("--scrub", help="Replace these by placeholders: email,ip,phone,card,secret,presidio.")
 @click.option("--dedup", type=NearChoice(["off", "exact", "near"]))
-@click.option("--val-size", type=float, help="Hold out a share (below 1) or so many rows.")
+@click.option("--val-size", type=float, help="Rows to hold out: a share below 1, or a number.")
 @click.option("--group-by", help="Rows with the same value of this field stay on one side.")
 @click.option("--against", help="A held-out file that nothing kept may be a near-duplicate of.")
 @click.option("--seed", type=click.IntRange(0), help="Of the split.  [default: the recipe's, or 0]")

@@ -46,7 +46,13 @@ if TYPE_CHECKING:
 )
 @click.option("--tasks", help="Tasks of lm-eval instead, such as arc_easy,hellaswag.")
 @click.option("--task-path", type=PATH, help="A folder of task files of your own, for --tasks.")
-@click.option("--samples", type=click.IntRange(0), default=8, show_default=True)
+@click.option(
+    "--samples",
+    type=click.IntRange(0),
+    default=8,
+    show_default=True,
+    help="How many answers to show.",
+)
 @click.option(
     "-o", "--output", type=PATH, help="Folder of figures and answers.  [default: RUN/eval]"
 )

@@ -73,7 +73,7 @@ class Trackers(Silent):
                 raise
             except Exception as error:
                 raise MlxtuneError(
-                    f"{name} cannot be told of this run: {_first_line(error)}",
+                    f"{name} cannot log this run: {_first_line(error)}",
                     where="log.report_to",
                     remedy=f"mend that, or train without it: --set log.report_to=[] ({name} "
                     "itself says more with --debug)",
@@ -118,7 +118,7 @@ class Trackers(Silent):
         try:
             act()
         except Exception as error:
-            warnings.warn(f"{name} is told nothing more: {_first_line(error)}", stacklevel=4)
+            warnings.warn(f"{name} gets no more figures: {_first_line(error)}", stacklevel=4)
             return False
         return True
 
