@@ -16,10 +16,12 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+
+from mlxtune.install import explained, pip_install
 
 SWITCH = "MLXTUNE_BLAS"
 _DONE = "preloaded"
@@ -76,7 +78,7 @@ def worker_rank() -> int | None:
     """This process's rank among those that a launcher started together; None if alone."""
     hosts = os.environ.get("MLX_HOSTFILE")
     # What `mlx.launch -n 1` gives is an empty file.
-    if hosts and Path(hosts).is_file() and not Path(hosts).read_text().strip():
+    if hosts and Path(hosts).is_file() and not Path(hosts).read_text(encoding="utf-8").strip():
         return None
     for rank, size in _RANKS:
         if os.environ.get(rank, "").isdigit() and os.environ.get(size) != "1":
@@ -135,23 +137,41 @@ def needs_blas() -> bool:
     )
 
 
-def run_with_blas(command: list[str]) -> None:
-    """Replace this process by `command` with a BLAS preloaded; say so in one line.
+def blas_remedy() -> str:
+    """What brings a BLAS that `find_blas` finds."""
+    if platform.machine() == "x86_64":
+        return pip_install("mkl")
+    return "install OpenBLAS: sudo apt install libopenblas0-pthread"
+
+
+def say_blas(blas: Path | None) -> None:
+    """Say on stderr which BLAS is preloaded, or that none was found and how to get one."""
+    if blas is None:
+        line = (
+            "mlxtune: MLX multiplies with its reference BLAS here, about 90 times slower than "
+            f"this machine can\n  {blas_remedy()}"
+        )
+    else:
+        line = f"mlxtune: computing on the CPU with {blas.name} ({SWITCH}=off to do without)"
+    print(line, file=sys.stderr)
+
+
+def run_with_blas(command: list[str], say: Callable[[Path | None], None] = say_blas) -> None:
+    """Replace this process by `command` with a BLAS preloaded.
 
     Returns only where that is not needed, or no BLAS is found.
+
+    Args:
+        command: a program's path and its arguments.
+        say: is called with the BLAS, or with None where none is found.
     """
     if not needs_blas():
         return
     blas = find_blas()
-    if blas is None:
-        print(
-            "mlxtune: MLX multiplies on reference BLAS here, about 90 times slower than it "
-            "could.\n  pip install mkl, or install libopenblas0-pthread.",
-            file=sys.stderr,
-        )
-        return
     if not worker_rank():  # the first of several speaks for all
-        print(f"mlxtune: on the CPU, with {blas.name} ({SWITCH}=off to not)", file=sys.stderr)
+        say(blas)
+    if blas is None:
+        return
     preload = " ".join(filter(None, [str(blas), os.environ.get("LD_PRELOAD")]))
     environment = _MALLOC | _THREADS | os.environ | {"LD_PRELOAD": preload, SWITCH: _DONE}
     sys.stderr.flush()
@@ -164,7 +184,12 @@ def _main() -> None:
     if program is None:
         sys.exit("usage: python -m mlxtune.device COMMAND…")
     command = [program, *command[1:]]
-    run_with_blas(command)
+    try:
+        run_with_blas(command)
+    except ImportError as error:
+        if (said := explained(error)) is None:
+            raise
+        sys.exit(f"error: {said}")
     os.execv(program, command)
 
 

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 
-import mlx.core as mx
-
-from mlxtune.device import SWITCH, device_name, find_blas, on_cpu
+from mlxtune.device import SWITCH, blas_remedy, device_name, find_blas, on_cpu
 from mlxtune.errors import ExportError
 from mlxtune.export.ollama import Ollama, base_url
 from mlxtune.files import cache_folder
-from mlxtune.train.memory import memory_budget
+from mlxtune.install import explained, pip_install
 
 GB = 10**9
 # Packages whose versions matter; the last ones are extras.
@@ -53,10 +51,7 @@ def examine(folder: Path) -> Iterator[Finding]:
         folder: where runs are to be written.
     """
     yield _system()
-    yield Finding("device", "good", device_name())
-    yield _memory()
-    yield from _wired_limit()
-    yield from _blas()
+    yield from _mlx()
     yield _versions()
     yield _disk(folder)
     yield _hub()
@@ -73,7 +68,26 @@ def _system() -> Finding:
     return Finding("system", "good", said)
 
 
+def _mlx() -> Iterator[Finding]:
+    """All that MLX is asked for; where it cannot be loaded, that alone."""
+    try:
+        import mlx.core  # noqa: F401
+    except ImportError as error:
+        said = explained(error)
+        what, remedy = (said.what, said.remedy) if said else (str(error), None)
+        yield Finding("MLX", "bad", what, remedy)
+        return
+    yield Finding("device", "good", device_name())
+    yield _memory()
+    yield from _wired_limit()
+    yield from _blas()
+
+
 def _memory() -> Finding:
+    import mlx.core as mx
+
+    from mlxtune.train.memory import memory_budget
+
     total = mx.device_info().get("memory_size") or (
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     )
@@ -83,6 +97,8 @@ def _memory() -> Finding:
 
 
 def _wired_limit() -> Iterator[Finding]:
+    import mlx.core as mx
+
     if not mx.metal.is_available():
         return
     info = mx.device_info()
@@ -108,7 +124,7 @@ def _blas() -> Iterator[Finding]:
         yield Finding("BLAS", "bad" if off else "good", said, remedy)
     else:
         said = "MLX's reference BLAS: products take about 90 times as long as they could"
-        yield Finding("BLAS", "bad", said, "pip install mkl, or install libopenblas0-pthread")
+        yield Finding("BLAS", "bad", said, blas_remedy())
 
 
 def _versions() -> Finding:
@@ -169,7 +185,7 @@ def _program(topic: str, package: str, remedy: str, *programs: str) -> Finding:
         found.append(f"Python package {installed}")
     if found:
         return Finding(topic, "good", ", ".join(found))
-    return Finding(topic, "missing", "not found", f"{remedy}, or pip install {package}")
+    return Finding(topic, "missing", "not found", f"{remedy}, or {pip_install(package)}")
 
 
 def _package(module: str) -> str | None:

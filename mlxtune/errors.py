@@ -92,5 +92,9 @@ class ChipError(MlxtuneError):
     """No chip is known by that name."""
 
 
+class PackageMissing(MlxtuneError):
+    """A Python package that this copy of mlxtune needs is missing, or cannot be loaded."""
+
+
 class StorageError(MlxtuneError):
     """The disk refused to take a file; what stood there before still stands."""

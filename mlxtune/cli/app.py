@@ -22,20 +22,46 @@ from mlxtune.cli.data import data
 from mlxtune.cli.doctor import completion, doctor
 from mlxtune.cli.evaluate import evaluate
 from mlxtune.cli.export import export
+from mlxtune.cli.output import make_printable, of_locale
 from mlxtune.cli.plan import plan
 from mlxtune.cli.report import report
-from mlxtune.cli.shared import ADAPTER, DTYPE, PATH, SET, complete_paths, prepare
+from mlxtune.cli.shared import (
+    ADAPTER,
+    DTYPE,
+    PATH,
+    SET,
+    Words,
+    complete_paths,
+    complete_presets,
+    prepare,
+    steps,
+)
 from mlxtune.cli.stops import Stopped, stop_on_signals
+from mlxtune.cli.suggest import Verbs, unknown_option
 from mlxtune.device import worker_rank
 from mlxtune.errors import MlxtuneError, RecipeError, WorkerFailed
+from mlxtune.install import explained, program
 
 if TYPE_CHECKING:
     from mlxtune.train.distributed import Workers
 
 USER_ERROR, INTERRUPTED = 1, 130
+_BEFORE_TRAINING = {
+    "validate": "are the recipe and its data in order?",
+    "plan": "does it fit, how long does it take?",
+    "lora": "train it",
+}
+_AFTER_TRAINING = {
+    "eval": "did it learn?",
+    "chat": "talk to it",
+    "report": "curves, evaluation and samples as a page",
+    "export": "a GGUF for Ollama, llama.cpp and mistral.rs",
+}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(mlxtune.__version__, prog_name="mlxtune")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
@@ -46,16 +72,39 @@ def cli(debug: bool) -> None:
     mlxtune plan recipe.toml         does it fit, how long does it take?
     mlxtune lora recipe.toml         train it
     mlxtune eval runs/NAME           did it learn?
+    mlxtune chat runs/NAME           talk to it
     mlxtune export runs/NAME         a GGUF for Ollama, llama.cpp and mistral.rs
     """
 
 
 @cli.command()
 @click.argument("output", type=PATH, default="recipe.toml")
-@click.option("--preset", default="default", help="Which recipe; --list shows them.")
+@click.option(
+    "--preset",
+    default="default",
+    help="Which recipe; --list shows them.",
+    shell_complete=complete_presets,
+)
+@click.option(
+    "--model",
+    help="What to train: a hub id, a folder, a .gguf file.",
+    shell_complete=complete_paths,
+)
+@click.option(
+    "--data",
+    help="Records to train on: a file, a folder, hub:OWNER/NAME.",
+    shell_complete=complete_paths,
+)
 @click.option("--list", "list_presets", is_flag=True, help="List the presets.")
 @click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
-def init(output: Path, preset: str, list_presets: bool, overwrite: bool) -> None:
+def init(
+    output: Path,
+    preset: str,
+    model: str | None,
+    data: str | None,
+    list_presets: bool,
+    overwrite: bool,
+) -> None:
     """Write an annotated recipe."""
     from mlxtune.recipe.presets import presets, write_preset
 
@@ -63,8 +112,9 @@ def init(output: Path, preset: str, list_presets: bool, overwrite: bool) -> None
         for name, summary in presets().items():
             click.echo(f"{name:<14}{summary}")
         return
-    write_preset(output, preset, overwrite=overwrite)
-    click.echo(f"{output}: edit it, then mlxtune lora {output}")
+    write_preset(output, preset, model=model, data=data, overwrite=overwrite)
+    click.echo(f"{output}: written; edit it, then")
+    click.echo(steps(_BEFORE_TRAINING, output))
 
 
 @cli.command()
@@ -93,7 +143,7 @@ def lora(
     overwrite: bool,
     force: bool,
 ) -> None:
-    """Train an adapter as a recipe says: LoRA or DoRA, on a packed model too (QLoRA)."""
+    """Train an adapter as a recipe says: LoRA or DoRA, on a quantized model too (QLoRA)."""
     from mlxtune.evaluate.suite import suite_of
     from mlxtune.recipe.load import load_recipe
 
@@ -102,7 +152,7 @@ def lora(
     with _joined() as workers:
         checked = load_recipe(recipe, overrides)
         suite_of(checked)  # not first looked for when the training is done
-        prepare()
+        prepare(long=True)
         from mlxtune.cli.display import training_display
         from mlxtune.cli.plan import forecast
         from mlxtune.train.metrics import Silent
@@ -131,8 +181,9 @@ def lora(
     click.echo(f"adapter: {adapter_name(run.adapter)}")
     # A model that got worse is to be looked at, not shipped.
     worse = any(line.startswith("warning") for line in said)
-    verbs = ("eval", "report") if worse else ("eval", "report", "export")
-    click.echo("next: " + "   ".join(f"mlxtune {verb} {folder}" for verb in verbs))
+    click.echo("next:")
+    following = {v: why for v, why in _AFTER_TRAINING.items() if not (worse and v == "export")}
+    click.echo(steps(following, folder))
 
 
 @cli.command()
@@ -171,19 +222,19 @@ def fuse(
         return
     click.echo(f"{output}: {report.dtype} safetensors, tokenizer and config")
     click.echo(
-        f"against the live adapter: max |Δlogit| {report.max_logit_difference:.2g} of "
-        f"{report.max_logit:.3g}, same best token at {report.top1_agreement:.1%} of "
-        f"{report.tokens_compared} tokens"
+        f"compared with the adapter unfused: at {report.top1_agreement:.1%} of "
+        f"{report.tokens_compared} tokens the most likely next token is the same; logits differ "
+        f"by at most {report.max_logit_difference:.2g}, where the largest is {report.max_logit:.3g}"
     )
 
 
 @cli.command()
 @click.argument("model", shell_complete=complete_paths)
-@click.option("-p", "--prompt", help="Answer this and stop.")
+@click.option("-p", "--prompt", type=Words(), help="Answer this and stop.")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
 def chat(model: str, prompt: str | None, max_tokens: int) -> None:
     """Talk to a run, or to any model: a folder, a .gguf file, a hub id."""
-    prepare()
+    prepare(long=True)
     from mlxtune.cli.talk import talk
 
     talk(model, prompt=prompt, max_tokens=max_tokens)
@@ -198,10 +249,30 @@ cli.add_command(export)
 cli.add_command(plan)
 cli.add_command(bench)
 cli.add_command(report)
+# Each fits a line of `--help` in a terminal of 80 columns.
+_IN_SHORT = {
+    "bench": "Measure how fast this machine trains.",
+    "chat": "Talk to a run or to any model.",
+    "completion": "Print what lets a shell complete mlxtune's commands.",
+    "convert": "Write a model as GGUF, or as a folder.",
+    "data": "Look at records, change their shape, prepare them.",
+    "doctor": "Look at this machine, and say what it lacks.",
+    "eval": "Measure whether a run has learned.",
+    "export": "Write a run as GGUF for Ollama, llama.cpp, mistral.rs.",
+    "fuse": "Write a run as a Hugging Face folder.",
+    "init": "Write an annotated recipe.",
+    "lora": "Train an adapter: LoRA, DoRA or QLoRA.",
+    "plan": "Say whether a recipe fits and how long it takes.",
+    "report": "Write an HTML page of one run, or of several.",
+    "validate": "Check a recipe and its data.",
+}
+for _verb, _said in _IN_SHORT.items():
+    cli.commands[_verb].short_help = _said
 
 
 def main() -> None:
     """Entry point: run a verb; errors become one block on stderr."""
+    make_printable()
     debug = "--debug" in sys.argv[1:]
     # `mlxtune lora … --debug` is as good as `mlxtune --debug lora …`.
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
@@ -217,6 +288,8 @@ def main() -> None:
         print(_block(error), file=sys.stderr)
         sys.exit(USER_ERROR)
     except click.ClickException as error:
+        if isinstance(error, click.NoSuchOption):
+            error = unknown_option(error)
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort) as error:
@@ -234,6 +307,9 @@ def main() -> None:
             sys.exit(128 + number)
         if debug:
             raise
+        if (said := _missing(error) or of_locale(error)) is not None:
+            print(_block(said), file=sys.stderr)
+            sys.exit(USER_ERROR)
         print(
             f"error: {type(error).__name__}: {error}{_notes(error)}\n"
             "  this is a bug in mlxtune; --debug shows where it happened",
@@ -241,6 +317,15 @@ def main() -> None:
         )
         sys.exit(USER_ERROR)
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def _missing(error: BaseException | None) -> MlxtuneError | None:
+    """The package whose import failed, if that is what an error comes from."""
+    while error is not None:
+        if isinstance(error, ImportError) and (found := explained(error)) is not None:
+            return found
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _block(error: MlxtuneError) -> str:
@@ -268,9 +353,10 @@ def _say_interrupted(error: Exception) -> int | None:
         return number  # the first worker tells the rest
     checkpoint = error.checkpoint
     run = checkpoint.parent.parent
+    recipe, folder = quote(str(run / "recipe.toml")), quote(str(run))
     print(
         f"interrupted; saved in {checkpoint}\n"
-        f"  go on: mlxtune lora {quote(str(run / 'recipe.toml'))} -o {quote(str(run))} --resume",
+        f"  go on: {program()} lora {recipe} -o {folder} --resume",
         file=sys.stderr,
     )
     return number
@@ -280,7 +366,7 @@ def _joined() -> AbstractContextManager[Workers | None]:
     """The workers that a launcher started with this process, who end together; or nobody."""
     if worker_rank() is None:
         return nullcontext()
-    prepare()
+    prepare(long=True)
     from mlxtune.train.distributed import join
 
     return join()

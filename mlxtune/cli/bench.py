@@ -41,7 +41,7 @@ def bench(folder: Path, everything: bool, compare: bool, as_json: bool) -> None:
     results = folder / "results"
     if not compare:
         require_folder(results)
-    prepare()
+    prepare(long=True)
     from mlxtune.bench.compare import renew
     from mlxtune.bench.machine import this_machine
     from mlxtune.bench.measure import measure_machine

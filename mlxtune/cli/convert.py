@@ -6,12 +6,14 @@ import re
 import sys
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
-from mlxtune.cli.shared import DTYPE, PATH, complete_paths, prepare
+from mlxtune.cli.shared import DTYPE, PATH, complete_paths, prepare, steps
+from mlxtune.cli.suggest import NearChoice
+from mlxtune.install import install_extra
 
 if TYPE_CHECKING:
     from mlxtune.export.convert import Conversion, Verified
@@ -35,22 +37,6 @@ FILE_TYPES = [
     "q3_k_m",
     "q2_k",
 ]
-
-
-class NearChoice(click.Choice[str]):
-    """A choice that names the nearest to what is none."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """As click's."""
-        try:
-            return super().convert(value, param, ctx)
-        except click.BadParameter as error:
-            near = get_close_matches(str(value).lower(), self.choices, n=1)
-            if not near:
-                raise
-            raise click.BadParameter(
-                f"{error.message} Did you mean {near[0]}?", ctx, param
-            ) from None
 
 
 FILE_TYPE = NearChoice(FILE_TYPES, case_sensitive=False)
@@ -87,7 +73,7 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print what was w
 @click.option(
     "--mlx-bits",
     type=click.Choice(["2", "3", "4", "5", "6", "8"]),
-    help="Pack a folder's matrices with MLX, for mlx-lm and for QLoRA.",
+    help="Quantize a folder's matrices with MLX, for mlx-lm and for QLoRA.",
 )
 @click.option(
     "--group-size",
@@ -223,7 +209,8 @@ def _told(made: Conversion) -> str:
     if made.verified is not None:
         folder = made.path.suffix.lower() != ".gguf"
         lines += verified_lines(made.verified, runs=not folder)
-    return "\n".join(lines)
+    first = made.path if made.path.is_dir() else made.path.with_name(made.files[0])
+    return "\n".join([*lines, "next:", steps({"chat": "talk to it"}, first)])
 
 
 def unweighed_lines(count: int) -> list[str]:
@@ -236,29 +223,30 @@ def unweighed_lines(count: int) -> list[str]:
 
 def verified_lines(verified: Verified, *, runs: bool = True) -> list[str]:
     """How a file, which may be one that llama.cpp runs, differs from its source."""
-    lines = [_readback_line(verified.readback)]
+    lines = _readback_lines(verified.readback)
     if not runs:
         pass
     elif (run := verified.llamacpp) is not None:
         compared = (
-            "it loads, and told nothing to compare"
+            "it loads; there was nothing to compare"
             if run.mean_kl is None or run.top1 is None
-            else f"divergence from MLX {run.mean_kl:.2g} nats, same best token at "
-            f"{run.top1:.0%} of {run.places} places"
+            else f"at {run.top1:.0%} of {run.places} places the most likely next token is that of "
+            f"MLX (mean KL divergence {run.mean_kl:.2g})"
         )
-        lines.append(f"in llama.cpp: {compared} (of {verified.tried_on})")
+        lines.append(f"in llama.cpp: {compared}; tried on {verified.tried_on}")
     elif verified.not_run is not None:
-        lines.append(f"not run in llama.cpp and MLX: {verified.not_run}")
+        lines.append(f"not tried in llama.cpp: {verified.not_run}")
     else:
-        lines.append("not run: `pip install 'mlxtune[llamacpp]'` lets it be tried in llama.cpp")
+        add = install_extra("llamacpp")
+        lines.append(f"not tried in llama.cpp, which is optional: {add}")
     return [f"  {line}" for line in lines]
 
 
-def _readback_line(readback: Readback) -> str:
-    errors = ", ".join(f"{name} {error:.2g}" for name, error in readback.error.items() if error)
-    return (
-        f"read back: {readback.tensors} tensors"
-        + (f", relative error {errors}" if errors else ", all equal")
-        + f"; {readback.texts} texts tokenized alike"
-        + ("; chats written alike" if readback.template_kept else "")
-    )
+def _readback_lines(readback: Readback) -> list[str]:
+    """What was read back, and whether it says the same as the source."""
+    errors = [f"{100 * error:.2g}% ({name})" for name, error in readback.error.items() if error]
+    differ = f"differ from the model's by {', '.join(errors)}" if errors else "equal the model's"
+    same = f"{readback.texts} test texts become the same tokens"
+    if readback.template_kept:
+        same += ", test chats the same prompts"
+    return [f"read back: {readback.tensors} tensors {differ}", f"tokenizer: {same}"]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlxtune.cli.completing import complete_prep
+from mlxtune.cli.output import json_text
 from mlxtune.cli.shared import PATH, SET, complete_paths, quieten_libraries
+from mlxtune.cli.suggest import NearChoice, Verbs
 
 if TYPE_CHECKING:
     from mlxtune.data.sources import Source
 
 _FORMAT = click.option(
-    "--format", "format_", default="auto", help="Shape of the input.  [default: told]"
+    "--format", "format_", default="auto", help="Shape of the input.  [default: by its keys]"
 )
 _COLUMN = click.option(
     "--column",
@@ -26,12 +28,12 @@ _COLUMN = click.option(
 SHAPES = ("alpaca", "sharegpt", "messages", "shell")
 
 
-@click.group()
+@click.group(cls=Verbs)
 def data() -> None:
     """Look at records, change their shape, prepare them for training."""
 
 
-@data.command()
+@data.command(short_help="Show records as the model sees them.")
 @click.argument("recipe", type=PATH)
 @SET
 @click.option(
@@ -39,7 +41,7 @@ def data() -> None:
     type=click.IntRange(0),
     default=3,
     show_default=True,
-    help="Of each source.",
+    help="How many records of each source to show.",
 )
 @click.option("--row", "chosen", type=click.IntRange(1), help="Show this record.")
 @click.option("--ids", is_flag=True, help="Show token ids too.")
@@ -67,7 +69,7 @@ def inspect(
             progress=lambda path, done: say(f"tokenizing {path}: {done:,} records"),
         )
     if as_json:
-        click.echo(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+        click.echo(json_text(found.as_dict()))
     else:
         show(found, ids=ids)
 
@@ -75,7 +77,7 @@ def inspect(
 @data.command()
 @click.argument("source", shell_complete=complete_paths)
 @click.argument("output", type=PATH)
-@click.option("--to", "shape", type=click.Choice(SHAPES), required=True)
+@click.option("--to", "shape", type=NearChoice(SHAPES), required=True)
 @_FORMAT
 @_COLUMN
 @click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
@@ -94,7 +96,7 @@ def convert(
     click.echo(f"{output}: {count} {shape} records")
 
 
-@data.command()
+@data.command(short_help="Filter, scrub, deduplicate and split records.")
 @click.argument("source", shell_complete=complete_paths)
 @click.argument("output", type=PATH)
 @click.option("--recipe", type=PATH, help="Take [prep] and the seed of this recipe.")
@@ -103,11 +105,12 @@ def convert(
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help='Override a key of [prep], such as dedup=exact or languages=["en"].',
+    help="Override a key of [prep], such as dedup=exact or languages=en,de.",
+    shell_complete=complete_prep,
 )
 @click.option("--scrub", help="Replace these by placeholders: email,ip,phone,card,secret,presidio.")
-@click.option("--dedup", type=click.Choice(["off", "exact", "near"]))
-@click.option("--val-size", type=float, help="Hold out a share (below 1) or so many rows.")
+@click.option("--dedup", type=NearChoice(["off", "exact", "near"]))
+@click.option("--val-size", type=float, help="Rows to hold out: a share below 1, or a number.")
 @click.option("--group-by", help="Rows with the same value of this field stay on one side.")
 @click.option("--against", help="A held-out file that nothing kept may be a near-duplicate of.")
 @click.option("--seed", type=click.IntRange(0), help="Of the split.  [default: the recipe's, or 0]")
@@ -158,7 +161,7 @@ def prep(
         overwrite=overwrite,
     )
     if as_json:
-        click.echo(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
+        click.echo(json_text(report.as_dict()))
     else:
         click.echo(report.as_text().rstrip())
         click.echo(f"written to {output}")

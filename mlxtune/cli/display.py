@@ -21,6 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mlxtune.cli.curve import History
 from mlxtune.train.metrics import Outline, Report
 
 # Seconds of silence before one is told that something is being done.
@@ -33,7 +34,8 @@ class PlainDisplay:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._outline: Outline | None = None
-        self._begun = time.monotonic()
+        self._begun = self._started = time.monotonic()
+        self._history = History()
 
     def tokenized(self, path: str, rows: int) -> None:
         """Say it every few seconds: large data takes minutes."""
@@ -48,16 +50,18 @@ class PlainDisplay:
     def started(self, outline: Outline) -> None:
         """Say what is about to be trained."""
         self._outline = outline
-        self._begun = time.monotonic()
+        self._begun = self._started = time.monotonic()
         for line in _describe(outline):
             self._say(line)
 
     def stepped(self, step: int) -> None:
         """Nothing: reports are enough."""
+        self._history.step = step
 
     def reported(self, report: Report) -> None:
         """One line."""
         assert self._outline is not None
+        self._history.losses.append(report.loss)
         left = _time_left(self._outline, report.step, time.monotonic() - self._begun)
         self._say(
             f"step {report.step}/{self._outline.total_steps}  loss {report.loss:.4f}  "
@@ -70,11 +74,25 @@ class PlainDisplay:
         """One line."""
         if self._outline is not None and step == self._outline.first_step:
             self._begun = time.monotonic()  # what comes before the first step is no step
-        self._say(f"step {step}  held-out loss {held_out_loss:.4f}{' (best)' * best}")
+        self._history.held_out[step] = held_out_loss
+        if step:
+            self._say(f"step {step}  held-out loss {held_out_loss:.4f}{' (best so far)' * best}")
+        else:
+            self._say(f"before training  held-out loss {held_out_loss:.4f}")
 
     def saved(self, path: Path) -> None:
         """One line."""
         self._say(f"saved {path}")
+
+    def ended(self) -> None:
+        """What stays on the screen, whichever way training ended."""
+        if self._outline is None:
+            return
+        first, total = self._outline.first_step, self._outline.total_steps
+        seconds, width = time.monotonic() - self._started, self._console.width
+        plain = self._console.options.ascii_only
+        for line in self._history.lines(first, total, seconds, width, plain=plain):
+            self._say(line)
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -93,10 +111,12 @@ class LiveDisplay(PlainDisplay):
 
     def stepped(self, step: int) -> None:
         """Move the bar."""
+        self._history.step = step
         self._draw(step)
 
     def reported(self, report: Report) -> None:
         """Show the figures."""
+        self._history.losses.append(report.loss)
         self._report = report
         self._draw(report.step)
 
@@ -130,19 +150,28 @@ class LiveDisplay(PlainDisplay):
 def training_display() -> Iterator[PlainDisplay]:
     """The display that fits where the output goes."""
     console = Console()
-    if not console.is_terminal:
-        yield PlainDisplay(console)
-        return
-    # Redrawn with each figure: nothing moves in between.
-    with Live(console=console, auto_refresh=False, transient=True) as live:
-        yield LiveDisplay(console, live)
+    display = PlainDisplay(console)
+    try:
+        if not console.is_terminal:
+            yield display
+            return
+        # Redrawn with each figure: nothing moves in between.
+        with Live(console=console, auto_refresh=False, transient=True) as live:
+            yield (display := LiveDisplay(console, live))
+    finally:
+        display.ended()  # below where the bar was
 
 
 @contextmanager
-def status_line(first: str, *, every: float = 0.0) -> Iterator[Callable[[str], None]]:
+def status_line(
+    first: str, *, every: float = 0.0, rare: Callable[[str], bool] = lambda _: True
+) -> Iterator[Callable[[str], None]]:
     """A line on stderr that says what is being done; a function that changes it.
 
-    It changes at most once in `every` seconds.
+    Args:
+        first: what it says at first, on a terminal.
+        every: it changes at most once in so many seconds,
+        rare: to lines for which this is true; the others are always shown.
     """
     console = Console(stderr=True)
     changed = time.monotonic()
@@ -150,7 +179,7 @@ def status_line(first: str, *, every: float = 0.0) -> Iterator[Callable[[str], N
     def limited(tell: Callable[[str], None]) -> Callable[[str], None]:
         def change(stage: str) -> None:
             nonlocal changed
-            if time.monotonic() - changed >= every:
+            if not rare(stage) or time.monotonic() - changed >= every:
                 changed = time.monotonic()
                 tell(stage)
 

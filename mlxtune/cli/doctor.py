@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from mlxtune.cli.shared import prepare
+from mlxtune.cli.suggest import NearChoice
 
 # Where each shell reads what it does at its start.
 _STARTS = {"bash": "~/.bashrc", "zsh": "~/.zshrc", "fish": "~/.config/fish/config.fish"}
@@ -23,7 +25,8 @@ def doctor(as_json: bool) -> None:
 
     Ends with 1 if something is there that training suffers from.
     """
-    prepare()
+    with suppress(ImportError):  # MLX, which is then the first finding
+        prepare()
     from mlxtune.doctor import examine
 
     findings = []
@@ -42,7 +45,7 @@ def doctor(as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("shell", type=click.Choice(list(_STARTS)))
+@click.argument("shell", type=NearChoice(list(_STARTS)))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
     """Print what makes SHELL complete the verbs and options of mlxtune.

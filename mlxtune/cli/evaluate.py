@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,13 @@ if TYPE_CHECKING:
 )
 @click.option("--tasks", help="Tasks of lm-eval instead, such as arc_easy,hellaswag.")
 @click.option("--task-path", type=PATH, help="A folder of task files of your own, for --tasks.")
-@click.option("--samples", type=click.IntRange(0), default=8, show_default=True)
+@click.option(
+    "--samples",
+    type=click.IntRange(0),
+    default=8,
+    show_default=True,
+    help="How many answers to show.",
+)
 @click.option(
     "-o", "--output", type=PATH, help="Folder of figures and answers.  [default: RUN/eval]"
 )
@@ -73,17 +80,18 @@ def evaluate(
         chosen = [name for task in tasks.split(",") if (name := task.strip())]
         if not chosen:
             raise click.UsageError("--tasks names none")
-        prepare()
+        prepare(long=True)
         _tasks(model, adapter, chosen, task_path, limit, output, as_json)
         return
     if task_path is not None:
         raise click.UsageError("--task-path goes with --tasks")
-    prepare()
+    prepare(long=True)
     from mlxtune.cli.display import status_line
     from mlxtune.evaluate.compare import Options
     from mlxtune.evaluate.suite import load_suite
 
-    with status_line("loading") as progress:
+    every = 0.2 if sys.stderr.isatty() else 10.0
+    with status_line("loading", every=every, rare=lambda said: " of " in said) as progress:
         options = Options(
             suite=load_suite(suite) if suite is not None else None,
             data=data,

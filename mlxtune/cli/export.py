@@ -18,7 +18,6 @@ from mlxtune.cli.convert import (
     PRE,
     SAVE_IMATRIX,
     VERIFY,
-    NearChoice,
     file_size,
     on_command_line,
     require_one_importance,
@@ -26,6 +25,7 @@ from mlxtune.cli.convert import (
     verified_lines,
 )
 from mlxtune.cli.shared import ADAPTER, PATH, prepare
+from mlxtune.cli.suggest import NearChoice
 from mlxtune.errors import RunError
 
 if TYPE_CHECKING:

@@ -64,7 +64,7 @@ def plan(
     checked = load_recipe(recipe, overrides)
     if fit is not None:
         require_no_file(fit, overwrite)
-    prepare()
+    prepare(long=True)
     from mlxtune.bench.machine import mac, this_machine
     from mlxtune.bench.plan import Planner
     from mlxtune.recipe.edit import write_edited

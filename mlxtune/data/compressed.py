@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from mlxtune.errors import DataError
+from mlxtune.install import install_extra
 
 
 @contextmanager
@@ -72,5 +73,5 @@ def needs_extra(what: str, path: Path) -> DataError:
     return DataError(
         f"{what} files need another package",
         where=str(path),
-        remedy='pip install "mlxtune[data]"',
+        remedy=install_extra("data"),
     )

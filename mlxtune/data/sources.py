@@ -13,6 +13,7 @@ from mlxtune.data.formats import FORMATS, parse_record
 from mlxtune.data.records import Conversation
 from mlxtune.data.splits import Split, choose_split, default_split, one_of
 from mlxtune.errors import DataError
+from mlxtune.install import install_extra
 
 HUB = "hub:"
 
@@ -162,7 +163,7 @@ def _hub_dataset(
         raise DataError(
             "hub datasets need another package",
             where=HUB + name,
-            remedy='pip install "mlxtune[hub]"',
+            remedy=install_extra("hub"),
         ) from None
     datasets.disable_progress_bars()
     try:

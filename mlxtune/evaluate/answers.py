@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.generate import batch_generate, stream_generate
+from mlx_lm.generate import BatchGenerator, stream_generate
 
 
 def answers(
@@ -16,6 +16,7 @@ def answers(
     *,
     max_tokens: int = 64,
     batch_size: int = 128,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
     """The greedy answer to each prompt, white space around it removed.
 
@@ -25,16 +26,26 @@ def answers(
         prompts: token ids, ready for an answer.
         max_tokens: an answer is cut off there.
         batch_size: how many are generated at once.
+        progress: called with the number of answers that are complete, as it grows.
     """
-    response = batch_generate(
+    generator = BatchGenerator(
         model,
-        tokenizer,
-        [list(prompt) for prompt in prompts],
-        max_tokens=max_tokens,
+        stop_tokens=[[token] for token in tokenizer.eos_token_ids],
         completion_batch_size=batch_size,
         prefill_batch_size=min(batch_size, 16),
     )
-    return [text.strip() for text in response.texts]
+    numbers = generator.insert([list(prompt) for prompt in prompts], [max_tokens] * len(prompts))
+    said: dict[int, list[int]] = {number: [] for number in numbers}
+    complete = 0
+    while responses := generator.next_generated():
+        for response in responses:
+            if response.finish_reason != "stop":
+                said[response.uid].append(response.token)
+            if response.finish_reason is not None:
+                complete += 1
+                progress(complete)
+    generator.close()
+    return [tokenizer.decode(said[number]).strip() for number in numbers]
 
 
 def stream_answer(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxtune.errors import MlxtuneError, RunError
+from mlxtune.install import install_extra
 from mlxtune.models.load import LoadedModel
 from mlxtune.recipe.schema import ModelSection
 from mlxtune.train.model import load_base
@@ -55,7 +56,7 @@ def run_tasks(
         raise MlxtuneError(
             f"tasks are run by another package: {error.name}",
             where="--tasks",
-            remedy='pip install "mlxtune[lm-eval]"',
+            remedy=install_extra("lm-eval"),
         ) from None
     if task_path is not None and not task_path.is_dir():
         raise MlxtuneError("there is no such folder", where=f"--task-path {task_path}")

@@ -165,7 +165,13 @@ def measure(
         longest = max(len(renderer.encode(c.answer())) for c in chats.values())
         prompts = [renderer.prompt(conversation) for conversation in chats.values()]
         limit = max_tokens or longest + _SLACK
-        said = answers(model, loaded.tokenizer, prompts, max_tokens=limit)
+        said = answers(
+            model,
+            loaded.tokenizer,
+            prompts,
+            max_tokens=limit,
+            progress=lambda done: progress(f"{done} of {len(chats)} answers"),
+        )
     return Measured(losses, general_loss, dict(zip(chats, said, strict=True)))
 
 

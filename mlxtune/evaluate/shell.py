@@ -21,6 +21,7 @@ from typing import Any
 from mlxtune.errors import MlxtuneError
 from mlxtune.evaluate.shell_find import read_find
 from mlxtune.evaluate.shell_options import WORD_OPTIONS, WRAPPERS, read_options, read_word_options
+from mlxtune.install import install_extra
 
 # Nobody asks for a longer command, and a parser in Python would take its time over it.
 MAX_LENGTH = 4000
@@ -101,7 +102,7 @@ def require_bashlex() -> None:
     except ImportError:
         raise MlxtuneError(
             "comparing shell commands needs another package: bashlex",
-            remedy='pip install "mlxtune[shell]"; it is under the GPL',
+            remedy=f"{install_extra('shell')}    (bashlex is under the GPL)",
         ) from None
 
 

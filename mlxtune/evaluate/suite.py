@@ -11,7 +11,7 @@ from mlxtune.data.sources import HUB
 from mlxtune.recipe.judge import JudgeSection
 from mlxtune.recipe.load import read_toml, validated
 from mlxtune.recipe.schema import Columns, DataSource, FormatName, Recipe
-from mlxtune.recipe.section import PositiveInt, Section
+from mlxtune.recipe.section import Name, PositiveInt, Section, name_from
 
 Metric = Literal["exact", "normalised", "f1", "edit", "shell"]
 DEFAULT_METRICS: tuple[Metric, ...] = ("exact", "normalised", "f1", "edit")
@@ -43,7 +43,7 @@ class Suite(Section):
     `[[data]]` the records that a run holds out are answered.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     data: Annotated[tuple[SuiteData, ...], Field(strict=False)] = ()
     metrics: Annotated[tuple[Metric, ...], Field(strict=False, min_length=1)] = DEFAULT_METRICS
     normalise: Literal["code", "squad"] = "code"
@@ -80,7 +80,7 @@ def load_suite(path: Path) -> Suite:
         RecipeError: with all that is wrong in `problems`.
     """
     values = read_toml(path, "suite", remedy="docs/evaluate.md shows one")
-    values.setdefault("name", path.stem)
+    values.setdefault("name", name_from(path.stem))
     suite = validated(Suite, values, "suite", where=str(path))
 
     def beside(name: str) -> str:

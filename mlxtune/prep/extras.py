@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from mlxtune.errors import DataError
+from mlxtune.install import install_extra
 
 
 def load(module: str, need: str, extra: str = "prep") -> Any:
@@ -19,5 +20,5 @@ def load(module: str, need: str, extra: str = "prep") -> Any:
     except ImportError:
         raise DataError(
             f"{need} needs another package: {module.partition('.')[0]}",
-            remedy=f'pip install "mlxtune[{extra}]"',
+            remedy=install_extra(extra),
         ) from None

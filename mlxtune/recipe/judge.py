@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from pydantic import Field, field_validator, model_validator
 
 from mlxtune.recipe.section import PositiveInt, Section
@@ -16,7 +18,7 @@ class JudgeSection(Section):
     request is tried again `retries` times, with growing pauses.
     """
 
-    endpoint: str = Field(pattern=r"^https?://\S+$")
+    endpoint: str
     model: str = Field(min_length=1)
     rubric: str = Field(min_length=1)
     api_key_env: str | None = Field(default=None, min_length=1)
@@ -31,6 +33,8 @@ class JudgeSection(Section):
     @field_validator("endpoint")
     @classmethod
     def _an_address(cls, endpoint: str) -> str:
+        if not re.fullmatch(r"https?://\S+", endpoint):
+            raise ValueError("should be an address that begins with http:// or https://")
         import httpx  # reading a recipe without a judge does not wait for it
 
         try:

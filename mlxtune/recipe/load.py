@@ -12,102 +12,11 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from mlxtune.errors import MlxtuneError, RecipeError
+from mlxtune.recipe.foreign import FOREIGN_NAMES, FOREIGN_VALUES, of_another_program
 from mlxtune.recipe.schema import PrepSection, Recipe
+from mlxtune.recipe.section import name_from
 
 Table = TypeVar("Table", bound=BaseModel)
-
-# What other trainers call these keys: Hugging Face Trainer and PEFT, Axolotl,
-# LLaMA-Factory, Unsloth, torchtune, mlx-lm.
-FOREIGN_NAMES = {
-    "base_model": "model.path",
-    "model_name": "model.path",
-    "model_name_or_path": "model.path",
-    "load_in_4bit": "model.quantize = 4",
-    "load_in_8bit": "model.quantize = 8",
-    "bnb_4bit_quant_type": "model.quantize",
-    "bnb_4bit_use_double_quant": "model.double_quantization",
-    "torch_dtype": "model.dtype",
-    "adapter": "[lora]",
-    "r": "lora.rank",
-    "lora_r": "lora.rank",
-    "lora_rank": "lora.rank",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "lora_target": "lora.target_modules",
-    "lora_target_modules": "lora.target_modules",
-    "lora_layers": "lora.layers",
-    "num_layers": "lora.layers",
-    "layers_to_transform": "lora.layers",
-    "peft_layers_to_transform": "lora.layers",
-    "use_rslora": "lora.rslora",
-    "peft_use_rslora": "lora.rslora",
-    "use_dora": "lora.dora",
-    "peft_use_dora": "lora.dora",
-    "fine_tune_type": "lora.dora (true or false)",
-    "resume_adapter_file": "lora.init_from (its folder)",
-    "adapter_name_or_path": "lora.init_from",
-    "lora_model_dir": "lora.init_from",
-    "scale": "lora.alpha (scale is alpha / rank)",
-    "type": "[[data]] format",
-    "dataset": "[[data]] path",
-    "datasets": "[[data]] path",
-    "max_train_samples": "[[data]] max_samples",
-    "per_device_train_batch_size": "train.batch_size",
-    "micro_batch_size": "train.batch_size",
-    "gradient_accumulation": "train.gradient_accumulation_steps",
-    "grad_accumulation_steps": "train.gradient_accumulation_steps",
-    "num_train_epochs": "train.epochs",
-    "num_epochs": "train.epochs",
-    "iters": "train.max_steps",
-    "lr": "train.learning_rate",
-    "lr_scheduler_type": "train.lr_scheduler",
-    "lr_schedule": "train.lr_scheduler",
-    "min_lr_rate": "train.min_lr_ratio",
-    "cosine_min_lr_ratio": "train.min_lr_ratio",
-    "optim": "train.optimizer",
-    "neftune_alpha": "train.neftune_noise_alpha",
-    "gradient_clipping": "train.max_grad_norm",
-    "sequence_len": "train.max_seq_length",
-    "max_length": "train.max_seq_length",
-    "cutoff_len": "train.max_seq_length",
-    "sample_packing": "train.packing",
-    "grad_checkpoint": "train.gradient_checkpointing",
-    "use_gradient_checkpointing": "train.gradient_checkpointing",
-    "eval_steps": "eval.steps",
-    "early_stopping_patience": "eval.patience",
-    "steps_per_eval": "eval.steps",
-    "val_set_size": "eval.val_size",
-    "save_steps": "checkpoint.steps",
-    "save_every": "checkpoint.steps",
-    "save_total_limit": "checkpoint.keep",
-    "logging_steps": "log.steps",
-    "steps_per_report": "log.steps",
-    "output_dir": "name (runs go to runs/<name>)",
-}
-
-# What they call values of ours.
-FOREIGN_VALUES = {
-    "train.optimizer": {
-        "adam": "adamw",
-        "adamw_torch": "adamw",
-        "adamw_torch_fused": "adamw",
-        "adamw_hf": "adamw",
-        "paged_adamw": "adamw",
-        "paged_adamw_32bit": "adamw",
-        "adamw8bit": "adamw_8bit",
-        "adamw_bnb_8bit": "adamw_8bit",
-        "adamw_torch_8bit": "adamw_8bit",
-        "paged_adamw_8bit": "adamw_8bit",
-        "lion_32bit": "lion",
-        "paged_lion_32bit": "lion",
-    },
-    "train.lr_scheduler": {
-        "constant_with_warmup": "constant, with warmup_ratio or warmup_steps",
-        "cosine_decay": "cosine",
-        "cosine_with_min_lr": "cosine, with min_lr_ratio",
-        "wsd": "warmup_stable_decay",
-    },
-}
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -121,7 +30,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: with all that is wrong in `problems`.
     """
     values = read_toml(path, "recipe", remedy="`mlxtune init` writes one")
-    values.setdefault("name", path.stem)
+    values.setdefault("name", name_from(path.stem))
     for override in overrides:
         override_value(values, override)
     return parse_recipe(values, where=str(path))
@@ -143,10 +52,14 @@ def read_toml(path: Path, kind: str, *, remedy: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise RecipeError(f"there is no such {kind}", where=str(path), remedy=remedy) from None
     except (OSError, UnicodeDecodeError) as error:
+        if kind == "recipe" and path.is_file() and (other := of_another_program(None, path)):
+            raise other from None
         raise RecipeError(f"the {kind} cannot be read: {error}", where=str(path)) from None
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
+        if kind == "recipe" and (other := of_another_program(text, path)) is not None:
+            raise other from None
         raise RecipeError(f"this is not valid TOML: {error}", where=str(path)) from None
 
 
@@ -296,6 +209,9 @@ def _problem(detail: Any, schema: type[BaseModel]) -> MlxtuneError:
         return MlxtuneError("is missing", where=where)
     if location == ("data",) and isinstance(detail["input"], dict):
         return MlxtuneError("is a single table", where=where, remedy="write [[data]]")
+    if location == ("data",) and isinstance(detail["input"], str):
+        below = f"write [[data]] and below it path = {_plain(detail['input'])}"
+        return MlxtuneError("should be a list of tables", where=where, remedy=below)
     message = _IN_TOML_WORDS.get(detail["type"], str(detail["msg"]).removeprefix("Value error, "))
     value = detail["input"]
     ours = FOREIGN_VALUES.get(where, {}).get(value) if isinstance(value, str) else None

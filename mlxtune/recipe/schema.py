@@ -13,7 +13,7 @@ from pydantic import (
 )
 
 from mlxtune.recipe.judge import JudgeSection
-from mlxtune.recipe.section import Names, PositiveInt, Section
+from mlxtune.recipe.section import Name, Names, PositiveInt, Section, listed
 
 
 def _whole_above_one(value: float) -> float:
@@ -26,6 +26,8 @@ def _blocks(value: object) -> object:
     """What `lora.layers` may be; told in one sentence rather than a type at a time."""
     if value is None or (type(value) is int and value >= 1):
         return value
+    if isinstance(value, str) and "-" in value:
+        value = listed(value)
     if not isinstance(value, list | tuple) or not value:
         raise ValueError('is a number of blocks or a list such as [0, 1, "8-15"]')
     for part in value:
@@ -164,7 +166,7 @@ class PrepSection(Section):
         tuple[Literal["email", "ip", "phone", "card", "secret", "presidio"], ...],
         Field(strict=False),
     ] = ()
-    phone_region: str = Field(default="US", pattern="^[A-Z]{2}$")
+    phone_region: str = "US"
     dedup: Literal["off", "exact", "near"] = "near"
     dedup_threshold: float = Field(default=0.85, gt=0, le=1)
     dedup_permutations: int = Field(default=128, ge=16, le=1024)
@@ -172,6 +174,13 @@ class PrepSection(Section):
     val_size: float = Field(default=0.0, ge=0)
     group_by: str | None = None
     balance_by: str = "category"
+
+    @field_validator("phone_region")
+    @classmethod
+    def _a_country(cls, value: str) -> str:
+        if len(value) != 2 or not (value.isascii() and value.isalpha() and value.isupper()):
+            raise ValueError("should be a country's two capital letters, such as US")
+        return value
 
     @field_validator("val_size")
     @classmethod
@@ -301,11 +310,9 @@ class CheckpointSection(Section):
     keep: PositiveInt = 2
 
 
-def _listed(value: object) -> object:
-    """One name as a list; `none`, as others write it, as an empty one."""
-    if value == "none":
-        return ()
-    return (value,) if isinstance(value, str) else value
+def _or_none(value: object) -> object:
+    """`none`, as others write it, is an empty list."""
+    return () if value == ("none",) else value
 
 
 class LogSection(Section):
@@ -318,7 +325,7 @@ class LogSection(Section):
     report_to: Annotated[
         tuple[Literal["tensorboard", "wandb", "mlflow"], ...],
         Field(strict=False),
-        BeforeValidator(_listed),
+        BeforeValidator(_or_none),
     ] = ()
 
 
@@ -361,7 +368,7 @@ class ExportSection(Section):
 class Recipe(Section):
     """A whole recipe."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     seed: int = Field(default=0, ge=0)
     model: ModelSection
     lora: LoraSection = LoraSection()

@@ -7,6 +7,7 @@ from io import BytesIO
 from typing import Any
 
 from mlxtune.errors import MlxtuneError, RunError
+from mlxtune.install import install_extra
 from mlxtune.report.charts import Chart, charts, smoothed
 from mlxtune.report.collect import RunRecord
 
@@ -35,7 +36,7 @@ def curves_png(runs: Sequence[RunRecord]) -> bytes:
         from matplotlib.figure import Figure
     except ImportError:
         raise MlxtuneError(
-            "a picture needs matplotlib", where="--png", remedy="pip install 'mlxtune[report]'"
+            "a picture needs matplotlib", where="--png", remedy=install_extra("report")
         ) from None
     rows = 1 + len(shown) // 2
     figure = Figure(figsize=(12, 3.2 * rows), dpi=150, layout="constrained")

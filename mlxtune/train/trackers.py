@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlxtune.errors import MlxtuneError, StorageError
+from mlxtune.install import install_extra
 from mlxtune.train.metrics import Outline, Report, Silent
 from mlxtune.train.run import RECIPE, Run
 
@@ -72,7 +73,7 @@ class Trackers(Silent):
                 raise
             except Exception as error:
                 raise MlxtuneError(
-                    f"{name} cannot be told of this run: {_first_line(error)}",
+                    f"{name} cannot log this run: {_first_line(error)}",
                     where="log.report_to",
                     remedy=f"mend that, or train without it: --set log.report_to=[] ({name} "
                     "itself says more with --debug)",
@@ -117,7 +118,7 @@ class Trackers(Silent):
         try:
             act()
         except Exception as error:
-            warnings.warn(f"{name} is told nothing more: {_first_line(error)}", stacklevel=4)
+            warnings.warn(f"{name} gets no more figures: {_first_line(error)}", stacklevel=4)
             return False
         return True
 
@@ -133,7 +134,7 @@ def require_trackers(names: Sequence[str]) -> None:
             raise MlxtuneError(
                 f"{name} is not installed",
                 where="log.report_to",
-                remedy=f"pip install 'mlxtune[{name}]', or leave {name} out",
+                remedy=install_extra(name),
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from mlxtune import doctor
 from mlxtune.doctor import examine
+from mlxtune.recipe.presets import write_preset
 from support.ollama import stand_in
 from support.program import mlxtune
 
@@ -132,22 +134,80 @@ def test_what_may_be_a_path_is_completed_as_one(verb):
     assert done.stdout.split() == ["file,runs/q"], done.stderr
 
 
+def completed(*words: str, shell: str = "fish") -> list[str]:
+    """What the last of the words is completed by."""
+    asked = {"_MLXTUNE_COMPLETE": f"{shell}_complete", "COMP_WORDS": " ".join(words[:-1])}
+    asked["COMP_CWORD"] = words[-1]  # fish gives the word that is begun, bash its number
+    code = "import sys; sys.argv[0] = 'mlxtune'; import mlxtune.__main__"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = filter(None, done.stdout.splitlines())
+    return [line.partition(",")[2].partition("\t")[0] for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("lora", "r.toml", "--set", "train.opt"), ["train.optimizer="]),
+        (("plan", "r.toml", "--set", "train.optimizer=ad"), ["adamw", "adamw_8bit", "adafactor"]),
+        (("data", "inspect", "r.toml", "--set", "data.trunc"), ["data.truncate="]),
+        (("validate", "r.toml", "--set", "train.packing="), ["true", "false"]),
+        (("data", "prep", "a", "b", "--set", "dedup="), ["off", "exact", "near"]),
+        (("lora", "r.toml", "--set", "train.epochs="), []),
+        (("init", "--preset", "ql"), ["qlora"]),
+        (("export", "run", "--to", "oll"), ["ollama"]),
+    ],
+)
+def test_keys_and_values_are_completed(words, expected):
+    begun = words[-1].partition("=")[0] + "=" if "=" in words[-1] else ""
+    assert completed("mlxtune", *words) == [begun + value for value in expected]
+
+
+def test_every_key_of_a_recipe_is_completed(tmp_path):
+    """Of the annotated recipe, which shows them all."""
+    write_preset(tmp_path / "recipe.toml", "default")
+    text = (tmp_path / "recipe.toml").read_text()
+    tables = re.split(r"^(?:# )?\[{1,2}(\w+)\]{1,2}", text, flags=re.MULTILINE)[1:]
+    shown = {
+        f"{table}.{key}="
+        for table, body in zip(tables[::2], tables[1::2], strict=True)
+        for key in re.findall(r"^(?:# )?(\w+) = ", body, re.MULTILINE)
+    }
+    assert set(completed("mlxtune", "lora", "r.toml", "--set", "")) == shown | {"name=", "seed="}
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
-def test_bash_completes_with_the_script(tmp_path):
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("mlxtune ex", ["export"]),
+        ("mlxtune lora r.toml --set train.opt", ["train.optimizer="]),
+        # Bash divides words at an equals sign.
+        ("mlxtune lora r.toml --set train.optimizer = ada", ["adamw", "adamw_8bit", "adafactor"]),
+        ("mlxtune lora r.toml --set train.packing =", ["true", "false"]),
+        ("mlxtune lora r.toml --set = train.packing = t", ["true"]),
+    ],
+)
+def test_bash_completes_with_the_script(tmp_path, words, expected):
     """Sourced, as ~/.bashrc does it: what it registers asks the program and fills COMPREPLY."""
     (tmp_path / "script").write_text(mlxtune("completion", "bash", cwd=tmp_path).stdout)
     program = tmp_path / "mlxtune"
     code = "import sys; sys.argv[0] = 'mlxtune'; import mlxtune.__main__"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{code}"\n')
     program.chmod(0o755)
-    asked = """source ./script
-    COMP_WORDS=(mlxtune ex); COMP_CWORD=1
+    asked = f"""source ./script
+    compopt() {{ echo "$@"; }}
+    COMP_WORDS=({words}); COMP_CWORD={len(words.split()) - 1}
     set -- $(complete -p mlxtune)
     while [ "$1" != -F ]; do shift; done
-    "$2" mlxtune; echo "${COMPREPLY[@]}"
+    "$2" mlxtune; echo "${{COMPREPLY[@]}}"
     """
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", "--norc", "-c", asked], env=env, cwd=tmp_path, capture_output=True, text=True
     )
-    assert done.stdout.split() == ["export"], done.stderr
+    *options, words = done.stdout.splitlines()
+    assert words.split() == expected, done.stderr
+    assert options == ["-o nospace"] * expected[0].endswith("=")  # a value comes behind it

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from mlxtune.cli.app import cli
+from mlxtune.cli.suggest import _VERBS
 from support.program import mlxtune
 
 
@@ -72,3 +77,50 @@ def test_help_imports_no_more_than_it_needs(tmp_path):
     loaded = {name.partition(".")[0] for name in done.stderr.split()}
     heavy = {"mlx", "mlx_lm", "transformers", "tokenizers", "numpy", "pydantic", "huggingface_hub"}
     assert "mlxtune" in loaded and not heavy & loaded
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["train", "recipe.toml"], "mlxtune lora?"),
+        (["fine-tune"], "mlxtune lora?"),
+        (["evaluate"], "mlxtune eval?"),
+        (["lroa"], "mlxtune lora?"),
+        (["merge"], "mlxtune fuse?"),
+        (["inspect"], "mlxtune data inspect?"),
+        (["data", "inspct"], "mlxtune data inspect?"),
+        (["recipe.toml"], "mlxtune lora recipe.toml?"),
+        (["lora", "recipe.toml", "--resum"], "'--resume'?"),
+        (["lora", "recipe.toml", "--lr", "1e-4"], "--set train.learning_rate=…?"),
+        (["plan", "recipe.toml", "--batch-size=4"], "--set train.batch_size=…?"),
+        (["lora", "recipe.toml", "--load-in-4bit"], "--set model.quantize=4?"),
+        (["lora", "recipe.toml", "--train.epoch=1"], "--set train.epochs=…?"),
+        (["fuse", "run", "-o", "out", "--dtype=bf16"], "bfloat16?"),
+        (["data", "prep", "a", "b", "--dedup=exactly"], "exact?"),
+        (["completion", "zhs"], "zsh?"),
+        (["convert", "a", "b.gguf", "--quantize=q4_km"], "q4_k_m?"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_was_meant_is_named(tmp_path, arguments, meant):
+    done = mlxtune(*arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.rstrip().endswith(f"Did you mean {meant}"), done.stderr
+
+
+def test_every_verb_that_is_meant_is_there():
+    for verb in _VERBS.values():
+        group, _, inside = verb.partition(" ")
+        assert inside in cli.commands[group].commands if inside else group in cli.commands
+
+
+def test_a_recipe_is_written_for_a_model_and_data_and_the_next_verbs_can_be_typed(tmp_path):
+    done = mlxtune("init", "my recipe.toml", "--model=m", "--data=d.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, *lines = done.stdout.splitlines()
+    assert first.startswith("my recipe.toml: written")
+    commands = [shlex.split(line.strip().partition("   ")[0]) for line in lines]
+    verbs = ["validate", "plan", "lora"]
+    assert [c[-2:] for c in commands] == [[verb, "my recipe.toml"] for verb in verbs]
+    program = Path(tmp_path, commands[0][0])
+    assert program.is_file() or shutil.which(commands[0][0])

@@ -21,7 +21,7 @@ from support.files import write_jsonl
 def test_names_of_tasks_may_have_spaces_between_them(monkeypatch):
     verb = import_module("mlxtune.cli.evaluate")
     asked = []
-    monkeypatch.setattr(verb, "prepare", lambda: None)
+    monkeypatch.setattr(verb, "prepare", lambda **_: None)
     monkeypatch.setattr(verb, "_tasks", lambda *arguments: asked.append(arguments[2]))
     assert CliRunner().invoke(verb.evaluate, ["m", "--tasks", " a, b,"]).exit_code == 0
     assert asked == [["a", "b"]]
@@ -126,7 +126,7 @@ def test_tasks_that_generate_print_json_alone(tiny_folder, tasks, tmp_path, monk
     folder = tasks([], [{"question": "one", "answer": "x"}])
     (folder / "spell.yaml").unlink()
     verb = import_module("mlxtune.cli.evaluate")
-    monkeypatch.setattr(verb, "prepare", lambda: None)
+    monkeypatch.setattr(verb, "prepare", lambda **_: None)
     monkeypatch.chdir(tmp_path)  # which is no checkout
     options = ["--tasks=say", f"--task-path={folder}", "--json"]
     verb.evaluate.main([str(tiny_folder), *options], standalone_mode=False)

@@ -64,11 +64,14 @@ def test_batched_answers_are_those_of_mlx_lm_one_by_one(model):
 
     renderer = Renderer(model.tokenizer)
     prompts = [renderer.prompt(c) for c in read_conversations(SHELL_HELDOUT)[:3]]
-    together = answers(model.model, model.tokenizer, prompts, max_tokens=8)
+    counts: list[int] = []
+    given = {"max_tokens": 8, "progress": counts.append}
+    together = answers(model.model, model.tokenizer, prompts, **given)
     alone = [
         mlx_lm.generate(model.model, model.tokenizer, p, max_tokens=8).strip() for p in prompts
     ]
     assert together == alone
+    assert counts == [1, 2, 3]
 
 
 def test_fusing_in_float32_loses_nothing_and_loads_in_mlx_lm_and_transformers(run, tmp_path):

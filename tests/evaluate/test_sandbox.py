@@ -151,7 +151,7 @@ def test_execute_runs_the_answers_and_measures_what_they_print(
         "mlxtune.evaluate.measure.answers", lambda *_, **__: [answer for _, answer in pairs]
     )
     verb = import_module("mlxtune.cli.evaluate")
-    monkeypatch.setattr(verb, "prepare", lambda: None)
+    monkeypatch.setattr(verb, "prepare", lambda **_: None)
 
     def evaluated(*options):
         arguments = [str(tiny_folder), "--data", str(data), "-o", str(tmp_path / "out"), "--json"]

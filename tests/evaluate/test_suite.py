@@ -436,7 +436,7 @@ def test_figures_are_kept_even_if_nobody_reads_what_is_printed(tiny_folder, tmp_
 
     data = write_jsonl(tmp_path / "d.jsonl", RECORDS[:2])
     monkeypatch.setattr(tables, "show_comparison", gone)
-    monkeypatch.setattr("mlxtune.cli.evaluate.prepare", lambda: None)
+    monkeypatch.setattr("mlxtune.cli.evaluate.prepare", lambda **_: None)
     options = ["--data", str(data), "--max-tokens", "2", "-o", str(tmp_path / "kept")]
     with pytest.raises(BrokenPipeError):
         evaluate.main([str(tiny_folder), *options], standalone_mode=False)

@@ -25,7 +25,7 @@ from click.testing import CliRunner
 
 from mlxtune.errors import ExportError, ModelError, OutputExists
 from mlxtune.export import ollama
-from mlxtune.export.handover import hand_over, run_commands
+from mlxtune.export.handover import RUNTIMES, hand_over, run_commands
 from mlxtune.export.modelfile import Modelfile
 from mlxtune.export.ollama import Ollama, base_url, create
 from mlxtune.gguf.reader import GGUFFile
@@ -397,11 +397,20 @@ def test_a_program_that_fails_is_told(program, folder, script, part):
     assert part in str(error.value) and "llama-server -m" in str(error.value)
 
 
-def test_a_program_that_is_not_there_is_not_run(monkeypatch, tmp_path, folder):
+@pytest.mark.parametrize("to", RUNTIMES)
+def test_a_program_that_is_not_there_is_an_error_whichever_it_is(
+    monkeypatch, tmp_path, folder, cli, nobody, to
+):
     monkeypatch.setenv("PATH", str(tmp_path))
-    handed = hand_over(folder, "llamacpp", name="shell", modelfile=MADE)
-    assert not handed.done and "not on the PATH" in handed.note
-    assert handed.commands == run_commands("llamacpp", folder, "shell")
+    with pytest.raises(ExportError) as error:
+        hand_over(folder, to, name="shell", modelfile=MADE)
+    told = str(error.value)
+    assert "not found" in told or "does not answer" in told
+    assert f"the files are ready in {folder}" in told
+    assert all(command in told for command in run_commands(to, folder, "shell"))
+    assert (folder / "model.gguf").is_file()
+    done, _ = cli("--to", to)
+    assert isinstance(done.exception, ExportError)  # with which the program ends with 1
 
 
 @pytest.mark.parametrize("name", ["../etc", "a b", "", "a/b/c/d", "shell:", ".hidden"])
@@ -430,7 +439,7 @@ def cli(monkeypatch, folder):
             asked.update(options)
             return bundle.Bundle(folder, "q8_0", 4, None, {"Ollama": "ollama …"}, MADE)
 
-        monkeypatch.setattr(verb, "prepare", lambda: None)
+        monkeypatch.setattr(verb, "prepare", lambda **_: None)
         monkeypatch.setattr(Run, "open", classmethod(lambda cls, path: cls(path)))
         monkeypatch.setattr(Run, "recipe", lambda self: recipe)
         monkeypatch.setattr(bundle, "export_run", export_run)

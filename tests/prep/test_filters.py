@@ -7,6 +7,7 @@ import pytest
 from mlxtune.data.records import Conversation, Segment, ToolCall, Turn
 from mlxtune.data.sources import read_conversations
 from mlxtune.errors import DataError
+from mlxtune.install import install_extra
 from mlxtune.prep import extras
 from mlxtune.prep.filters import (
     broken_text,
@@ -211,4 +212,4 @@ def test_a_wrong_language_and_a_missing_package_are_told(monkeypatch):
     for need in (mend_encoding, lambda: language_in(["en"])):
         with pytest.raises(DataError) as error:
             need()
-        assert error.value.remedy == 'pip install "mlxtune[prep]"'
+        assert error.value.remedy == install_extra("prep")

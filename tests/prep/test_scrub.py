@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mlxtune.data.records import Conversation, Segment, ToolCall, Turn
 from mlxtune.data.sources import read_conversations
 from mlxtune.errors import DataError
+from mlxtune.install import install_extra
 from mlxtune.prep import extras
 from mlxtune.prep.scrub import Scrubber, luhn
 from support.properties import examples
@@ -249,7 +250,7 @@ def test_missing_packages_are_told(monkeypatch):
     for kind, extra in (("phone", "prep"), ("secret", "prep"), ("presidio", "presidio")):
         with pytest.raises(DataError) as error:
             Scrubber([kind])
-        assert error.value.remedy == f'pip install "mlxtune[{extra}]"'
+        assert error.value.remedy == install_extra(extra)
 
 
 def test_presidio_finds_names():

@@ -180,7 +180,8 @@ def test_a_key_in_the_wrong_table_is_sent_to_its_own(problems):
         ("train.learning_rate", '"1e-4"'),
         ("train.packing", "1"),
         ("model.revision", "3"),
-        ("lora.target_modules", '"q_proj"'),
+        ("lora.target_modules", "3"),
+        ("lora.target_modules", '"[q_proj"'),
         ("lora.layers", '"all"'),
         ("lora.layers", "0"),
         ("lora.layers", "true"),
@@ -215,7 +216,7 @@ def test_a_wrong_block_in_a_list_is_named(problems, value, what):
 
 
 @pytest.mark.parametrize(
-    "override", ["lora.target_modules=q_proj", "lora.target_modules=[]", "train=3", "data=3"]
+    "override", ["lora.target_modules=3", "lora.target_modules=[]", "train=3", "data=3"]
 )
 def test_messages_speak_of_toml_and_not_of_python(problems, override):
     [(what, _)] = problems(MINIMAL, override).values()
@@ -229,6 +230,34 @@ def test_messages_speak_of_toml_and_not_of_python(problems, override):
 @pytest.mark.parametrize("value", ["inf", "nan"])
 def test_a_number_has_to_be_finite(problems, key, value):
     assert problems(MINIMAL, f"{key}={value}").keys() == {key}
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("my run", "has a space in it: letters, digits, '.', '_' and '-' may be, as in 'my-run'"),
+        ("../escape", "has '/' in it"),
+        ("été", "has 'é' in it"),
+        ("-x", "has to begin with a letter or a digit"),
+        ("", "has to begin with a letter or a digit"),
+    ],
+)
+def test_what_is_wrong_with_a_name_is_said_in_words(problems, name, what):
+    told, _ = problems(MINIMAL.replace("minimal", name))["name"]
+    assert told.startswith(what) and told.endswith(f"(it is {name!r})")
+    assert "pattern" not in told
+
+
+def test_no_message_shows_a_regular_expression(problems):
+    judge = '[judge]\nendpoint = "localhost"\nmodel = "m"\nrubric = "r"\n'
+    found = problems(MINIMAL + judge, "prep.phone_region=usa")
+    assert found["judge.endpoint"][0].startswith("should be an address that begins with http://")
+    assert found["prep.phone_region"][0].startswith("should be a country's two capital letters")
+
+
+def test_data_as_a_path_is_told_how_it_is_written(problems):
+    found = problems('data = "a.jsonl"\n[model]\npath = "m"\n')
+    assert found["data"][1] == 'write [[data]] and below it path = "a.jsonl"'
 
 
 def test_a_table_of_data_in_single_brackets_is_told(problems):

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_origin
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from mlxtune.errors import OutputExists, RecipeError
+from mlxtune.evaluate.suite import Suite
+from mlxtune.recipe.keys import table_in, values_of
 from mlxtune.recipe.load import dump_recipe, load_recipe, parse_recipe
 from mlxtune.recipe.presets import presets, write_preset
+from mlxtune.recipe.schema import Recipe
 from support.files import ROOT
 from support.properties import examples
 
@@ -310,3 +315,101 @@ def test_the_quickstart_recipe_is_the_quickstart_preset(tmp_path):
     write_preset(tmp_path / "recipe.toml", "quickstart")
     there = (ROOT / "recipes/quickstart.toml").read_text()
     assert (tmp_path / "recipe.toml").read_text() == there
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("my second recipe", "my-second-recipe"),
+        ("résumé (1)", "resume-1"),
+        ("рецепт", "run"),
+        ("-_.x", "x"),
+        ("as.is-1_2", "as.is-1_2"),
+    ],
+)
+def test_a_run_is_called_after_its_file_whatever_that_is_called(tmp_path, file, name):
+    path = tmp_path / f"{file}.toml"
+    path.write_text('[model]\npath = "m"\n[[data]]\npath = "d"\n')
+    assert load_recipe(path).name == name
+
+
+def test_every_list_of_texts_takes_a_single_one(recipe_file):
+    """As PEFT's `target_modules="all-linear"`, and several as LLaMA-Factory's `lora_target`."""
+    text = """
+name = "x"
+[model]
+path = "m"
+[lora]
+target_modules = "all-linear"
+exclude_modules = "q_proj, v_proj"
+layers = "8-15"
+[[data]]
+path = "d"
+roles_to_train = "assistant"
+[log]
+report_to = "wandb"
+[prep]
+languages = "en"
+scrub = "email,ip"
+"""
+    recipe = load_recipe(recipe_file(text))
+    assert recipe.lora.target_modules == ("all-linear",)
+    assert recipe.lora.exclude_modules == ("q_proj", "v_proj")
+    assert recipe.lora.layers == ("8-15",)
+    assert recipe.data[0].roles_to_train == ("assistant",)
+    assert recipe.log.report_to == ("wandb",)
+    assert (recipe.prep.languages, recipe.prep.scrub) == (("en",), ("email", "ip"))
+    assert load_recipe(recipe_file(dump_recipe(recipe))) == recipe
+
+
+def lists(schema):
+    """The keys of a schema that hold lists of texts, at any depth."""
+    for name, field in schema.model_fields.items():
+        if (table := table_in(field.annotation)) is not None:
+            yield from ((table, key) for table, key in lists(table))
+        elif get_origin(field.annotation) is tuple:
+            yield schema, name
+
+
+@pytest.mark.parametrize(("table", "key"), list(lists(Recipe)) + list(lists(Suite)))
+def test_no_list_was_left_out(table, key):
+    value = next(iter(values_of(table.model_fields[key].annotation)), "word")
+    given = {"name": "x"} if "name" in table.model_fields else {}
+    try:
+        made = table.model_validate(given | {key: value})
+    except ValidationError as error:
+        assert key not in {detail["loc"][0] for detail in error.errors()}
+    else:
+        assert getattr(made, key) == (value,)
+
+
+def test_a_preset_is_filled_with_a_model_and_data(tmp_path):
+    path = tmp_path / "recipe.toml"
+    write_preset(path, "default")
+    before = path.read_text().splitlines()
+    write_preset(path, "default", model="./m", data="my data.csv", overwrite=True)
+    recipe = load_recipe(path)
+    assert (recipe.model.path, recipe.data[0].path) == ("./m", "my data.csv")
+    assert recipe.name == "my-data" and "run goes to runs/my-data" in path.read_text()
+    after = path.read_text().splitlines()
+    changed = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
+    assert len(changed) == 3
+    # Comments stay, in their column.
+    assert {a.find("#") == b.find("#") for a, b in changed} == {True}
+
+
+@pytest.mark.parametrize(
+    ("data", "name"), [("hub:x/y", "y"), ("a/train.jsonl", "train"), ("data/*.jsonl", "run")]
+)
+def test_a_run_is_called_after_its_data(tmp_path, data, name):
+    write_preset(tmp_path / "recipe.toml", "qlora", data=data)
+    recipe = load_recipe(tmp_path / "recipe.toml")
+    assert (recipe.data[0].path, recipe.name) == (data, name)
+
+
+def test_a_preset_of_one_model_and_its_data_is_not_filled_with_others(tmp_path):
+    with pytest.raises(RecipeError, match="its own model and data"):
+        write_preset(tmp_path / "recipe.toml", "quickstart", model="m")
+    with pytest.raises(RecipeError, match="did you mean quickstart"):
+        write_preset(tmp_path / "recipe.toml", "quickstrt")
+    assert list(tmp_path.iterdir()) == []

@@ -301,6 +301,7 @@ def test_the_program_stops_all_workers_with_130_and_only_the_first_speaks(
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"], [f"127.0.0.1:{port + 1}"]]))
     arguments = ("lora", recipe_path, "-o", str(tmp_path / "run"), "--set=train.max_steps=99999")
     given = {"cwd": folder, "MLX_HOSTFILE": str(hosts), "MLXTUNE_BLAS": "", "LD_PRELOAD": ""}
+    given |= {"MLXTUNE_CACHE": str(tmp_path / "cache")}  # where nothing has been said yet
     with (
         running(*arguments, **given, MLX_RANK="0") as first,
         running(*arguments, **given, MLX_RANK="1") as second,

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from mlxtune.errors import MlxtuneError, RecipeError
+from mlxtune.install import install_extra
 from mlxtune.recipe.load import dump_recipe, load_recipe, parse_recipe
 from mlxtune.train.metrics import Silent
 from mlxtune.train.run import Run
@@ -158,7 +159,7 @@ def test_mlflow_goes_where_its_variables_say(recipe, tmp_path, monkeypatch):
 def test_a_store_that_cannot_be_reached_is_told_before_training(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/nope/x.db")
     (tmp_path / "nope").write_text("a file")
-    with pytest.raises(MlxtuneError, match=r"log\.report_to: mlflow cannot be told of this run"):
+    with pytest.raises(MlxtuneError, match=r"log\.report_to: mlflow cannot log this run"):
         fine_tune(recipe("mlflow"), tmp_path / "run", Silent())
     assert Run(tmp_path / "run").status()["status"] == "failed"
 
@@ -172,7 +173,7 @@ def test_a_library_that_is_missing_is_told_before_anything_is_written(
     with pytest.raises(MlxtuneError) as caught:
         fine_tune(recipe(tracker), tmp_path / "run", Silent())
     assert caught.value.where == "log.report_to"
-    assert f"pip install 'mlxtune[{tracker}]'" in str(caught.value)
+    assert caught.value.remedy == install_extra(tracker)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -193,7 +194,7 @@ def test_a_tracker_that_fails_does_not_stop_the_run(recipe, tmp_path, monkeypatc
             raise OSError("the server has gone\nand more")
 
     monkeypatch.setattr(MlflowClient, "log_batch", refuse)
-    with pytest.warns(UserWarning, match="mlflow is told nothing more: the server has gone$"):
+    with pytest.warns(UserWarning, match="mlflow gets no more figures: the server has gone$"):
         run = fine_tune(recipe("mlflow", "tensorboard"), tmp_path / "run", Silent())
     assert run.status()["status"] == "finished"
     assert len(events(run).Scalars("train/loss")) == 6
