@@ -39,6 +39,8 @@ def show(found: Inspection, *, ids: bool) -> None:
         console.print(_totals(path, tally), highlight=False, markup=False)
     console.print()
     console.print(_lengths(found, console))
+    for note in found.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
     prefix = found.prefix
     if prefix.tokens:
         console.print(

@@ -14,9 +14,12 @@ from mlxtune.data.rules import Tally, record_samples
 from mlxtune.data.store import Progress, TokenStore
 from mlxtune.data.tokens import tokenize
 from mlxtune.errors import DataError
+from mlxtune.models.load import model_config
+from mlxtune.models.resolve import resolve_model
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.corpus import rules_of, source_of
 from mlxtune.train.model import tokenizer_of
+from mlxtune.train.notes import context_notes
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Inspection:
     max_seq_length: int
     rows: tuple[Shown, ...]
     left_out: dict[int, str]
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -60,6 +64,7 @@ class Inspection:
                 for shown in self.rows
             ],
             "left_out": self.left_out,
+            "notes": list(self.notes),
         }
 
 
@@ -99,7 +104,9 @@ def inspect_recipe(
         first += stores[-1].tally.rows
     if chosen is not None and chosen > first:
         raise DataError(f"there is no record {chosen}: there are {first}")
-    lengths = np.concatenate([store.lengths() for store in stores])
+    each = [store.lengths() for store in stores]
+    lengths = np.concatenate(each)
+    model = resolve_model(recipe.model.path, revision=recipe.model.revision, weights=False)
     return Inspection(
         tallies=tuple((s.path, t.tally) for s, t in zip(recipe.data, stores, strict=True)),
         lengths=tuple(histogram(lengths)),
@@ -110,4 +117,5 @@ def inspect_recipe(
             for sample in samples
         ),
         left_out=left_out,
+        notes=tuple(context_notes(each, model_config(model))),
     )

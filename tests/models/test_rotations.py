@@ -68,7 +68,7 @@ KINDS = {
     "llama": (WINDOWS, STRETCHED),
     "internlm2": ({"bias": False}, ("plain", "linear", "dynamic")),
     "internlm3": ({}, ("plain", "linear", "dynamic")),
-    "phi3": ({"original_max_position_embeddings": 16}, ("plain", "linear", "longrope")),
+    "phi3": ({"original_max_position_embeddings": 16}, ("plain", "longrope")),
     "qwen2": ({}, STRETCHED),
     "qwen3": ({}, STRETCHED),
     "gpt_oss": (EXPERTS | WINDOWS, ("plain", "linear", "llama3", "yarn")),
