@@ -39,14 +39,16 @@ class Trial:
     """What a changed recipe comes to.
 
     Attributes:
-        peak: bytes at most; those that lie there all the time where these alone are too many.
+        peak: bytes at most; of what is out of reach, those that lie there all the time.
         fits: whether the machine has them.
         out_of_reach: whether it is too much before a step begins.
+        floor: bytes that lie there all the time.
     """
 
     peak: int
     fits: bool
     out_of_reach: bool = False
+    floor: int = 0
 
     @property
     def size(self) -> tuple[bool, int]:
@@ -86,6 +88,8 @@ def advice_for(recipe: Recipe, before: Trial, tried: Try) -> tuple[Advice, ...]:
         values = _turned(knob, tried)
         after = tried(values)
         saved = before.peak - after.peak
+        if before.out_of_reach:  # its peak is not known, and no less is saved of it than this
+            saved = before.floor - after.floor
         if after.fits or saved >= _WORTH * before.peak:
             found.append(Advice(values, saved, after.fits, knob.why))
     return tuple(sorted(found, key=lambda advice: -advice.saves_bytes))

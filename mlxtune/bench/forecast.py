@@ -54,19 +54,26 @@ def forecast(
         if result.fits or force:
             figures = result.as_json()
             return {key: figures[key] for key in _KEPT}, tuple(summary_lines(result))
-        if beyond is not None:
-            tell(beyond_line(beyond))
-        with planning() as progress:
-            result = planner(progress)
     except NoPlan as error:
         return None, (f"plan     none: {error.what}", _NOT_CHECKED)
     except TargetError:
         raise  # what the run would end with
     except Exception as error:
-        what = error.what if isinstance(error, MlxtuneError) else f"{type(error).__name__}: {error}"
-        tell(_FAILED.format(what))
-        return None, (f"plan     failed: {what}", _NOT_CHECKED)
+        tell(_FAILED.format(_named(error)))
+        return None, (f"plan     failed: {_named(error)}", _NOT_CHECKED)
+    if result.at_least:
+        tell(beyond_line(result))
+    try:
+        with planning() as progress:
+            result = planner(progress)
+    except Exception as error:  # that it does not fit is known all the same
+        tell(f"warning: no advice, for the plan of a change failed ({_named(error)})")
+        raise refusal(result, advised=False) from None
     raise refusal(result)
+
+
+def _named(error: Exception) -> str:
+    return error.what if isinstance(error, MlxtuneError) else f"{type(error).__name__}: {error}"
 
 
 _NOT_CHECKED = "memory   NOT CHECKED: without a plan it is not known whether this run fits"
@@ -77,10 +84,11 @@ _FAILED = (
 )
 
 
-def refusal(result: RunPlan) -> TooLarge:
-    """That a run does not fit, and what to do about it."""
+def refusal(result: RunPlan, *, advised: bool = True) -> TooLarge:
+    """That a run does not fit, and what to do about it, where that was looked for."""
+    advice = advice_lines(result) if advised else []
     needed = f"{'at least' if result.at_least else 'about'} {size(result.peak_memory_bytes)}"
     return TooLarge(
         f"this run needs {needed}, and {size(result.budget_bytes)} are there for it",
-        remedy="\n  ".join([*advice_lines(result), "or train all the same: --force"]),
+        remedy="\n  ".join([*advice, f"{'or ' * bool(advice)}train all the same: --force"]),
     )

@@ -342,14 +342,15 @@ class Planner:
             return beyond
         with self._as_there():
             found = self._memory(recipe)
-        return Trial(found.peak, found.peak <= found.budget)
+        fits, floor = found.peak <= found.budget, found.model.sizes.floor
+        return Trial(found.peak, fits, floor=floor)
 
     def _beyond(self, recipe: Recipe) -> Trial | None:
         """What lies there all the time, where that is more than there is."""
         with self._as_there():
             floor = self._estimator(recipe).sizes.floor
         over = floor > self._budget(recipe.train.memory_limit)
-        return Trial(floor, False, out_of_reach=True) if over else None
+        return Trial(floor, False, out_of_reach=True, floor=floor) if over else None
 
     def _trials(self, progress: Callable[[str], None]) -> Callable[[dict[str, Any]], Trial]:
         """What the recipe comes to with other values, each told before it is looked at."""

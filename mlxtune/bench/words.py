@@ -37,12 +37,12 @@ def plan_lines(result: RunPlan) -> list[str]:
 def summary_lines(result: RunPlan) -> list[str]:
     """The two lines that matter: whether it fits, and how long it takes."""
     verdict = "fits" if result.fits else "DOES NOT FIT"
-    if result.held_back is not None:
-        verdict += ", but these records cannot be trained on as they are"
+    held_back = ", but these records cannot be trained on as they are"
+    after = "" if result.held_back is None else held_back
     taken, there = size(result.peak_memory_bytes), size(result.budget_bytes)
     if result.at_least:
-        return [f"memory   at least {taken} of {there}: {verdict} ({_AT_LEAST})"]
-    memory = f"memory   {taken} at most of {there}: {verdict} (estimate)"
+        return [f"memory   at least {taken} of {there}: {verdict} ({_AT_LEAST}){after}"]
+    memory = f"memory   {taken} at most of {there}: {verdict} (estimate){after}"
     if result.seconds_per_step is None:
         return [memory, "time     unknown: no arithmetic rate of this chip is published"]
     basis = result.rates

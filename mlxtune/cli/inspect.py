@@ -38,7 +38,7 @@ def show(found: Inspection, *, ids: bool) -> None:
     for path, tally in found.tallies:
         console.print(_totals(path, tally), highlight=False, markup=False)
     for note in found.notes:
-        console.print(note, highlight=False, markup=False)
+        console.print(f"note: {note}", highlight=False, markup=False)
     console.print()
     console.print(_lengths(found, console))
     prefix = found.prefix

@@ -14,9 +14,12 @@ from mlxtune.data.rules import Tally, record_samples
 from mlxtune.data.store import Progress, TokenStore
 from mlxtune.data.tokens import tokenize
 from mlxtune.errors import DataError
+from mlxtune.models.load import model_config
+from mlxtune.models.resolve import resolve_model
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.corpus import read_corpus, rules_of, source_of
 from mlxtune.train.model import renderer_of
+from mlxtune.train.notes import context_notes
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,13 @@ def inspect_recipe(
     if chosen is not None and chosen > first:
         raise DataError(f"there is no record {chosen}: there are {first}")
     corpus = read_corpus(recipe, renderer, progress)
-    lengths = np.concatenate([store.lengths() for store in stores])
+    each = [store.lengths() for store in stores]
+    lengths = np.concatenate(each)
+    model = resolve_model(recipe.model.path, revision=recipe.model.revision, weights=False)
+    beyond = context_notes(each, model_config(model))
     return Inspection(
         tallies=corpus.tallies,
-        notes=tuple(corpus.notes()),
+        notes=(*corpus.notes(), *beyond),
         lengths=tuple(histogram(lengths)),
         prefix=shared_prefix([sample for store in stores for sample in spread(store)]),
         max_seq_length=recipe.train.max_seq_length,

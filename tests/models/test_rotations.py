@@ -18,7 +18,7 @@ from mlxtune.arrays import flat
 from mlxtune.data.pack import pack
 from mlxtune.errors import ModelError
 from mlxtune.evaluate.answers import answers
-from mlxtune.models.enable import enable_packs_by, pack_kind
+from mlxtune.models.enable import enable_packs, enable_packs_by, pack_kind
 from mlxtune.models.load import load_model
 from mlxtune.models.packed import OwnAttention, PackCache
 from mlxtune.models.resolve import resolve_model
@@ -68,7 +68,7 @@ KINDS = {
     "llama": (WINDOWS, STRETCHED),
     "internlm2": ({"bias": False}, ("plain", "linear", "dynamic")),
     "internlm3": ({}, ("plain", "linear", "dynamic")),
-    "phi3": ({"original_max_position_embeddings": 16}, ("plain", "linear", "longrope")),
+    "phi3": ({"original_max_position_embeddings": 16}, ("plain", "longrope")),
     "qwen2": ({}, STRETCHED),
     "qwen3": ({}, STRETCHED),
     "gpt_oss": (EXPERTS | WINDOWS, ("plain", "linear", "llama3", "yarn")),
@@ -250,8 +250,37 @@ def test_a_model_that_takes_positions_generates_as_before():
         assert mx.array_equal(model(part, cache=ours), untouched(part, cache=theirs)).item()
 
 
-def test_internlm_takes_attention_of_our_own():
-    config = config_of("internlm2", "dynamic")
-    model = random_model(config)
-    enable_packs_by(model, config)
-    assert pack_kind(model) is OwnAttention
+# config.json of internlm/internlm2_5-7b-chat and internlm/internlm3-8b-instruct.
+INTERNLM = {
+    "internlm2": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rope_scaling": {"type": "dynamic", "factor": 2.0},
+        "rope_theta": 1000000,
+        "vocab_size": 92544,
+    },
+    "internlm3": {
+        "hidden_size": 4096,
+        "head_dim": 128,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 2,
+        "qkv_bias": False,
+        "rope_scaling": {"rope_type": "dynamic", "factor": 6.0},
+        "rope_theta": 50000000,
+        "vocab_size": 128512,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", INTERNLM)
+def test_internlm_as_published_takes_packs(kind):
+    config = INTERNLM[kind] | {"model_type": kind, "num_attention_heads": 32, "bias": False}
+    config |= {"rms_norm_eps": 1e-5, "max_position_embeddings": 32768}
+    config |= {"tie_word_embeddings": False}
+    twin = tiny_twin(config)
+    assert twin.args.rope_scaling == config["rope_scaling"]
+    enable_packs(twin)
+    assert pack_kind(twin) is OwnAttention
