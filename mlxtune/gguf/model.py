@@ -88,8 +88,8 @@ def _require_model(file: GGUFFile) -> None:
         raise ModelError(
             "this GGUF holds an adapter, not a model",
             where=str(file.path),
-            remedy=f"model.path names the model that it goes on{f', {base}' if base else ''}; "
-            "llama.cpp puts them together: llama-server -m MODEL.gguf --lora ADAPTER.gguf",
+            remedy=f"name the model that it goes on{f', {base},' if base else ''}; llama.cpp puts "
+            "them together: llama-server -m MODEL.gguf --lora ADAPTER.gguf",
         )
     if kind in _OTHERS or "general.architecture" not in file.metadata:
         what = _OTHERS.get(str(kind), "no model: it names no architecture")

@@ -269,6 +269,10 @@ def _mlx_lm_model(
     return model, config
 
 
+# How MLX begins when it is given others than the parameters of a model.
+_MISFITS = ("Expected shape", "Missing", "Received")
+
+
 @contextmanager
 def _told(source: ModelSource) -> Iterator[None]:
     """mlx-lm and transformers raise all sorts for a folder they cannot make sense of."""
@@ -280,6 +284,12 @@ def _told(source: ModelSource) -> Iterator[None]:
         if damaged is not None:
             raise ModelError(
                 "this is no readable JSON file", where=str(damaged), remedy="download it again"
+            ) from error
+        if reason.startswith(_MISFITS):
+            raise ModelError(
+                f"its tensors are not those that its config.json asks for: {reason}",
+                where=str(source.path),
+                remedy="put the config.json there that belongs to these weights",
             ) from error
         raise ModelError(
             f"the model cannot be loaded: {type(error).__name__}: {reason}",
