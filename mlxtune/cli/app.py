@@ -79,10 +79,10 @@ def validate(recipe: Path, overrides: tuple[str, ...]) -> None:
 
     checked = load_recipe(recipe, overrides)
     suite_of(checked)
-    check_model(checked.model)
     for number, (path, count) in enumerate(check_sources(checked)):
         held_out = "held-out " if number == len(checked.data) else ""
         click.echo(f"{path}: {count} {held_out}records")
+    check_model(checked.model)
     click.echo(f"{recipe} is valid")
 
 

@@ -82,7 +82,7 @@ def _require_model(file: GGUFFile) -> None:
     Raises:
         ModelError: it is an adapter, or another part of a model.
     """
-    kind = file.metadata.get("general.type", "model")
+    kind = str(file.metadata.get("general.type", "model"))
     if kind == "adapter":
         base = file.metadata.get("general.base_model.0.name")
         raise ModelError(
@@ -92,7 +92,7 @@ def _require_model(file: GGUFFile) -> None:
             "them together: llama-server -m MODEL.gguf --lora ADAPTER.gguf",
         )
     if kind in _OTHERS or "general.architecture" not in file.metadata:
-        what = _OTHERS.get(str(kind), "no model: it names no architecture")
+        what = _OTHERS.get(kind, "no model: it names no architecture")
         raise ModelError(
             f"this GGUF holds {what}",
             where=str(file.path),

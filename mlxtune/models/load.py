@@ -247,7 +247,7 @@ def _mlx_lm_model(
     mlx-lm takes every file of a folder that is called `model*.safetensors`, whatever its index
     says. So it is given a folder without weights, and a class to build that has them.
     """
-    model_class, args_class = model_classes(config)
+    model_class, args_class = model_classes(config, where=str(source.path / "config.json"))
 
     class Given(model_class):  # type: ignore[misc, valid-type]
         def sanitize(self, _found: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -308,14 +308,20 @@ def _damaged_json(path: Path) -> Path | None:
     return None
 
 
-def model_classes(config: dict[str, Any]) -> tuple[Callable[..., nn.Module], Any]:
-    """mlx-lm's model and argument classes for a config."""
-    model_type = config["model_type"]
+def model_classes(
+    config: dict[str, Any], where: str | None = None
+) -> tuple[Callable[..., nn.Module], Any]:
+    """mlx-lm's model and argument classes for a config; `where` it is, for errors.
+
+    Raises:
+        ModelError: mlx-lm has none.
+    """
+    model_type = str(config["model_type"])
     name = mlx_lm.utils.MODEL_REMAPPING.get(model_type, model_type)
     try:
         module = importlib.import_module(f"mlx_lm.models.{name}")
     except ImportError:
-        raise ModelError(f"mlx-lm has no model of type {model_type!r}") from None
+        raise ModelError(f"mlx-lm has no model of type {model_type!r}", where=where) from None
     return module.Model, module.ModelArgs
 
 

@@ -117,7 +117,10 @@ def test_a_tensor_in_two_files_is_refused_with_both_unless_the_index_says_which(
             read()
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", *(f'{{"weight_map": {m}}}' for m in ("{}", '{"a": 1}', '{"a": "/etc/passwd"}'))],
+)
 def test_a_damaged_index_is_named(text, folder, tmp_path):
     in_shards(folder, tmp_path / "m", NAMES["numbered"])
     (tmp_path / "m" / INDEX).write_text(text)
