@@ -289,7 +289,9 @@ def _told(source: ModelSource) -> Iterator[None]:
             raise ModelError(
                 f"its tensors are not those that its config.json asks for: {reason}",
                 where=str(source.path),
-                remedy="put the config.json there that belongs to these weights",
+                remedy="a file of its weights may be missing: download the model again"
+                if reason.startswith("Missing")
+                else "put the config.json there that belongs to these weights",
             ) from error
         raise ModelError(
             f"the model cannot be loaded: {type(error).__name__}: {reason}",

@@ -1,6 +1,6 @@
 """How a checkpoint's weights are quantized: read once from its config, said as MLX says it.
 
-MLX's own forms, MXFP4, AWQ and GPTQ are read. AWQ's and GPTQ's weights become MLX's affine
+MLX's own forms, MXFP4, MXFP8, AWQ and GPTQ are read. AWQ's and GPTQ's weights become MLX's affine
 ones: a value is scale · (code - zero) in all three, and MLX keeps -scale · zero as its bias.
 Layouts: https://github.com/casper-hansen/AutoAWQ (awq/utils/packing_utils.py, `gemm`) and
 https://github.com/ModelCloud/GPTQModel (`gptq`, `gptq_v2`).
@@ -71,6 +71,8 @@ def _readable(config: Config, path: Path) -> Config:
         return config | {"quantization": said}
     if method == "mxfp4":
         return config  # mlx-lm and `published` know which layers that is of
+    if method == "mxfp8":
+        return config | {"quantization": {"group_size": 32, "bits": 8, "mode": "mxfp8"}}
     if method == "awq":
         _require(said, "AWQ", bits=(4,), layouts=("gemm",), layout=said.get("version", "gemm"))
     elif method == "gptq":

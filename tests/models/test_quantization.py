@@ -230,6 +230,22 @@ def test_a_layer_of_another_layout_than_its_config_says_is_named(kind, words, fo
             read()
 
 
+def test_mxfp8_is_read_as_mlx_lm_reads_it(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "m")
+    weights = mx.load(str(folder / "model.safetensors"))
+    name = "model.layers.0.mlp.up_proj"
+    codes, scales = mx.quantize(weights[f"{name}.weight"], mode="mxfp8", group_size=32, bits=8)
+    weights |= {f"{name}.weight": codes, f"{name}.scales": scales}
+    mx.save_safetensors(str(tmp_path / "m/model.safetensors"), weights)
+    _say(tmp_path / "m", {"quant_method": "mxfp8"})
+    theirs, _ = mlx_lm.utils.load_model(tmp_path / "m")
+    source = ModelSource("m", tmp_path / "m")
+    assert mx.array_equal(theirs(IDS), load_model(source, dtype="float32").model(IDS))
+    read = {t.name: t.load() for t in folder_tensors(source.path, model_config(source))}
+    want = mx.dequantize(codes, scales, mode="mxfp8", group_size=32, bits=8)
+    assert np.array_equal(read[f"{name}.weight"], np.array(want.astype(mx.float32)))
+
+
 def test_what_mlx_quantized_itself_is_read_as_before(tmp_path):
     config = {"quantization": {"group_size": 64, "bits": 4}}
     assert readable(config, tmp_path) is config

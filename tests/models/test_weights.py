@@ -12,7 +12,10 @@ import pytest
 import torch
 import transformers
 
+from mlxtune.adapters.store import read_adapter
+from mlxtune.data.files import read_rows
 from mlxtune.errors import DataError, ModelError, RunError
+from mlxtune.export.calibrate import calibrate
 from mlxtune.export.convert import convert_to_folder
 from mlxtune.fuse import model_places
 from mlxtune.models.folder import folder_tensors
@@ -142,7 +145,7 @@ POINTER = (
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json"]
 )
-def test_what_git_lfs_has_not_fetched_of_a_folder_is_told(name, tmp_path):
+def test_a_pointer_of_git_lfs_in_a_models_folder_is_named(name, tmp_path):
     save_tiny_model(tmp_path)
     (tmp_path / name).write_text(POINTER)
     with pytest.raises(ModelError, match="Git LFS's pointer") as told:
@@ -151,10 +154,7 @@ def test_what_git_lfs_has_not_fetched_of_a_folder_is_told(name, tmp_path):
     assert "git lfs pull" in told.value.remedy
 
 
-def test_what_git_lfs_has_not_fetched_is_told_of_files_of_all_kinds(tmp_path):
-    from mlxtune.adapters.store import read_adapter
-    from mlxtune.data.files import read_rows
-
+def test_pointers_of_git_lfs_are_named_in_all_kinds_of_files(tmp_path, tiny_folder):
     for name in ("m.gguf", "x.jsonl", "x.csv", "x.json", "x.parquet", "x.jsonl.gz"):
         (tmp_path / name).write_text(POINTER)
     (tmp_path / "adapter_config.json").write_text(
@@ -164,6 +164,10 @@ def test_what_git_lfs_has_not_fetched_is_told_of_files_of_all_kinds(tmp_path):
     with pytest.raises(ModelError, match="Git LFS") as told:
         load_tokenizer(resolve_model(str(tmp_path / "m.gguf")))
     assert "git lfs pull" in told.value.remedy
+    (tmp_path / "x.txt").write_text(POINTER)
+    with pytest.raises(DataError, match="Git LFS"):
+        calibrate(load_model(resolve_model(str(tiny_folder))), tmp_path / "x.txt")
+    (tmp_path / "x.txt").unlink()
     for path in tmp_path.glob("x.*"):
         with pytest.raises(DataError, match="Git LFS") as told:
             list(read_rows(path))
