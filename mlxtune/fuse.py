@@ -29,7 +29,7 @@ from mlxtune.train.kept import rows_to_try
 from mlxtune.train.session import open_run
 
 REPORT = "fuse.json"
-# What config.json calls the type of the weights; transformers 4 knew the first name alone.
+# What config.json calls the type of the weights; older readers know the first name alone.
 _DTYPES = ("torch_dtype", "dtype")
 # Enough to meet every layer with real inputs, and quick for a large model too.
 PROOF_CONVERSATIONS = 8
@@ -158,8 +158,8 @@ def save_model(folder: Path, model: LoadedModel, dtype: str) -> None:
 def dense_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """config.json of a model whose weights are expanded.
 
-    The type of the weights is told under the key's older name too, where the config has it, and
-    of the parts of a model that are configs themselves.
+    The type of the weights stands under its older name too where the config has that, and in
+    the parts of the config that are configs themselves.
     """
     packed = {"quantization", "quantization_config"}
     kept = {k: v for k, v in config.items() if k not in packed and v is not None}

@@ -23,6 +23,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from mlxtune.data.render import Renderer
 from mlxtune.data.sources import Source
 from mlxtune.errors import DataError, ExportError, OutputExists
+from mlxtune.files import LFS_POINTER, LFS_REMEDY, is_lfs_pointer
 from mlxtune.gguf.architectures import for_config
 from mlxtune.gguf.heads import reordering
 from mlxtune.gguf.imatrix import read_imatrix, write_imatrix
@@ -217,6 +218,8 @@ def _chunks(data: Path, model: LoadedModel) -> Iterator[npt.NDArray[np.int32]]:
 
 
 def _text(path: Path) -> str:
+    if is_lfs_pointer(path):
+        raise DataError(LFS_POINTER, where=str(path), remedy=LFS_REMEDY)
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:

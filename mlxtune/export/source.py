@@ -125,7 +125,7 @@ def require_whole(model: Convertible, where: str) -> None:
             raise ModelError(
                 f"{name} is of shape {found[name]}, and the model's config asks for {shape}",
                 where=where,
-                remedy="download or export the model again",
+                remedy="put the config.json there that belongs to these weights",
             )
 
 

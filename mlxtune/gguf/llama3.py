@@ -18,8 +18,9 @@ Factors = npt.NDArray[np.float32]
 
 _USUAL = 8192
 _HIGH = 4.0
-# Divisors are float32, and found again by dividing.
-_NEAR = 3e-6
+# Settings that were found again are right to this; those of a file that was written from
+# frequencies in float32, as llama.cpp's converter does, to less.
+_NEAR, _ROUNDED = 3e-6, 1e-4
 
 
 def llama3_factors(base: float, dims: int, scaling: dict[str, Any]) -> Factors:
@@ -53,16 +54,15 @@ def llama3_scaling(base: float, factors: Factors) -> dict[str, Any] | None:
         factors: float32 (dims / 2,).
     """
     dims = 2 * len(factors)
-    for factor, low, high, original in _candidates(_waves(base, dims), factors):
-        scaling = {
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": low,
-            "high_freq_factor": high,
-            "original_max_position_embeddings": original,
-        }
-        if np.allclose(llama3_factors(base, dims, scaling), factors, rtol=_NEAR, atol=0):
-            return scaling
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    found = [
+        {"rope_type": "llama3", **dict(zip(keys, settings, strict=True))}
+        for settings in _candidates(_waves(base, dims), factors)
+    ]
+    for bound in (_NEAR, _ROUNDED):
+        for scaling in found:
+            if np.allclose(llama3_factors(base, dims, scaling), factors, rtol=bound, atol=0):
+                return scaling
     return None
 
 
@@ -76,7 +76,9 @@ def _candidates(
     waves: npt.NDArray[np.float64], factors: Factors
 ) -> Iterator[tuple[float, float, float, int]]:
     """Factor, low, high and original length, as they may be."""
-    largest = float(str(factors.max()))
+    largest = _nice(float(str(factors.max())))
+    for end in (1.0, largest):  # what is nearly either is so by rounding
+        factors = np.where(np.isclose(factors, end, rtol=1e-5, atol=0), np.float32(end), factors)
     for original in (_USUAL, *(1 << n for n in range(21, 3, -1))):
         yield largest, 1.0, _HIGH, original
     stretched = np.flatnonzero(factors > 1)

@@ -189,7 +189,7 @@ def end_tokens(meta: dict[str, Any]) -> list[int]:
 
 
 def is_token(number: Any, count: int) -> bool:
-    """Whether a value is the id of one of so many tokens; none is often written as 2³² - 1."""
+    """Whether a value is the id of one of `count` tokens; for none some files have 2³² - 1."""
     return type(number) is int and 0 <= number < count
 
 

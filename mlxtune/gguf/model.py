@@ -82,17 +82,17 @@ def _require_model(file: GGUFFile) -> None:
     Raises:
         ModelError: it is an adapter, or another part of a model.
     """
-    kind = file.metadata.get("general.type", "model")
+    kind = str(file.metadata.get("general.type", "model"))
     if kind == "adapter":
         base = file.metadata.get("general.base_model.0.name")
         raise ModelError(
             "this GGUF holds an adapter, not a model",
             where=str(file.path),
-            remedy=f"model.path names the model that it goes on{f', {base}' if base else ''}; "
-            "llama.cpp puts them together: llama-server -m MODEL.gguf --lora ADAPTER.gguf",
+            remedy=f"name the model that it goes on{f', {base},' if base else ''}; llama.cpp puts "
+            "them together: llama-server -m MODEL.gguf --lora ADAPTER.gguf",
         )
     if kind in _OTHERS or "general.architecture" not in file.metadata:
-        what = _OTHERS.get(str(kind), "no model: it names no architecture")
+        what = _OTHERS.get(kind, "no model: it names no architecture")
         raise ModelError(
             f"this GGUF holds {what}",
             where=str(file.path),

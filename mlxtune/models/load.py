@@ -248,7 +248,7 @@ def _mlx_lm_model(
     mlx-lm takes every file of a folder that is called `model*.safetensors`, whatever its index
     says. So it is given a folder without weights, and a class to build that has them.
     """
-    model_class, args_class = model_classes(config)
+    model_class, args_class = model_classes(config, where=str(source.path / "config.json"))
 
     class Given(model_class):  # type: ignore[misc, valid-type]
         def sanitize(self, _found: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -270,6 +270,10 @@ def _mlx_lm_model(
     return model, config
 
 
+# How MLX begins when it is given others than the parameters of a model.
+_MISFITS = ("Expected shape", "Missing", "Received")
+
+
 @contextmanager
 def _told(source: ModelSource) -> Iterator[None]:
     """mlx-lm and transformers raise all sorts for a folder they cannot make sense of."""
@@ -281,6 +285,14 @@ def _told(source: ModelSource) -> Iterator[None]:
         if damaged is not None:
             raise ModelError(
                 "this is no readable JSON file", where=str(damaged), remedy="download it again"
+            ) from error
+        if reason.startswith(_MISFITS):
+            raise ModelError(
+                f"its tensors are not those that its config.json asks for: {reason}",
+                where=str(source.path),
+                remedy="a file of its weights may be missing: download the model again"
+                if reason.startswith("Missing")
+                else "put the config.json there that belongs to these weights",
             ) from error
         raise ModelError(
             f"the model cannot be loaded: {type(error).__name__}: {reason}",
@@ -299,14 +311,20 @@ def _damaged_json(path: Path) -> Path | None:
     return None
 
 
-def model_classes(config: dict[str, Any]) -> tuple[Callable[..., nn.Module], Any]:
-    """mlx-lm's model and argument classes for a config."""
-    model_type = config["model_type"]
+def model_classes(
+    config: dict[str, Any], where: str | None = None
+) -> tuple[Callable[..., nn.Module], Any]:
+    """mlx-lm's model and argument classes for a config; `where` it is, for errors.
+
+    Raises:
+        ModelError: mlx-lm has none.
+    """
+    model_type = str(config["model_type"])
     name = mlx_lm.utils.MODEL_REMAPPING.get(model_type, model_type)
     try:
         module = importlib.import_module(f"mlx_lm.models.{name}")
     except ImportError:
-        raise ModelError(f"mlx-lm has no model of type {model_type!r}") from None
+        raise ModelError(f"mlx-lm has no model of type {model_type!r}", where=where) from None
     return module.Model, module.ModelArgs
 
 

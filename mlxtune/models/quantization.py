@@ -1,6 +1,6 @@
 """How a checkpoint's weights are quantized: read once from its config, said as MLX says it.
 
-MLX's own forms, MXFP4, AWQ and GPTQ are read. AWQ's and GPTQ's weights become MLX's affine
+MLX's own forms, MXFP4, MXFP8, AWQ and GPTQ are read. AWQ's and GPTQ's weights become MLX's affine
 ones: a value is scale · (code - zero) in all three, and MLX keeps -scale · zero as its bias.
 Layouts: https://github.com/casper-hansen/AutoAWQ (awq/utils/packing_utils.py, `gemm`) and
 https://github.com/ModelCloud/GPTQModel (`gptq`, `gptq_v2`).
@@ -9,6 +9,7 @@ https://github.com/ModelCloud/GPTQModel (`gptq`, `gptq_v2`).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,6 @@ Config = dict[str, Any]
 
 # NVIDIA's ModelOpt says it in a file of its own.
 _MODELOPT = "hf_quant_config.json"
-_WHERE = "config.json: quantization_config"
 _REMEDY = (
     "take the original model that was quantized, which its card names; model.quantize = 4 "
     "packs that one for training"
@@ -35,6 +35,7 @@ _GPTQ_BITS = (2, 4, 8)
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 # Arrays of a layer that AWQ or GPTQ packed; `g_idx` is GPTQ's group of each input.
 KINDS = ("qweight", "qzeros", "scales", "g_idx")
+_EXPERT = re.compile(r"^(.*\.mlp)\.experts\.(\d+)\.(\w+_proj)$")
 _PARTS = ("weight", "scales", "biases")  # MLX's
 
 
@@ -53,6 +54,14 @@ def readable(config: Config, path: Path) -> Config:
     """
     if isinstance(config.get("quantization"), dict):
         return config
+    try:
+        return _readable(config, path)
+    except ModelError as error:
+        error.where = str(path / "config.json")
+        raise
+
+
+def _readable(config: Config, path: Path) -> Config:
     said = _said(config, path)
     if said is None:
         return config
@@ -62,6 +71,8 @@ def readable(config: Config, path: Path) -> Config:
         return config | {"quantization": said}
     if method == "mxfp4":
         return config  # mlx-lm and `published` know which layers that is of
+    if method == "mxfp8":
+        return config | {"quantization": {"group_size": 32, "bits": 8, "mode": "mxfp8"}}
     if method == "awq":
         _require(said, "AWQ", bits=(4,), layouts=("gemm",), layout=said.get("version", "gemm"))
     elif method == "gptq":
@@ -84,7 +95,7 @@ def _said(config: Config, path: Path) -> Config | None:
             found = {}
         return {"quant_method": "modelopt"} | (found if isinstance(found, dict) else {})
     if found is not None and not isinstance(found, dict):
-        raise ModelError("this is no table of settings", where=_WHERE, remedy=_REMEDY)
+        raise _refused("its quantization_config is no table of settings")
     return found
 
 
@@ -120,12 +131,12 @@ def _require(
         )
     if said.get("desc_act") and not said.get("static_groups"):
         raise _refused(
-            f"{what} with desc_act: weights of a group do not lie beside each other, as MLX needs"
+            f"{what} and desc_act: weights of a group are no neighbours, as MLX needs them"
         )
 
 
 def _refused(what: str) -> ModelError:
-    return ModelError(what, where=_WHERE, remedy=_REMEDY)
+    return ModelError(what, remedy=_REMEDY)
 
 
 @dataclass(frozen=True)
@@ -181,6 +192,8 @@ def packing_of(module: str, shapes: Mapping[str, tuple[int, ...]], config: Confi
 def in_mlx_form(weights: Mapping[str, mx.array], config: Config) -> dict[str, mx.array]:
     """Weights in which AWQ's and GPTQ's layers have MLX's `weight`, `scales` and `biases`.
 
+    Experts are put together as mlx-lm has them: some of its models do so with plain weights only.
+
     Args:
         weights: name to array, of a whole checkpoint; they may be lazy.
         config: from `readable`.
@@ -189,15 +202,24 @@ def in_mlx_form(weights: Mapping[str, mx.array], config: Config) -> dict[str, mx
         ModelError: as `mlx_arrays`.
     """
     made: dict[str, mx.array] = {}
+    experts: dict[str, dict[int, dict[str, mx.array]]] = {}
     for name, array in weights.items():
         module, _, kind = name.rpartition(".")
         if kind == "qweight":
             names = {k: f"{module}.{k}" for k in KINDS}
             given = {k: weights[n] for k, n in names.items() if n in weights}
-            for part, packed in zip(_PARTS, mlx_arrays(module, given, config), strict=True):
-                made[f"{module}.{part}"] = packed
+            layer = dict(zip(_PARTS, mlx_arrays(module, given, config), strict=True))
+            if expert := _EXPERT.match(module):
+                block, number, projection = expert.groups()
+                stacked = experts.setdefault(f"{block}.switch_mlp.{projection}", {})
+                stacked[int(number)] = layer
+            else:
+                made |= {f"{module}.{part}": packed for part, packed in layer.items()}
         elif not (kind in KINDS and f"{module}.qweight" in weights):
             made[name] = array
+    for module, layers in experts.items():
+        ordered = [layer for _, layer in sorted(layers.items())]
+        made |= {f"{module}.{part}": mx.stack([e[part] for e in ordered]) for part in _PARTS}
     return made
 
 

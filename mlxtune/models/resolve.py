@@ -113,8 +113,8 @@ def _require_config(path: Path) -> None:
         raise ModelError(
             "this folder holds an adapter, not a model",
             where=str(path),
-            remedy=f"model.path names the model that it goes on{f', {base}' if base else ''}; "
-            "lora.init_from = this folder trains it further",
+            remedy=f"name the model that it goes on{f', {base},' if base else ''} as model.path, "
+            "and this folder as lora.init_from to train it further",
         )
     if (path / "run.json").is_file() or (path / "adapter").is_dir():
         remedy = "this is a run: `mlxtune fuse` makes a model of it"

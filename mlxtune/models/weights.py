@@ -75,6 +75,8 @@ def _index(path: Path) -> dict[str, str] | None:
         names = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
         if not names or not all(type(name) is str for name in names.values()):
             raise ValueError("weight_map names no files")
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names.values()):
+            raise ValueError("weight_map names files outside of the folder")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"this is no readable index of weights: {error}",
@@ -86,7 +88,10 @@ def _index(path: Path) -> dict[str, str] | None:
 
 def _remedy(path: Path) -> str:
     if others := sorted(path.glob("*.safetensors")):
-        return f"if {others[0].name} holds the model's weights, call it model.safetensors"
+        return (
+            f"if {others[0].name} holds its weights under Hugging Face's names, call it "
+            "model.safetensors"
+        )
     if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
         return "its weights are pickled, which is never read here: save them as safetensors"
     return "download the model again"

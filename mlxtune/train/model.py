@@ -221,7 +221,8 @@ def check_model(section: ModelSection) -> None:
     if is_hub_id(section.path):
         return
     source = resolve_model(section.path, revision=section.revision)
-    model_classes(model_config(source))
+    config = model_config(source)
+    model_classes(config, where=str(source.path))
     if not source.is_gguf:
         stored_tensors(source.path)
 

@@ -38,6 +38,11 @@ def theirs(base: float, dims: int, scaling: dict[str, float]) -> np.ndarray:
     return (plain / inverse.double()).numpy()
 
 
+USUAL = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 SETTINGS = [
     {
         "factor": factor,
@@ -60,10 +65,11 @@ def test_settings_are_found_that_have_the_same_divisors(base, dims):
         np.testing.assert_allclose(llama3_factors(base, dims, scaling), want, rtol=1e-4)
         found = llama3_scaling(base, llama3_factors(base, dims, scaling))
         assert found is not None, scaling
+        # llama.cpp's converter computes them in float32, as transformers does.
+        assert llama3_scaling(base, want.astype(np.float32)) is not None, scaling
         told = {key: found[key] for key in scaling}
         np.testing.assert_allclose(theirs(base, dims, told), want, rtol=1e-4, err_msg=str(told))
-        usual = scaling["high_freq_factor"] == 4 and scaling["original_max_position_embeddings"]
-        if dims == 128 and usual == 8192 and base == 500_000:
+        if (dims, base, scaling) == (128, 500_000.0, scaling | USUAL):
             assert told == scaling
 
 

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx_lm.utils
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mlxtune.errors import ModelError
 from mlxtune.export.convert import convert
@@ -21,9 +22,9 @@ from mlxtune.models.quantization import readable
 from mlxtune.models.resolve import ModelSource
 from support.compare import distance
 from support.files import SHELL_TRAIN, write_jsonl
-from support.models import save_real_vocabulary
+from support.models import QWEN3_MOE, save_real_vocabulary, tiny
 from support.program import mlxtune
-from support.quantized import save_quantized
+from support.quantized import GROUP, quantized_weights, save_quantized
 
 IDS = mx.array([[5, 17, 99, 3, 42, 64, 7, 1]])
 KINDS = {
@@ -61,6 +62,33 @@ def test_awq_and_gptq_are_trained_and_converted_as_they_were_meant(kind, folder,
     made = convert(str(source.path), tmp_path / "m.gguf", file_type="f32", verify=False)
     again = load_model(ModelSource("again", made.path), dtype="float32")
     assert distance(again.model(IDS), loaded.model(IDS)) < 1e-4
+
+
+def test_experts_that_awq_packed_one_by_one_are_put_together(tmp_path, monkeypatch):
+    model = tiny("qwen3_moe", **QWEN3_MOE)
+    given: dict[str, mx.array] = {}
+    for name, values in tree_flatten(model.parameters()):
+        if ".switch_mlp." in name:
+            names = (name.replace("switch_mlp", f"experts.{n}") for n in range(len(values)))
+            given |= dict(zip(names, values, strict=True))
+        else:
+            given[name] = values
+    weights, dense = quantized_weights(given, "awq")
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights)
+    config = {k: v for k, v in vars(model.args).items() if v is not None}
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": GROUP}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("mlx_lm.utils.load_tokenizer", lambda *_, **__: None)
+    source = ModelSource("m", tmp_path)
+    loaded = load_model(source, dtype="float32")
+    own_quantized_layers(loaded.model, mx.float32)
+    trained = {tensor.name: tensor.source().load() for tensor in dense_tensors(loaded.model)}
+    converted = {t.name: t.load() for t in folder_tensors(tmp_path, model_config(source))}
+    name = "model.layers.1.mlp.switch_mlp.down_proj.weight"
+    want = np.stack([dense[name.replace("switch_mlp", f"experts.{n}")] for n in range(8)])
+    for got in (trained, converted):
+        assert got.keys() == dict(tree_flatten(model.parameters())).keys()
+        np.testing.assert_allclose(got[name], want, rtol=0, atol=1e-6)
 
 
 def test_awq_is_what_mlx_lm_makes_of_it(folder, tmp_path):
@@ -172,7 +200,7 @@ def test_variants_that_mlx_cannot_hold_are_refused_by_what_they_are(said, words,
     for config in ({"quantization_config": said}, {"text_config": {"quantization_config": said}}):
         with pytest.raises(ModelError, match=words) as told:
             readable(config, tmp_path)
-        assert told.value.where == "config.json: quantization_config"
+        assert told.value.where == str(tmp_path / "config.json")
 
 
 def test_modelopt_says_it_in_a_file_of_its_own(folder, tmp_path):
@@ -200,6 +228,22 @@ def test_a_layer_of_another_layout_than_its_config_says_is_named(kind, words, fo
     ):
         with pytest.raises(ModelError, match=f"model.layers.1.mlp.up_proj .*{words}"):
             read()
+
+
+def test_mxfp8_is_read_as_mlx_lm_reads_it(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "m")
+    weights = mx.load(str(folder / "model.safetensors"))
+    name = "model.layers.0.mlp.up_proj"
+    codes, scales = mx.quantize(weights[f"{name}.weight"], mode="mxfp8", group_size=32, bits=8)
+    weights |= {f"{name}.weight": codes, f"{name}.scales": scales}
+    mx.save_safetensors(str(tmp_path / "m/model.safetensors"), weights)
+    _say(tmp_path / "m", {"quant_method": "mxfp8"})
+    theirs, _ = mlx_lm.utils.load_model(tmp_path / "m")
+    source = ModelSource("m", tmp_path / "m")
+    assert mx.array_equal(theirs(IDS), load_model(source, dtype="float32").model(IDS))
+    read = {t.name: t.load() for t in folder_tensors(source.path, model_config(source))}
+    want = mx.dequantize(codes, scales, mode="mxfp8", group_size=32, bits=8)
+    assert np.array_equal(read[f"{name}.weight"], np.array(want.astype(mx.float32)))
 
 
 def test_what_mlx_quantized_itself_is_read_as_before(tmp_path):

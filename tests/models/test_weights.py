@@ -12,7 +12,10 @@ import pytest
 import torch
 import transformers
 
+from mlxtune.adapters.store import read_adapter
+from mlxtune.data.files import read_rows
 from mlxtune.errors import DataError, ModelError, RunError
+from mlxtune.export.calibrate import calibrate
 from mlxtune.export.convert import convert_to_folder
 from mlxtune.fuse import model_places
 from mlxtune.models.folder import folder_tensors
@@ -117,7 +120,10 @@ def test_a_tensor_in_two_files_is_refused_with_both_unless_the_index_says_which(
             read()
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", *(f'{{"weight_map": {m}}}' for m in ("{}", '{"a": 1}', '{"a": "/etc/passwd"}'))],
+)
 def test_a_damaged_index_is_named(text, folder, tmp_path):
     in_shards(folder, tmp_path / "m", NAMES["numbered"])
     (tmp_path / "m" / INDEX).write_text(text)
@@ -139,7 +145,7 @@ POINTER = (
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json"]
 )
-def test_what_git_lfs_has_not_fetched_of_a_folder_is_told(name, tmp_path):
+def test_a_pointer_of_git_lfs_in_a_models_folder_is_named(name, tmp_path):
     save_tiny_model(tmp_path)
     (tmp_path / name).write_text(POINTER)
     with pytest.raises(ModelError, match="Git LFS's pointer") as told:
@@ -148,10 +154,7 @@ def test_what_git_lfs_has_not_fetched_of_a_folder_is_told(name, tmp_path):
     assert "git lfs pull" in told.value.remedy
 
 
-def test_what_git_lfs_has_not_fetched_is_told_of_files_of_all_kinds(tmp_path):
-    from mlxtune.adapters.store import read_adapter
-    from mlxtune.data.files import read_rows
-
+def test_pointers_of_git_lfs_are_named_in_all_kinds_of_files(tmp_path, tiny_folder):
     for name in ("m.gguf", "x.jsonl", "x.csv", "x.json", "x.parquet", "x.jsonl.gz"):
         (tmp_path / name).write_text(POINTER)
     (tmp_path / "adapter_config.json").write_text(
@@ -161,6 +164,10 @@ def test_what_git_lfs_has_not_fetched_is_told_of_files_of_all_kinds(tmp_path):
     with pytest.raises(ModelError, match="Git LFS") as told:
         load_tokenizer(resolve_model(str(tmp_path / "m.gguf")))
     assert "git lfs pull" in told.value.remedy
+    (tmp_path / "x.txt").write_text(POINTER)
+    with pytest.raises(DataError, match="Git LFS"):
+        calibrate(load_model(resolve_model(str(tiny_folder))), tmp_path / "x.txt")
+    (tmp_path / "x.txt").unlink()
     for path in tmp_path.glob("x.*"):
         with pytest.raises(DataError, match="Git LFS") as told:
             list(read_rows(path))
@@ -183,7 +190,7 @@ def test_only_a_damaged_file_is_to_be_downloaded_again(tmp_path):
     (tmp_path / "tokenizer.json").write_text(whole)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
-    with pytest.raises(ModelError, match="Expected shape") as told:
+    with pytest.raises(ModelError, match=r"its config.json asks for: Expected shape") as told:
         load_model(ModelSource("m", tmp_path))
     assert "download" not in told.value.remedy
 

@@ -53,6 +53,25 @@ def quantized(
     return arrays | {"scales": scales}, np.ascontiguousarray(dense.T.astype(np.float32))
 
 
+def quantized_weights(
+    given: dict[str, Any], method: str, bits: int = 4, *, v2: bool = False
+) -> tuple[dict[str, mx.array], dict[str, np.ndarray]]:
+    """Weights of which the projections of blocks are quantized at random, and what they stand for.
+
+    Routers of experts are left as they are.
+    """
+    weights: dict[str, np.ndarray] = {}
+    dense: dict[str, np.ndarray] = {}
+    for seed, (name, values) in enumerate(sorted(given.items())):
+        if values.ndim != 2 or ".layers." not in name or name.endswith(".gate.weight"):
+            weights[name] = dense[name] = np.array(values.astype(mx.float32))
+            continue
+        module = name.removesuffix(".weight")
+        arrays, dense[name] = quantized(method, *values.shape, bits, seed, v2=v2)
+        weights |= {f"{module}.{kind}": array for kind, array in arrays.items()}
+    return {name: mx.array(values) for name, values in weights.items()}, dense
+
+
 def save_quantized(
     source: Path, folder: Path, method: str, bits: int = 4, **said: Any
 ) -> dict[str, np.ndarray]:
@@ -63,19 +82,9 @@ def save_quantized(
     """
     shutil.copytree(source, folder)
     v2 = said.get("checkpoint_format") == "gptq_v2"
-    weights: dict[str, np.ndarray] = {}
-    dense: dict[str, np.ndarray] = {}
     loaded: dict[str, Any] = mx.load(str(source / "model.safetensors"))
-    for seed, (name, values) in enumerate(sorted(loaded.items())):
-        if values.ndim != 2 or ".layers." not in name:
-            weights[name] = dense[name] = np.array(values.astype(mx.float32))
-            continue
-        module = name.removesuffix(".weight")
-        arrays, dense[name] = quantized(method, *values.shape, bits, seed, v2=v2)
-        weights |= {f"{module}.{kind}": array for kind, array in arrays.items()}
-    mx.save_safetensors(
-        str(folder / "model.safetensors"), {k: mx.array(v) for k, v in weights.items()}
-    )
+    weights, dense = quantized_weights(loaded, method, bits, v2=v2)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {
         "quant_method": method,
