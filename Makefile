@@ -28,6 +28,10 @@ quickstart: $(VENV)/.installed
 	$(BIN)/mlxtune lora recipes/quickstart.toml --overwrite
 	$(BIN)/mlxtune eval runs/quickstart --samples 6
 	$(BIN)/mlxtune export runs/quickstart --overwrite
+	@echo
+	@echo "The program is $(BIN)/mlxtune. Talk to what it has trained, or train on your own records:"
+	@echo "  $(BIN)/mlxtune chat runs/quickstart"
+	@echo "  $(BIN)/mlxtune init recipe.toml --data FILE"
 
 test: $(VENV)/.tested
 	$(TESTS) -m "not slow"

@@ -6,6 +6,7 @@ Verbs import what they need when they run, so `--help` answers at once.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -335,7 +336,9 @@ def _block(error: MlxtuneError) -> str:
         for problem in error.problems:
             remedy = f" ({problem.remedy})" if problem.remedy else ""
             lines.append(f"  {problem.where}: {problem.what}{remedy}")
-    return "\n".join(lines)
+    # What is to be typed has to work where the shell does not find the program by its name.
+    named = rf"(?<![\w/.-])mlxtune(?= (?:{'|'.join(cli.commands)})\b)"
+    return re.sub(named, lambda _: program(), "\n".join(lines))
 
 
 def _notes(error: Exception) -> str:

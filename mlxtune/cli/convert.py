@@ -233,7 +233,8 @@ def verified_lines(verified: Verified, *, runs: bool = True) -> list[str]:
             else f"at {run.top1:.0%} of {run.places} places the most likely next token is that of "
             f"MLX (mean KL divergence {run.mean_kl:.2g})"
         )
-        lines.append(f"in llama.cpp: {compared}; tried on {verified.tried_on}")
+        tried = "held-out records" if verified.tried_on == "records" else "test texts"
+        lines.append(f"in llama.cpp: {compared}; tried on {tried}")
     elif verified.not_run is not None:
         lines.append(f"not tried in llama.cpp: {verified.not_run}")
     else:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +14,7 @@ from mlxtune.cli.completing import complete_prep
 from mlxtune.cli.output import json_text
 from mlxtune.cli.shared import PATH, SET, complete_paths, quieten_libraries
 from mlxtune.cli.suggest import NearChoice, Verbs
+from mlxtune.errors import DataError
 
 if TYPE_CHECKING:
     from mlxtune.data.sources import Source
@@ -92,7 +96,8 @@ def convert(
     """Write records in another shape, as JSONL."""
     from mlxtune.data.convert import convert_file
 
-    count = convert_file(_source(source, format_, columns), output, shape, overwrite=overwrite)
+    with _columns_as_options():
+        count = convert_file(_source(source, format_, columns), output, shape, overwrite=overwrite)
     click.echo(f"{output}: {count} {shape} records")
 
 
@@ -152,19 +157,33 @@ def prep(
     settings, recipe_seed = load_prep(
         recipe, overrides, {k: v for k, v in flags.items() if v is not None}
     )
-    report = prepare(
-        _source(source, format_, columns),
-        output,
-        settings,
-        against=Source(against) if against is not None else None,
-        seed=recipe_seed if seed is None else seed,
-        overwrite=overwrite,
-    )
+    with _columns_as_options():
+        report = prepare(
+            _source(source, format_, columns),
+            output,
+            settings,
+            against=Source(against) if against is not None else None,
+            seed=recipe_seed if seed is None else seed,
+            overwrite=overwrite,
+        )
     if as_json:
         click.echo(json_text(report.as_dict()))
     else:
         click.echo(report.as_text().rstrip())
         click.echo(f"written to {output}")
+
+
+@contextmanager
+def _columns_as_options() -> Iterator[None]:
+    """Have a remedy that is a recipe's `columns = {…}` name the option in its place."""
+    try:
+        yield
+    except DataError as error:
+        if (found := re.search(r"columns = \{(.*?)\}", error.remedy or "")) and error.remedy:
+            pairs = re.findall(r'(\w+) = "(.*?)"', found[1])
+            options = " ".join(f"--column {field}={column}" for field, column in pairs)
+            error.remedy = error.remedy.replace(found[0], options)
+        raise
 
 
 def _source(path: str, format: str, columns: tuple[str, ...]) -> Source:

@@ -20,7 +20,7 @@ from mlxtune.errors import DataError
 from mlxtune.files import atomic_folder, write_json, write_text
 from mlxtune.prep.dedup import Near, clusters, find_duplicates
 from mlxtune.prep.filters import filters, mend_encoding
-from mlxtune.prep.report import PrepReport, StepReport
+from mlxtune.prep.report import PrepReport, StepReport, Unread, nothing_left
 from mlxtune.prep.scrub import Scrubber
 from mlxtune.prep.split import balance, group_key, hold_out, require_tag, tie
 from mlxtune.prep.spool import Picked, Spool
@@ -163,6 +163,7 @@ class _Cleaner:
         self._filters = filters(settings)
         self.rows = 0
         self.reading = StepReport("read") if settings.drop_unreadable else None
+        self.unread = Unread()
         self.encoding = StepReport("encoding")
         self.scrubbed = StepReport("scrub", unit="values")
         self.filtered = StepReport("filter")
@@ -171,6 +172,7 @@ class _Cleaner:
         """Count a row that is none."""
         if self.reading is not None:
             self.reading.remove("unreadable", error.where or "", error.what)
+            self.unread.count(error)
 
     def __call__(self, conversation: Conversation) -> Conversation | None:
         """The row mended and scrubbed, or None when a filter drops it."""
@@ -224,10 +226,7 @@ def _finish(
     gone = _remove_duplicates(rows, settings, near, steps)
     kept = [row for row in range(rows.protected, len(rows.texts)) if row not in gone]
     if not kept:
-        raise DataError(
-            f"no rows are left of {clean.read}",
-            remedy="; ".join(f"{s.name} removed {sum(s.removed.values())}" for s in steps),
-        )
+        raise nothing_left(clean.read, steps, clean.unread)
     held = _split(rows, kept, settings, near, seed, steps)
     _write(folder / TRAIN, rows, [k for k, out in zip(kept, held, strict=True) if not out])
     if any(held):

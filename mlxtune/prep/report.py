@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+from mlxtune.errors import DataError
 
 EXAMPLES = 3  # kept of each reason
 
@@ -128,6 +130,51 @@ class PrepReport:
             lines += [f"  {value}: {n:,} ({share:.1%})" for value, n, share in _shares(counts)]
             parts.append("\n".join(lines))
         return "\n\n".join(parts) + "\n"
+
+
+class Unread:
+    """Why rows could not be read: each reason, how often, and the first row of it."""
+
+    _MOST = 50  # a reason may name what is in its row: not all of millions are kept
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, DataError] = {}
+
+    def count(self, error: DataError) -> None:
+        """One more row."""
+        if error.what in self.first or len(self.first) < self._MOST:
+            self.counts[error.what] += 1
+            self.first.setdefault(error.what, error)
+
+
+def nothing_left(read: int, steps: Sequence[StepReport], unread: Unread) -> DataError:
+    """What to raise where no row is left: what took most of them, and the first row of each.
+
+    Args:
+        read: rows of the source.
+        steps: what was done.
+        unread: the rows that the step `read` removed.
+    """
+    reasons = [
+        (count, what, unread.first[what].where or "", unread.first[what].remedy)
+        for what, count in unread.counts.items()
+    ]
+    for step in steps:
+        places = {example.reason: example.where for example in reversed(step.examples)}
+        reasons += [
+            (count, f"{reason} (step: {step.name})", places.get(reason, ""), None)
+            for reason, count in step.removed.items()
+            if not (step.name == "read" and unread.counts)
+        ]
+    most = sorted(reasons, key=lambda reason: -reason[0])[:3]
+    lines = [f"{count:,} rows: {what}; the first is {where}" for count, what, where, _ in most]
+    remedy = next((remedy for *_, remedy in most if remedy), None)
+    return DataError(
+        "\n  ".join([f"no rows are left of {read:,}", *lines]),
+        remedy=remedy
+        or "what goes is said in [prep] or here, as --set drop_refusals=false: docs/data.md",
+    )
 
 
 def _shares(counts: Mapping[str, int]) -> list[tuple[str, int, float]]:

@@ -170,6 +170,19 @@ def test_prep_takes_the_recipes_table_and_keeps_held_out_rows_out(tmp_path):
     assert "did you mean dedup?" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "verb", [["prep", "a.csv", "out"], ["convert", "a.csv", "o", "--to=alpaca"]]
+)
+def test_columns_of_no_known_name_are_answered_with_the_option_that_names_them(tmp_path, verb):
+    (tmp_path / "a.csv").write_text("frage,antwort\nwas?,das\nwer?,der\n")
+    done = mlxtune("data", *verb, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "frage, antwort has no known shape" in done.stderr
+    assert "--column prompt=question --column completion=answer" in done.stderr
+    mapped = ["--column", "prompt=frage", "--column", "completion=antwort"]
+    assert mlxtune("data", *verb, *mapped, cwd=tmp_path).returncode == 0
+
+
 def test_validate_reads_every_source(folder):
     (folder / "recipe.toml").write_text(
         (folder / "recipe.toml").read_text()

@@ -15,8 +15,11 @@ from pathlib import Path
 import pytest
 
 from mlxtune import install
+from mlxtune.cli.shared import _say_blas
+from mlxtune.device import blas_remedy, find_blas
 from support.files import ROOT, listing
-from support.program import mlxtune
+from support.process import HANGS
+from support.program import mlxtune, running
 
 VERBS = [
     "chat model",
@@ -74,6 +77,33 @@ def test_another_package_that_is_missing_is_no_bug_of_ours_either(tmp_path, monk
     done = mlxtune("doctor", cwd=tmp_path)
     assert done.returncode == 1 and "bug" not in done.stderr
     assert "the package one_that_is_nowhere cannot be loaded" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere MLX needs no other BLAS")
+@pytest.mark.skipif(find_blas() is None, reason="there is no other BLAS")
+def test_the_blas_is_spoken_of_once_and_only_where_it_matters(tmp_path):
+    given = {"MLXTUNE_BLAS": "", "LD_PRELOAD": "", "MLXTUNE_CACHE": str(tmp_path / "cache")}
+
+    def said(*verb: str) -> int:
+        with running(*verb, cwd=tmp_path, **given) as started:
+            return started.communicate(timeout=HANGS)[1].count(f"with {find_blas().name}")
+
+    assert said("fuse", "nope", "--output=out") == 0
+    assert said("chat", "nope.gguf") == 1
+    assert said("chat", "nope.gguf") == 0
+    assert said("eval", "nope", "--data=x") == 0
+
+
+def test_a_slow_blas_is_spoken_of_each_time(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MLXTUNE_CACHE", str(tmp_path))
+    for _ in range(2):
+        _say_blas(None)
+        assert f"slower than this machine can\n  {blas_remedy()}" in capsys.readouterr().err
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setenv("MLXTUNE_CACHE", str(tmp_path / "a file"))  # nothing can be noted there
+    for _ in range(2):
+        _say_blas(Path("libopenblas.so.0"))
+        assert "with libopenblas.so.0" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------- what to type
@@ -191,3 +221,9 @@ def test_the_program_is_called_by_its_name_only_where_the_shell_finds_this_copy(
     assert install.program() == "./mlxtune"
     monkeypatch.setenv("PATH", str(bin))
     assert install.program() == "mlxtune"
+
+
+def test_what_an_error_says_to_type_can_be_typed(tmp_path):
+    done = mlxtune("validate", "nope.toml", cwd=tmp_path)
+    (command,) = re.findall(r"`(.*) init` writes one", done.stderr)
+    assert shutil.which(shlex.split(command)[0], path=f"{os.environ['PATH']}:{tmp_path}")

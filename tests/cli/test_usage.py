@@ -124,3 +124,23 @@ def test_a_recipe_is_written_for_a_model_and_data_and_the_next_verbs_can_be_type
     assert [c[-2:] for c in commands] == [[verb, "my recipe.toml"] for verb in verbs]
     program = Path(tmp_path, commands[0][0])
     assert program.is_file() or shutil.which(commands[0][0])
+
+
+@pytest.mark.parametrize("group", [[], ["data"]], ids=["mlxtune", "data"])
+def test_no_verb_is_cut_off_in_the_help_of_a_terminal_of_80_columns(tmp_path, monkeypatch, group):
+    monkeypatch.setenv("COLUMNS", "80")
+    done = mlxtune(*group, "--help", cwd=tmp_path)
+    verbs = done.stdout.partition("Commands:\n")[2].splitlines()
+    group = cli.commands[group[0]] if group else cli
+    assert [line.split()[0] for line in verbs] == sorted(group.commands)
+    assert all(len(line) <= 80 and line.endswith(".") for line in verbs)
+    assert not any(line.endswith("...") for line in verbs)
+
+
+def test_a_conversion_ends_with_what_can_be_done_with_it(tmp_path, tiny_folder):
+    done = mlxtune("convert", str(tiny_folder), "made", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    *_, said, command = done.stdout.splitlines()
+    assert said == "next:" and shlex.split(command.partition("   ")[0])[-2:] == ["chat", "made"]
+    again = mlxtune("chat", "made", "-p", "x", "--max-tokens=1", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr

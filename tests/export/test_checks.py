@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 from contextlib import suppress
+from dataclasses import replace
 
 import gguf
 import mlx.core as mx
@@ -22,10 +23,10 @@ from mlxtune.cli.convert import file_size, verified_lines
 from mlxtune.errors import ExportError, OutputExists
 from mlxtune.export.adapter import export_adapter
 from mlxtune.export.bundle import export_run, exported_before
-from mlxtune.export.convert import convert, convert_to_folder
+from mlxtune.export.convert import Verified, convert, convert_to_folder
 from mlxtune.export.meant import unlike
-from mlxtune.export.runtime import check_in_llamacpp
-from mlxtune.export.verify import USUAL_ERROR
+from mlxtune.export.runtime import RuntimeCheck, check_in_llamacpp
+from mlxtune.export.verify import USUAL_ERROR, Readback
 from mlxtune.fuse import dense_config, fuse_run
 from mlxtune.gguf import writer
 from mlxtune.gguf.heads import Reordering
@@ -33,6 +34,7 @@ from mlxtune.gguf.imatrix import write_imatrix
 from mlxtune.gguf.mixing import FILE_TYPES
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.gguf.rope import rope_metadata
+from mlxtune.install import install_extra
 from mlxtune.models.load import load_model
 from mlxtune.models.resolve import ModelSource
 from mlxtune.recipe.load import parse_recipe
@@ -190,6 +192,18 @@ def test_what_does_not_fit_beside_its_source_is_not_run(folder, tmp_path, monkey
     assert (small.llamacpp is None, small.not_run) == (False, None)
     assert large.llamacpp is None and "0.0 are there" in large.not_run
     assert "not tried in llama.cpp: " in "".join(verified_lines(large))
+
+
+def test_what_was_found_is_said_in_common_words_and_what_is_optional_with_what_to_type():
+    readback = Readback(272, {"Q8_0": 0.0052, "F32": 0.0}, "a", 0.0052, 4, True)
+    lines = verified_lines(Verified(readback, None))
+    assert lines[0] == "  read back: 272 tensors differ from the model's by 0.52% (Q8_0)"
+    assert lines[1].endswith("4 test texts become the same tokens, test chats the same prompts")
+    assert lines[2].endswith(f"which is optional: {install_extra('llamacpp')}")
+    ran = verified_lines(Verified(readback, RuntimeCheck(50, 0.0056, 0.98), "records"))[2]
+    assert "at 98% of 50 places the most likely next token is that of MLX" in ran
+    equal = verified_lines(Verified(replace(readback, error={"F32": 0.0}), None), runs=False)
+    assert equal[0].endswith("272 tensors equal the model's") and len(equal) == 2
 
 
 def test_a_run_outlives_its_data(folder, tmp_path):

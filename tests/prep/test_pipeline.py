@@ -310,6 +310,29 @@ def test_output_is_replaced_only_where_it_is_ours(tmp_path):
     assert (tmp_path / "home/letter.txt").read_text() == "dear"
 
 
+def test_where_nothing_is_left_the_reasons_are_given_with_counts(tmp_path):
+    rows = [{"frage": f"{n}", "antwort": "x"} for n in range(7)]
+    rows += [ask(f"{n}", " ") for n in range(3)] + [{"prompt": 3, "completion": "x"}]
+    source = write(tmp_path / "in.jsonl", rows)
+    with pytest.raises(DataError) as raised:
+        prepare(source, tmp_path / "out", PrepSection())
+    first, *reasons = raised.value.what.splitlines()
+    assert first == "no rows are left of 11"
+    assert [line.split()[0] for line in reasons] == ["7", "3", "1"]
+    assert "the keys frage, antwort has no known shape" in reasons[0]
+    assert reasons[0].endswith("in.jsonl:1") and reasons[1].endswith("in.jsonl:8")
+    assert "answer" in reasons[1] and "'prompt'" in reasons[2]
+    assert "columns = {" in raised.value.remedy
+    assert not (tmp_path / "out").exists()
+
+
+def test_reasons_that_differ_from_row_to_row_are_not_all_kept(tmp_path):
+    rows = [{f"key {n}": "x"} for n in range(200)]
+    with pytest.raises(DataError, match="no rows are left of 200") as raised:
+        prepare(write(tmp_path / "in.jsonl", rows), tmp_path / "out", PrepSection())
+    assert len(raised.value.what.splitlines()) == 4
+
+
 @pytest.mark.parametrize(
     ("rows", "settings", "message"),
     [
