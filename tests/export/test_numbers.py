@@ -137,4 +137,5 @@ def test_eval_says_first_that_the_adapter_is_worse_and_which_one_it_is(worse, tm
     )
     assert "tuned: the same with" in printed
     assert "adapter (after step 2)" in printed.replace(str(worse.path), "")
+    assert "note: train again with a lower train.learning_rate" in printed
     assert "+0.0%" not in printed and "-0.0" not in printed
