@@ -29,7 +29,7 @@ from mlxtune.models.resolve import resolve_model
 from mlxtune.recipe.schema import DataSource, ModelSection, Recipe, TrainSection
 from mlxtune.train.kept import held_out_rows, trained_on
 from mlxtune.train.model import load_base
-from mlxtune.train.outcome import adapter_name
+from mlxtune.train.outcome import adapter_name, advice_of
 from mlxtune.train.run import STATUS, Run, adapter_folder
 from mlxtune.train.session import open_run
 
@@ -113,7 +113,12 @@ def compare_run(
         yield TUNED, model
 
     compared = _compare(str(path), recipe, models, options, sources, adapter=adapter, run=run)
-    return replace(compared, source=replace(compared.source, tuned=adapter_name(weights)))
+    advice = advice_of(run) if weights == run.adapter else None
+    return replace(
+        compared,
+        source=replace(compared.source, tuned=adapter_name(weights)),
+        notes=(*compared.notes, *([advice] if advice else [])),
+    )
 
 
 def compare_models(name: str, *, options: Options | None = None, **how: Any) -> Comparison:

@@ -9,6 +9,7 @@ from typing import Any
 from mlxtune.evaluate.results import share
 from mlxtune.report.charts import GB
 from mlxtune.report.collect import RunRecord
+from mlxtune.train.outcome import advice_of
 from mlxtune.train.run import Run
 
 
@@ -90,7 +91,7 @@ def summarize(run: RunRecord) -> Summary:
         planned_memory_bytes=run.plan.get("peak_memory_bytes"),
         planned_seconds_per_step=run.plan.get("seconds_per_step"),
         warning=found.warning,
-        advice=found.advice(Run(run.path).best_adapter),
+        advice=advice_of(Run(run.path)),
         command=_text(run.facts.get("command")),
         started=_text(run.facts.get("started")),
         ended=_text(run.facts.get("ended")),

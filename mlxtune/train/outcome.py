@@ -127,11 +127,16 @@ def outcome(metrics: Iterable[Mapping[str, Any]]) -> Outcome:
     return Outcome(losses, last, _ends(reports))
 
 
-def outcome_lines(run: Run) -> list[str]:
-    """What has to be said of a run's `adapter/` before anything else; nothing if all is well."""
+def advice_of(run: Run) -> str | None:
+    """What to do where a run's `adapter/` is not the best that there is; None where it is."""
     found = outcome(run.metrics())
     has_best = found.better_before is None or run.best_adapter.is_dir()
-    advice = found.advice(run.best_adapter) if has_best else None
+    return found.advice(run.best_adapter) if has_best else None
+
+
+def outcome_lines(run: Run) -> list[str]:
+    """What has to be said of a run's `adapter/` before anything else; nothing if all is well."""
+    found, advice = outcome(run.metrics()), advice_of(run)
     if found.warning is not None:
         return [f"warning: {found.warning}", *([f"  {advice}"] if advice else [])]
     return [f"note: {advice}"] if advice else []

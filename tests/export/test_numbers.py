@@ -108,12 +108,17 @@ def test_export_and_fuse_say_first_that_the_run_got_worse(worse, tmp_path):
         f"{found.after:.4f} after step 2"
     )
     path = str(worse.path)
-    for arguments in (["export", path, "--quantize", "f32"], ["export", path, "--adapter-only"],
-                      ["fuse", path]):  # fmt: skip
-        done = mlxtune(*arguments, "-o", f"out-{len(arguments)}", cwd=tmp_path)
+    written = {
+        "out": ["export", path, "--quantize", "f32", "-o"],
+        "adapter": ["export", path, "--adapter-only", "-o"],
+        "fused": ["fuse", path, "-o"],
+        "converted": ["convert", path],
+    }
+    for place, arguments in written.items():
+        done = mlxtune(*arguments, place, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert done.stderr.splitlines()[0] == said, done.stderr
-    card = (tmp_path / "out-4/README.md").read_text()
+    card = (tmp_path / "out/README.md").read_text()
     assert f"{found.after:.4f} after: worse than before training |" in card
     done = mlxtune("export", path, "-o", "j", "--quantize", "f32", "--json", cwd=tmp_path)
     printed = json.loads(done.stdout)
@@ -132,4 +137,5 @@ def test_eval_says_first_that_the_adapter_is_worse_and_which_one_it_is(worse, tm
     )
     assert "tuned: the same with" in printed
     assert "adapter (after step 2)" in printed.replace(str(worse.path), "")
+    assert "note: train again with a lower train.learning_rate" in printed
     assert "+0.0%" not in printed and "-0.0" not in printed
