@@ -6,6 +6,7 @@ would round away most of what was trained.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,11 +14,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxtune.arrays import scalar
 from mlxtune.data.render import Renderer
 from mlxtune.errors import OutputExists
 from mlxtune.files import atomic_folder, require_apart, write_json
+from mlxtune.gguf.ends import ends_of_answers
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.layers.dense import dense_tensors
 from mlxtune.models.folder import dense_pieces, weight_files
@@ -135,7 +138,8 @@ def save_model(folder: Path, model: LoadedModel, dtype: str) -> None:
     """
     # Small files first: if the disk fills up, it is at a file that we write ourselves.
     model.tokenizer.save_pretrained(str(folder))
-    write_json(folder / "config.json", dense_config(model.config, dtype))
+    config = dense_config(model.config, dtype)
+    write_configs(folder, config, model.tokenizer, model.source.path)
     tensors = (tensor.source() for tensor in dense_tensors(model.model))
     write_safetensors(folder, dense_pieces(tensors, dtype, model.config))
 
@@ -145,6 +149,39 @@ def dense_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     packed = {"quantization", "quantization_config"}
     kept = {k: v for k, v in config.items() if k not in packed and v is not None}
     return kept | {"dtype": dtype}
+
+
+def write_configs(
+    folder: Path, config: dict[str, Any], tokenizer: TokenizerWrapper, source: Path
+) -> None:
+    """Write config.json and generation_config.json, which say at which tokens an answer ends.
+
+    transformers and vLLM stop where generation_config.json says, mlx-lm there or else where
+    config.json does.
+
+    Args:
+        folder: exists.
+        config: for config.json.
+        tokenizer: of the model.
+        source: the folder or file that the model was read from; what a folder's own
+            generation_config.json says of sampling is kept.
+    """
+    ends = ends_of_answers(tokenizer, config.get("eos_token_id"))
+    said: dict[str, Any] = {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}
+    kept = read_generation_config(source) or {
+        name: config[name] for name in ("bos_token_id", "pad_token_id") if name in config
+    }
+    write_json(folder / "config.json", config | said)
+    write_json(folder / "generation_config.json", kept | said)
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """generation_config.json of a model's folder; empty where there is none that is readable."""
+    try:
+        value = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _logits(model: nn.Module, prompts: Sequence[list[int]]) -> list[mx.array]:

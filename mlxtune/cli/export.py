@@ -191,6 +191,8 @@ def _tell_bundle(bundle: Bundle, *, commands: bool) -> None:
         click.echo(line)
     if bundle.verified is not None:
         click.echo("\n".join(verified_lines(bundle.verified)))
+    for note in bundle.notes:
+        click.echo(f"note: {note}", err=True)
     if commands:
         for runtime, command in bundle.commands.items():
             click.echo(f"  {runtime:<11}{command}")

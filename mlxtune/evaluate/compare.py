@@ -28,6 +28,7 @@ from mlxtune.layers.inject import fuse_lora
 from mlxtune.models.load import LoadedModel
 from mlxtune.models.resolve import resolve_model
 from mlxtune.recipe.schema import DataSource, ModelSection, Recipe, TrainSection
+from mlxtune.train.ending import ending_notes
 from mlxtune.train.model import load_base
 from mlxtune.train.run import STATUS, Run, adapter_folder
 from mlxtune.train.session import open_run
@@ -228,6 +229,7 @@ class _Several:
         if before is None:
             whole, records = len(records.conversations), records.first(options.limit)
             self.limited = len(records.conversations) < whole
+            self.notes += ending_notes(loaded.tokenizer)
         else:
             records = records.only(before)
         if not records.conversations:

@@ -34,6 +34,7 @@ from mlxtune.models.load import LoadedModel
 from mlxtune.models.resolve import is_hub_id, public_name
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.corpus import read_corpus
+from mlxtune.train.ending import ending_notes
 from mlxtune.train.model import tokenizer_of
 from mlxtune.train.run import Run, adapter_folder
 from mlxtune.train.session import open_run
@@ -54,6 +55,7 @@ class Bundle:
         modelfile: what the file of that name says.
         unweighed: how many matrices the importance that was given says nothing of.
         written_before: whether it was there already, and has only been looked at.
+        notes: what else there is to say.
     """
 
     folder: Path
@@ -64,6 +66,7 @@ class Bundle:
     modelfile: Modelfile
     unweighed: int = 0
     written_before: bool = False
+    notes: tuple[str, ...] = ()
 
     def as_json(self, handed: HandOver | None = None) -> str:
         """For `--json`, with what became of it; the Modelfile is in the folder."""
@@ -150,8 +153,16 @@ def export_run(
         write_text(temporary / MODELFILE, ollama.text())
         write_text(temporary / CARD, card)
     commands = _commands(folder, name)
-    unweighed = len(written.unweighed)
-    return Bundle(folder, file_type, size[SIZE], verified, commands, ollama, unweighed)
+    return Bundle(
+        folder,
+        file_type,
+        size[SIZE],
+        verified,
+        commands,
+        ollama,
+        unweighed=len(written.unweighed),
+        notes=tuple(ending_notes(model.tokenizer)),
+    )
 
 
 def exported_before(
@@ -195,7 +206,16 @@ def exported_before(
     tokenizer = tokenizer_of(recipe.model)
     ollama = modelfile(Renderer(tokenizer), tokenizer, recipe.export)
     commands = _commands(folder, name or recipe.export.name or recipe.name)
-    return Bundle(folder, file_type, size, verified, commands, ollama, written_before=True)
+    return Bundle(
+        folder,
+        file_type,
+        size,
+        verified,
+        commands,
+        ollama,
+        written_before=True,
+        notes=tuple(ending_notes(tokenizer)),
+    )
 
 
 def _read_verified(record: dict[str, Any]) -> Verified | None:

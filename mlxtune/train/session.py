@@ -34,6 +34,7 @@ from mlxtune.train.blocks import checkpoint_blocks
 from mlxtune.train.checkpoint import checkpoints
 from mlxtune.train.corpus import Corpus, check_sources, read_corpus
 from mlxtune.train.distributed import Workers, end_in_peace, join
+from mlxtune.train.ending import trained_ending_notes
 from mlxtune.train.facts import facts_of, require_same, shared_facts
 from mlxtune.train.loop import Interrupted, Trainer
 from mlxtune.train.memory import keep_within, memory_budget
@@ -113,7 +114,8 @@ def _fine_tune(
         initial = read_adapter(adapter_folder(Path(path_of_initial)))
     check_sources(recipe, rows=100)
     workers.barrier()
-    renderer = Renderer(tokenizer_of(recipe.model))
+    tokenizer = tokenizer_of(recipe.model)
+    renderer = Renderer(tokenizer)
     corpus = read_corpus(recipe, renderer, reporter.tokenized)
     workers.barrier()
     before = run.status() if run is not None else {}
@@ -126,6 +128,7 @@ def _fine_tune(
     routes = json.loads(workers.texts(json.dumps(before.get("quantized_matmul")))[0])
     adapted = adapted_model(recipe, initial, routes)
     base, notes = adapted.base, [*corpus.notes(), *adapted.notes]
+    notes += trained_ending_notes(corpus, tokenizer)
     plan = Plan(
         corpus.parts,
         recipe.train.batch_size,
