@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxtune.arrays import scalar
 from mlxtune.data.render import Renderer
-from mlxtune.errors import OutputExists
+from mlxtune.errors import MlxtuneError, OutputExists
 from mlxtune.files import atomic_folder, require_apart, write_json
 from mlxtune.gguf.ends import ends_of_answers
 from mlxtune.gguf.reader import GGUFFile
@@ -28,11 +29,18 @@ from mlxtune.models.load import LoadedModel, load_model
 from mlxtune.models.resolve import ModelSource
 from mlxtune.models.safetensors import write_safetensors
 from mlxtune.train.corpus import read_corpus
-from mlxtune.train.session import open_run
+from mlxtune.train.subject import Subject, find_subject
 
 REPORT = "fuse.json"
 # Enough to meet every layer with real inputs, and quick for a large model too.
 PROOF_CONVERSATIONS = 8
+# Where there are no records: an adapter alone, or a run whose data is gone.
+_TEXTS = (
+    "The harbour was quiet in the morning, and the boats lay close together along the wall.",
+    "def area(width: float, height: float) -> float:\n    return width * height\n",
+    "Question: how many days has a leap year? Answer: 366, one more than any other year.",
+    "Die Brücke über den Fluss wurde 1894 gebaut; l'été suivant, elle fut élargie.",
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ class FuseReport:
             read back from disk, over `tokens_compared` tokens of real conversations.
         max_logit: largest |logit| among them, for scale.
         top1_agreement: share of those tokens at which both have the same best token.
+        tried_on: `records` of the run, or `texts` that come with mlxtune.
     """
 
     folder: str
@@ -54,36 +63,41 @@ class FuseReport:
     max_logit: float
     top1_agreement: float
     tokens_compared: int
+    tried_on: str
 
 
 def fuse_run(
-    path: Path,
+    name: str | Path,
     output: Path,
     *,
     adapter: Path | None = None,
+    base: str | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> FuseReport:
-    """Write a run's fused model as a Hugging Face folder, and compare it with the adapter.
+    """Write a fused model as a Hugging Face folder, and compare it with the live adapter.
 
     Args:
-        path: the run.
+        name: a run, `RUN@step-N`, an adapter's folder, or with `adapter` any model.
         output: folder to write.
-        adapter: another run, or an adapter's folder, to use instead of the run's own.
+        adapter: an adapter to put on the model, or to use instead of the run's own.
+        base: the model to use instead of the one that the run or the adapter names.
         dtype: of the weights; the type that the base stores its own in by default.
         overwrite: replace `output` if it exists.
 
     Raises:
-        RunError: there is no finished run.
+        RunError: there is no finished run, or no adapter.
         OutputExists, StorageError: nothing was written.
     """
-    require_outside(output, path)
+    subject = find_subject(str(name), adapter=adapter, base=base)
+    if subject.run is not None:
+        require_outside(output, subject.run.path)
+    saved = subject.saved()
     with atomic_folder(output, overwrite=overwrite, marker=REPORT) as folder:
-        run, live = open_run(path, adapter=adapter, for_inference=False)
-        require_apart(output, (*model_places(live.source.path), *([adapter] if adapter else [])))
-        corpus = read_corpus(run.recipe(), Renderer(live.tokenizer))
-        chosen = (corpus.held_out or corpus.parts[0].samples)[:PROOF_CONVERSATIONS]
-        prompts = [sample.tokens.tolist() for sample in chosen]
+        live = subject.load(for_inference=False)
+        given = [Path(saved.where), *([adapter] if adapter else [])]
+        require_apart(output, (*model_places(live.source.path), *given))
+        prompts, tried_on = _prompts(subject, Renderer(live.tokenizer))
         before = _logits(live.model, prompts)
         dtype = dtype or live.stored_dtype
         save_model(folder, live, dtype)
@@ -101,9 +115,20 @@ def fuse_run(
             max_logit=max(scalar(mx.abs(a).max()) for a in before),
             top1_agreement=same / count,
             tokens_compared=count,
+            tried_on=tried_on,
         )
         write_json(folder / REPORT, asdict(report))
     return report
+
+
+def _prompts(subject: Subject, renderer: Renderer) -> tuple[list[list[int]], str]:
+    """Tokens to compare models on: the run's records, or texts where those are not at hand."""
+    with suppress(MlxtuneError):
+        if subject.run is not None:
+            corpus = read_corpus(subject.recipe(), renderer)
+            chosen = (corpus.held_out or corpus.parts[0].samples)[:PROOF_CONVERSATIONS]
+            return [sample.tokens.tolist() for sample in chosen], "records"
+    return [renderer.encode(text) for text in _TEXTS], "texts"
 
 
 def require_outside(output: Path, run: Path) -> None:

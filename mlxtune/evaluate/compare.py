@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxtune.adapters.store import fitted, put_adapter, read_adapter
+from mlxtune.adapters.store import fitted, put_adapter
 from mlxtune.data.records import Conversation, Turn
 from mlxtune.data.render import Renderer
 from mlxtune.errors import DataError, MlxtuneError
@@ -30,8 +30,8 @@ from mlxtune.models.resolve import resolve_model
 from mlxtune.recipe.schema import DataSource, ModelSection, Recipe, TrainSection
 from mlxtune.train.ending import ending_notes
 from mlxtune.train.model import load_base
-from mlxtune.train.run import STATUS, Run, adapter_folder
-from mlxtune.train.session import open_run
+from mlxtune.train.run import Run
+from mlxtune.train.subject import Subject, find_subject
 
 # A model alone has no recipe that limits its records.
 _NO_LIMIT = 1 << 20
@@ -78,29 +78,10 @@ def compare_run(
         how: fields of `Options`, to change them.
 
     Raises:
-        RunError: there is no finished run, or the adapter does not fit its model.
-        DataError: there are no held-out records.
-        ModelError: another model cannot be found. One that cannot be loaded is left out,
-            and told in the notes.
-        MlxtuneError: a metric needs what is not installed.
+        RunError, DataError, ModelError, MlxtuneError: as `compare_subject`.
     """
-    options = replace(options or Options(), **how)
-    run = Run.open(path)
-    saved = read_adapter(adapter_folder(adapter) if adapter else run.finished_adapter())
-    recipe = run.recipe()
-
-    def models() -> Iterator[tuple[str, LoadedModel]]:
-        model = load_base(recipe.model, for_inference=True)
-        fitting = fitted(saved, model.model)  # before minutes are spent on the base
-        yield BASE, model
-        put_adapter(fitting, model.model)
-        model.model.eval()
-        if model.dtype == "float32":
-            # Nothing is lost, and an answer is a third faster without the adapters' products.
-            fuse_lora(model.model)
-        yield TUNED, model
-
-    return _compare(str(path), recipe, models, options, adapter)
+    Run.open(path)
+    return compare_subject(find_subject(str(path), adapter=adapter), options=options, **how)
 
 
 def compare_models(name: str, *, options: Options | None = None, **how: Any) -> Comparison:
@@ -112,28 +93,71 @@ def compare_models(name: str, *, options: Options | None = None, **how: Any) -> 
         how: fields of `Options`, to change them.
 
     Raises:
-        DataError, ModelError, MlxtuneError: as `compare_run`.
+        DataError, ModelError, MlxtuneError: as `compare_subject`.
+    """
+    subject = Subject(name, ModelSection(path=name))
+    return compare_subject(subject, options=options, **how)
+
+
+def compare_subject(subject: Subject, *, options: Options | None = None, **how: Any) -> Comparison:
+    """Evaluate a model, or a base and the adapter on it, and other models beside them.
+
+    Args:
+        subject: what is measured.
+        options: how.
+        how: fields of `Options`, to change them.
+
+    Raises:
+        RunError: the adapter is damaged, or does not fit its model.
+        DataError: there are no held-out records.
+        ModelError: another model cannot be found. One that cannot be loaded is left out,
+            and told in the notes.
+        MlxtuneError: a metric needs what is not installed.
     """
     options = replace(options or Options(), **how)
-    resolve_model(name)
+    saved = subject.saved() if subject.adapter is not None else None
+    subject.require_base()
+    if subject.run is None:
+        resolve_model(subject.model.path, revision=subject.model.revision)
+    recipe = _recipe(subject, options)
+
+    def models() -> Iterator[tuple[str, LoadedModel]]:
+        model = load_base(recipe.model, for_inference=True)
+        if saved is None:
+            yield "model", model
+            return
+        fitting = fitted(saved, model.model)  # before minutes are spent on the base
+        yield BASE, model
+        put_adapter(fitting, model.model)
+        model.model.eval()
+        if model.dtype == "float32":
+            # Nothing is lost, and an answer is a third faster without the adapters' products.
+            fuse_lora(model.model)
+        yield TUNED, model
+
+    other = subject.adapter if subject.run is None or not subject.own else None
+    return _compare(subject.name, recipe, models, options, other)
+
+
+def _recipe(subject: Subject, options: Options) -> Recipe:
+    """What says which records are measured, and how."""
+    if subject.run is not None:
+        return subject.recipe()
     sources = options.sources()
     if not sources:
         raise DataError(
-            "a model alone has no held-out records",
-            where=name,
+            "a model alone has no held-out records"
+            if subject.adapter is None
+            else "an adapter that is no run's has no held-out records",
+            where=subject.name,
             remedy="name a file of records with --data, or a suite that has some with --suite",
         )
-    recipe = Recipe(
+    return Recipe(
         name="eval",
-        model=ModelSection(path=name),
+        model=subject.model,
         data=tuple(sources),
         train=TrainSection(max_seq_length=_NO_LIMIT),
     )
-
-    def models() -> Iterator[tuple[str, LoadedModel]]:
-        yield "model", load_base(recipe.model, for_inference=True)
-
-    return _compare(name, recipe, models, options)
 
 
 Models = Callable[[], Iterator[tuple[str, LoadedModel]]]
@@ -145,7 +169,9 @@ def _compare(
     suite, others = suite_of(recipe, options.suite), options.others or {}
     options = replace(options, suite=suite)
     for model in others.values():
-        _require_model(model)  # before minutes are spent on the first
+        other = find_subject(model)  # before minutes are spent on the first
+        if other.run is None:
+            resolve_model(other.model.path, revision=other.model.revision)
     judge = Judge(suite.judge, progress=options.progress) if suite.judge is not None else None
     with sandbox() if options.execute else nullcontext() as box:
         scorer = Scorer(suite, box)
@@ -254,7 +280,7 @@ class _Several:
     def try_to_add(self, name: str, model: str) -> None:
         """A model beside the others, whose figures do not go with it if it fails."""
         try:
-            self.add(name, _load(model))
+            self.add(name, find_subject(model).load())
         except (MlxtuneError, OSError, RuntimeError, ValueError) as error:
             # What reading a damaged file, or a model too large, ends in.
             reason = error.what if isinstance(error, MlxtuneError) else str(error)
@@ -264,21 +290,6 @@ class _Several:
 
 def _tell(progress: Callable[[str], None], name: str, stage: str) -> None:
     progress(f"{name}: {stage}")
-
-
-def _load(model: str) -> LoadedModel:
-    path = Path(model).expanduser()
-    if (path / STATUS).is_file():
-        return open_run(path)[1]
-    return load_base(ModelSection(path=model), for_inference=True)
-
-
-def _require_model(name: str) -> None:
-    path = Path(name).expanduser()
-    if (path / STATUS).is_file():
-        Run(path).finished_adapter()
-    else:
-        resolve_model(name)
 
 
 def _answered(

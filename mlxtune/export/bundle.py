@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlxtune
 from mlxtune.data.render import Renderer
-from mlxtune.errors import MlxtuneError
+from mlxtune.errors import ExportError, MlxtuneError
 from mlxtune.export.calibrate import importance_of
 from mlxtune.export.convert import Verified, write_model
 from mlxtune.export.handover import GGUF, LABELS, MODELFILE, HandOver, run_commands
@@ -36,8 +37,8 @@ from mlxtune.recipe.schema import Recipe
 from mlxtune.train.corpus import read_corpus
 from mlxtune.train.ending import ending_notes
 from mlxtune.train.model import tokenizer_of
-from mlxtune.train.run import Run, adapter_folder
-from mlxtune.train.session import open_run
+from mlxtune.train.run import Run
+from mlxtune.train.subject import Subject, find_subject
 
 CARD = "README.md"
 
@@ -78,9 +79,10 @@ class Bundle:
 
 
 def export_run(
-    path: Path,
+    path: str | Path,
     *,
     adapter: Path | None = None,
+    base: str | None = None,
     output: Path | None = None,
     file_type: str | None = None,
     name: str | None = None,
@@ -95,9 +97,11 @@ def export_run(
     """Fuse a run and write it for Ollama, llama.cpp and mistral.rs.
 
     Args:
-        path: the run.
-        adapter: another run, or an adapter's folder, to use instead of the run's own.
-        output: folder to write; `export/<file type>` in the run by default.
+        path: a run, `RUN@step-N`, an adapter's folder, or with `adapter` any model.
+        adapter: an adapter to put on the model, or to use instead of the run's own.
+        base: the model to use instead of the one that the run or the adapter names.
+        output: folder to write; by default `export/<file type>` in the run, of a checkpoint
+            `export/<file type>-step-N`.
         file_type: of `FILE_TYPES`; what the recipe says by default.
         name: what Ollama is to call it; what the recipe says by default.
         imatrix: llama.cpp's importance matrix.
@@ -112,19 +116,21 @@ def export_run(
         ExportError: the model's architecture, tokenizer or Modelfile cannot be written.
         OutputExists, StorageError: nothing was written.
     """
-    run, model = open_run(path, adapter=adapter, for_inference=False)
-    recipe = run.recipe()
+    subject = find_subject(str(path), adapter=adapter, base=base)
+    weights = Path(subject.saved().where)
+    recipe = subject.recipe()
     file_type = file_type or recipe.export.quantize
-    folder = _folder(path, output, file_type)
-    require_outside(folder, path)
-    given = [p for p in (imatrix, calibration, save_imatrix, adapter) if p is not None]
+    folder = _folder(subject, output, file_type)
+    if subject.run is not None:
+        require_outside(folder, subject.run.path)
+    model = subject.load(for_inference=False)
+    given = [p for p in (imatrix, calibration, save_imatrix, weights) if p is not None]
     used = (*model_places(model.source.path), *given)
     for_config(model.config)
     name = name or recipe.export.name or recipe.name
     ollama = modelfile(Renderer(model.tokenizer), model.tokenizer, recipe.export)
     # The folder is shipped: its card knows no place on this machine.
-    card = model_card(run, recipe, file_type, _commands(Path(), name), adapter)
-    weights = adapter_folder(adapter or path)
+    card = model_card(subject, recipe, file_type, _commands(Path(), name))
     made_of = _made_of(weights, file_type, pre, imatrix, calibration)
     with atomic_folder(folder, overwrite=overwrite, marker=GGUF) as temporary:
         require_apart(folder, used)
@@ -166,9 +172,10 @@ def export_run(
 
 
 def exported_before(
-    path: Path,
+    path: str | Path,
     *,
     adapter: Path | None = None,
+    base: str | None = None,
     output: Path | None = None,
     file_type: str | None = None,
     name: str | None = None,
@@ -180,7 +187,7 @@ def exported_before(
     """What `export_run` has written of this run, to be handed over again.
 
     Args:
-        path, adapter, output, file_type, name, imatrix, pre, calibration: as in `export_run`.
+        path, adapter, base, output, file_type, name, imatrix, pre, calibration: as in `export_run`.
         verify: it has to have been read back.
 
     Returns:
@@ -189,15 +196,15 @@ def exported_before(
     Raises:
         OutputExists: an export is there that is not what `export_run` would write.
     """
-    run = Run.open(path)
-    recipe = run.recipe()
+    subject = find_subject(str(path), adapter=adapter, base=base)
+    weights = Path(subject.saved().where)
+    recipe = subject.recipe()
     file_type = file_type or recipe.export.quantize
-    folder = _folder(path, output, file_type)
+    folder = _folder(subject, output, file_type)
     record = read_record(folder)
     if record is None or not (folder / GGUF).is_file():
         return None
     size = (folder / GGUF).stat().st_size
-    weights = adapter_folder(adapter or path)
     wanted = _made_of(weights, file_type, pre, imatrix, calibration) | {SIZE: size}
     require_same(folder, record, wanted)
     verified = _read_verified(record)
@@ -232,8 +239,17 @@ def _read_verified(record: dict[str, Any]) -> Verified | None:
         return None
 
 
-def _folder(path: Path, output: Path | None, file_type: str) -> Path:
-    return output or path / "export" / file_type
+def _folder(subject: Subject, output: Path | None, file_type: str) -> Path:
+    if output is not None:
+        return output
+    if subject.run is None:
+        raise ExportError(
+            "an adapter that is no run's has no place to be written to",
+            where=subject.name,
+            remedy="name one with --output",
+        )
+    step = subject.checkpoint
+    return subject.run.path / "export" / (file_type if step is None else f"{file_type}-{step}")
 
 
 def _made_of(
@@ -271,18 +287,13 @@ def _commands(folder: Path, name: str) -> dict[str, str]:
     }
 
 
-def model_card(
-    run: Run,
-    recipe: Recipe,
-    file_type: str,
-    commands: dict[str, str],
-    adapter: Path | None = None,
-) -> str:
+def model_card(subject: Subject, recipe: Recipe, file_type: str, commands: dict[str, str]) -> str:
     """README.md of an exported model: what it is, how it was made, how to run it.
 
     Of an adapter that is not the run's own it is not known how it was made.
     """
-    method = "DoRA" if recipe.lora.dora else "LoRA"
+    run, kind = subject.run, subject.saved().kind
+    method = "DoRA" if kind == "dora" else "LoRA"
     base = public_name(recipe.model.path)
     lines = [
         "---",
@@ -300,10 +311,14 @@ def model_card(
         "| | |",
         "|---|---|",
     ]
-    lines += _made(run, recipe) if adapter is None else [f"| adapter | `{adapter.name}` |"]
+    if run is not None and subject.own:
+        lines += _made(run, recipe)
+    elif subject.adapter is not None:
+        lines.append(f"| adapter | `{subject.adapter.name}` |")
     lines += ["", "## How to run it", "", "In this folder:", ""]
     lines += [f"- {runtime}: `{command}`" for runtime, command in commands.items()]
-    made_with = run.status().get("versions", {}).get("mlxtune", "of an unknown version")
+    versions = run.status().get("versions", {}) if run is not None else {}
+    made_with = versions.get("mlxtune", "of an unknown version") if run else mlxtune.__version__
     lines += ["", f"Made with mlxtune {made_with}."]
     return "\n".join(lines) + "\n"
 

@@ -371,15 +371,15 @@ def test_options_without_effect_are_refused(tmp_path, arguments, words):
             ("convert", "s.gguf", "m.gguf"),
             "of which the first stands for all: s-00001-of-00002.gguf",
         ),
-        (("convert", "export", "m.gguf"), "did you mean export/model.gguf?"),
+        (("convert", "two", "m.gguf"), "did you mean two/a.gguf?"),
         (("convert", "small", "m.gguf", "--pre", "smolm"), "did you mean smollm? one of: "),
         (("export", "small"), "this is a model: mlxtune convert small model.gguf"),
     ],
 )
 def test_what_may_be_meant_is_told(folder, tmp_path, arguments, words):
     shutil.copytree(folder, tmp_path / "small")
-    (tmp_path / "export").mkdir()
-    for file in ("export/model.gguf", "s-00001-of-00002.gguf", "s-00002-of-00002.gguf"):
+    (tmp_path / "two").mkdir()
+    for file in ("two/a.gguf", "two/b.gguf", "s-00001-of-00002.gguf", "s-00002-of-00002.gguf"):
         (tmp_path / file).touch()
     done = mlxtune(*arguments, cwd=tmp_path)
     assert done.returncode == 1 and words in done.stderr, done.stderr

@@ -22,10 +22,9 @@ from mlxtune.arrays import flat
 from mlxtune.errors import OutputExists, RecipeError, RunError, TrainingDiverged
 from mlxtune.fuse import fuse_run
 from mlxtune.recipe.load import parse_recipe
-from mlxtune.train.checkpoint import checkpoints
 from mlxtune.train.loop import Interrupted
 from mlxtune.train.metrics import Silent
-from mlxtune.train.run import Run
+from mlxtune.train.run import Run, checkpoints
 from mlxtune.train.session import fine_tune
 from support.files import SHELL_HELDOUT, write_jsonl
 from support.models import QWEN3_5, SMOLLM2, tiny
