@@ -114,7 +114,7 @@ def lora(
     if base is not None:
         overrides = (*overrides, f"model.path={json.dumps(base)}")
     with _joined() as workers:
-        if recipe.is_dir():
+        if recipe.is_dir() or (resume and not recipe.exists() and recipe.suffix != ".toml"):
             from mlxtune.train.resume import recipe_of_run
 
             if output is not None:

@@ -137,6 +137,8 @@ def recipe_of_run(path: Path, overrides: Iterable[str], *, resume: bool) -> Reci
         RunError: it is no run, or is not to be gone on with.
         RecipeError: an override is wrong.
     """
+    if not path.exists():
+        Run.open(path)  # which says so
     if not (path / STATUS).is_file():
         raise RunError(
             "a recipe is a TOML file, and this is a folder that holds no run",
