@@ -150,7 +150,7 @@ def export_run(
             importance=importance,
             pre=pre,
             verify=verify,
-            rows=partial(_held_out_rows, recipe, model),
+            rows=partial(_held_out_rows, subject, model),
             progress=progress,
         )
         seen = {} if verified is None else asdict(verified)
@@ -197,6 +197,7 @@ def exported_before(
         OutputExists: an export is there that is not what `export_run` would write.
     """
     subject = find_subject(str(path), adapter=adapter, base=base)
+    subject.require_base()
     weights = Path(subject.saved().where)
     recipe = subject.recipe()
     file_type = file_type or recipe.export.quantize
@@ -265,13 +266,15 @@ def _made_of(
     }
 
 
-def _held_out_rows(recipe: Recipe, model: LoadedModel) -> list[list[int]] | None:
+def _held_out_rows(subject: Subject, model: LoadedModel) -> list[list[int]] | None:
     """What the file is tried with: held-out records, else some that were trained on.
 
-    None where they cannot be read: a run may outlive its data.
+    None where there are none, or they cannot be read: a run may outlive its data.
     """
+    if subject.run is None:
+        return None
     try:
-        corpus = read_corpus(recipe, Renderer(model.tokenizer))
+        corpus = read_corpus(subject.recipe(), Renderer(model.tokenizer))
     except MlxtuneError:
         return None
     samples = corpus.held_out or corpus.parts[0].samples

@@ -13,6 +13,7 @@ from mlxtune.adapters.peft import write_peft
 from mlxtune.adapters.store import write_mlx_lm
 from mlxtune.errors import ModelError, RunError
 from mlxtune.train.loop import Interrupted
+from mlxtune.train.metrics import Silent
 from mlxtune.train.run import Run
 from mlxtune.train.session import fine_tune
 from mlxtune.train.subject import find_subject, saved_adapter
@@ -60,6 +61,13 @@ def test_a_checkpoint_of_a_stopped_run_is_the_model_of_that_step(stopped, recipe
     with pytest.raises(RunError, match="no checkpoint step-3") as error:
         find_subject(f"{stopped}@step-3")
     assert error.value.remedy == "it has: step-2, step-4"
+
+
+def test_training_begins_with_a_checkpoint(stopped, recipe, few, tmp_path):
+    name = f"{stopped}@step-2"
+    begin = recipe(few, lora={"init_from": name}, train={"max_steps": 1, "learning_rate": 1e-30})
+    run = fine_tune(begin, tmp_path / "run", Silent())
+    assert same_arrays(saved_adapter(run.path).arrays, find_subject(name).saved().arrays)
 
 
 def test_the_adapter_of_a_run_is_the_run(tiny_run):
