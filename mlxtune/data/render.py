@@ -24,6 +24,7 @@ import numpy.typing as npt
 from mlxtune.data.masking import Masking, NothingTrained
 from mlxtune.data.records import Conversation, ToolCall, Turn
 from mlxtune.errors import DataError, MlxtuneError, ModelError
+from mlxtune.gguf.ends import end_of_turn
 
 Tools = Sequence[Any]
 Span = tuple[int, int]
@@ -94,6 +95,8 @@ class Renderer:
         # A tokenizer names few of its special tokens; Phi's end of turn is not among them.
         added = core.get_added_tokens_decoder().items()
         self._special = {*tokenizer.all_special_ids, *(i for i, t in added if t.special)}
+        if (end := end_of_turn(tokenizer)) is not None:
+            self._special.add(end)  # it may have been added without being called special
 
     def identity(self) -> str:
         """All that decides which tokens a conversation becomes."""

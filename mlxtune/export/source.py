@@ -6,7 +6,6 @@ import glob
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxtune.arrays import flat
-from mlxtune.errors import ExportError, ModelError
+from mlxtune.errors import ExportError, ModelError, RunError
 from mlxtune.fuse import model_places
 from mlxtune.gguf.architectures import for_config, text_alone
 from mlxtune.gguf.metadata import text_config
@@ -29,8 +28,8 @@ from mlxtune.models.load import LoadedModel, load_model, load_tokenizer, model_c
 from mlxtune.models.resolve import ModelSource, resolve_model
 from mlxtune.models.skeleton import built
 from mlxtune.models.weights import stored_tensors
-from mlxtune.train.run import STATUS
-from mlxtune.train.session import open_run
+from mlxtune.train.run import meant
+from mlxtune.train.subject import find_subject
 
 
 @dataclass(frozen=True)
@@ -66,19 +65,19 @@ def open_source(name: str) -> Convertible:
     """Open a model for conversion; its weights are not read yet.
 
     Args:
-        name: a run's folder, or what a recipe may give as `model.path`.
+        name: as in `find_subject`.
 
     Raises:
         ModelError, RunError: there is no model, or it is damaged.
     """
     path = Path(name).expanduser()
-    if (path / STATUS).is_file():
-        run, model = open_run(path, for_inference=False)
-        opened = from_loaded(run.recipe().name, model)
-        return replace(opened, places=(*opened.places, run.finished_adapter()))
     try:
-        source = resolve_model(name)
-    except ModelError as error:
+        subject = find_subject(name)
+        if subject.adapter is not None:
+            opened = from_loaded(subject.title, subject.load(for_inference=False))
+            return replace(opened, places=(*opened.places, subject.adapter))
+        source = resolve_model(subject.model.path)
+    except (ModelError, RunError) as error:
         error.remedy = _meant(path) or error.remedy
         raise
     return _from_gguf(source) if source.is_gguf else _from_folder(source)
@@ -89,13 +88,9 @@ def _meant(path: Path) -> str | None:
     if path.is_dir():
         inside = sorted(path.glob("*.gguf"))
         return f"did you mean {inside[0]}?" if inside else None
-    if path.exists() or not path.parent.is_dir():
-        return None
     if parts := sorted(path.parent.glob(f"{glob.escape(path.stem)}-00001-of-*.gguf")):
         return f"it is there in parts, of which the first stands for all: {parts[0]}"
-    beside = [entry.name for entry in path.parent.iterdir()]
-    near = get_close_matches(path.name, beside, n=1)
-    return f"did you mean {path.with_name(near[0])}?" if near else None
+    return meant(path)
 
 
 def require_whole(model: Convertible, where: str) -> None:

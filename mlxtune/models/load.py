@@ -28,6 +28,7 @@ from mlxtune.data.render import Renderer
 from mlxtune.device import on_cpu
 from mlxtune.errors import ModelError
 from mlxtune.files import LFS_POINTER, LFS_REMEDY, is_lfs_pointer
+from mlxtune.gguf.ends import ends_of_answers
 from mlxtune.gguf.metadata import end_tokens
 from mlxtune.gguf.model import open_model, read_config
 from mlxtune.gguf.reader import GGUFFile
@@ -185,9 +186,11 @@ def _gguf_tokenizer(file: GGUFFile, source: ModelSource) -> TokenizerWrapper:
 
 
 def _with_template(tokenizer: TokenizerWrapper, chat_template: str | None) -> TokenizerWrapper:
+    """The tokenizer with this template, if any, which ends answers too where it does."""
     if chat_template is not None:
         tokenizer.chat_template = chat_template
         tokenizer.has_chat_template = True
+    tokenizer.eos_token_ids = ends_of_answers(tokenizer)
     return tokenizer
 
 

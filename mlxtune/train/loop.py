@@ -25,7 +25,6 @@ from mlxtune.recipe.schema import CheckpointSection, EvalSection, LogSection, Tr
 from mlxtune.train.checkpoint import (
     DamagedCheckpoint,
     Progress,
-    checkpoints,
     load_checkpoint,
     save_checkpoint,
     share_state,
@@ -36,7 +35,7 @@ from mlxtune.train.memory import keep_freed_buffers
 from mlxtune.train.metrics import Report, Reporter
 from mlxtune.train.notes import warmup_steps
 from mlxtune.train.optim import optimizer_of
-from mlxtune.train.run import Run
+from mlxtune.train.run import Run, checkpoints
 from mlxtune.train.schedule import learning_rate
 from mlxtune.train.signals import stop_on_signals
 from mlxtune.train.step import StepResult, TrainStep

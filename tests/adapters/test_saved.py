@@ -31,8 +31,9 @@ from mlxtune.errors import RunError
 from mlxtune.layers.inject import add_lora, lora_layers, own_quantized_layers, projections
 from mlxtune.models.enable import enable_packs
 from mlxtune.models.targets import find_targets
-from mlxtune.train.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint
+from mlxtune.train.checkpoint import Progress, load_checkpoint, save_checkpoint
 from mlxtune.train.optim import make_optimizer
+from mlxtune.train.run import checkpoints
 from mlxtune.train.step import TrainStep
 from support.compare import distance, random_samples, trainable
 from support.models import tiny_llama, with_adapters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import mlx.core as mx
 import mlx_lm.utils
@@ -108,10 +109,11 @@ def test_what_is_there_is_kept_unless_it_is_an_adapter_and_told(run, tmp_path):
 
 
 def test_a_folder_without_a_place_to_go_or_without_an_adapter_is_told(run, tiny_folder, tmp_path):
+    shutil.copytree(run / "adapter", tmp_path / "alone")
     with pytest.raises(ExportError) as caught:
-        export_adapter(run / "adapter", "peft")
+        export_adapter(tmp_path / "alone", "peft")
     assert "--output" in (caught.value.remedy or "")
-    with pytest.raises(RunError, match="no readable adapter"):
+    with pytest.raises(RunError, match="there is no adapter here"):
         export_adapter(tiny_folder, "peft", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -22,10 +22,9 @@ from mlxtune.arrays import flat
 from mlxtune.errors import OutputExists, RecipeError, RunError, TrainingDiverged
 from mlxtune.fuse import fuse_run
 from mlxtune.recipe.load import parse_recipe
-from mlxtune.train.checkpoint import checkpoints
 from mlxtune.train.loop import Interrupted
 from mlxtune.train.metrics import Silent
-from mlxtune.train.run import Run
+from mlxtune.train.run import Run, checkpoints
 from mlxtune.train.session import fine_tune
 from support.files import SHELL_HELDOUT, write_jsonl
 from support.models import QWEN3_5, SMOLLM2, tiny
@@ -586,10 +585,7 @@ def test_the_cli_stops_when_asked_to_and_says_how_to_go_on(recipe, few, tmp_path
     assert "Traceback" not in errors
     [how] = [line for line in errors.splitlines() if "go on:" in line]
     again = shlex.split(how.partition(": ")[2])  # it can be pasted
-    assert again[:2] == ["mlxtune", "lora"] and again[3:] == [
-        "-o", str(tmp_path / "a run"), "--resume",
-    ]  # fmt: skip
-    assert Path(again[2]).is_file()
+    assert again == ["mlxtune", "lora", str(tmp_path / "a run"), "--resume"]
 
 
 def test_max_samples_takes_the_first_so_many(recipe, few, tmp_path):

@@ -10,11 +10,10 @@ import pytest
 
 from mlxtune.errors import RecipeError, RunError, StorageError, TrainingDiverged
 from mlxtune.train import loop
-from mlxtune.train.checkpoint import checkpoints
 from mlxtune.train.loop import Interrupted
 from mlxtune.train.metrics import Silent
 from mlxtune.train.outcome import outcome
-from mlxtune.train.run import Run
+from mlxtune.train.run import Run, checkpoints
 from mlxtune.train.session import fine_tune
 
 
