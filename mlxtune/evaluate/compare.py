@@ -135,8 +135,7 @@ def compare_subject(subject: Subject, *, options: Options | None = None, **how: 
             fuse_lora(model.model)
         yield TUNED, model
 
-    other = subject.adapter if subject.run is None or not subject.own else None
-    return _compare(subject.name, recipe, models, options, other)
+    return _compare(subject.name, recipe, models, options, subject.adapter_name)
 
 
 def _recipe(subject: Subject, options: Options) -> Recipe:
@@ -164,7 +163,7 @@ Models = Callable[[], Iterator[tuple[str, LoadedModel]]]
 
 
 def _compare(
-    subject: str, recipe: Recipe, models: Models, options: Options, adapter: Path | None = None
+    subject: str, recipe: Recipe, models: Models, options: Options, adapter: str | None = None
 ) -> Comparison:
     suite, others = suite_of(recipe, options.suite), options.others or {}
     options = replace(options, suite=suite)
@@ -216,7 +215,7 @@ def _compare(
             own=options.data is None,
             limit=options.limit if several.limited else None,
             max_tokens=options.max_tokens,
-            adapter=str(adapter) if adapter is not None else None,
+            adapter=adapter,
             models=dict(others),
             executed=options.execute,
         ),

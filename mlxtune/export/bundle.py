@@ -316,8 +316,8 @@ def model_card(subject: Subject, recipe: Recipe, file_type: str, commands: dict[
     ]
     if run is not None and subject.own:
         lines += _made(run, recipe)
-    elif subject.adapter is not None:
-        lines.append(f"| adapter | `{subject.adapter.name}` |")
+    elif subject.adapter_name is not None:
+        lines.append(f"| adapter | `{Path(subject.adapter_name).name}` |")
     lines += ["", "## How to run it", "", "In this folder:", ""]
     lines += [f"- {runtime}: `{command}`" for runtime, command in commands.items()]
     versions = run.status().get("versions", {}) if run is not None else {}
