@@ -225,7 +225,6 @@ def _compare(
         for name, of_model in figures.items()
         if not math.isfinite(of_model.held_out_loss)
     ]
-    other = subject.adapter if subject.run is None or not subject.own else None
     return Comparison(
         subject=subject.name,
         suite=suite.name,
@@ -239,7 +238,7 @@ def _compare(
             own=options.data is None,
             limit=options.limit if several.limited else None,
             max_tokens=options.max_tokens,
-            adapter=str(other) if other is not None else None,
+            adapter=subject.adapter_name,
             models=dict(others),
             executed=options.execute,
         ),

@@ -322,7 +322,8 @@ def model_card(subject: Subject, recipe: Recipe, file_type: str, commands: dict[
     elif subject.adapter is not None:
         step = adapter_step(subject.adapter)
         after = f", after step {step}" if step else ""
-        lines.append(f"| adapter | `{subject.adapter.name}`{after} |")
+        given = subject.adapter_name or subject.adapter
+        lines.append(f"| adapter | `{Path(given).name}`{after} |")
     lines += ["", "## How to run it", "", "In this folder:", ""]
     lines += [f"- {runtime}: `{command}`" for runtime, command in commands.items()]
     versions = run.status().get("versions", {}) if run is not None else {}

@@ -32,6 +32,7 @@ class Subject:
         adapter: folder of the adapter: of any layout, or a checkpoint.
         run: whose recipe it goes by.
         own: whether the adapter is the run's final one.
+        adapter_name: the adapter as it was given, where it is not the run's own.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Subject:
     adapter: Path | None = None
     run: Run | None = None
     own: bool = False
+    adapter_name: str | None = None
 
     @property
     def checkpoint(self) -> str | None:
@@ -152,7 +154,8 @@ def find_subject(name: str, *, adapter: Path | None = None, base: str | None = N
         section = ModelSection(path=_model_named(name))
     if base is not None:
         section = section.model_copy(update={"path": base, "revision": None})
-    return Subject(name, section, folder, run, own)
+    given = adapter or folder
+    return Subject(name, section, folder, run, own, None if own or not given else str(given))
 
 
 def saved_adapter(path: Path) -> SavedAdapter:

@@ -203,3 +203,10 @@ def test_verbs_take_an_adapter_alone(tiny_run, few, tmp_path):
     assert done.returncode == 0 and "(of texts)" in done.stdout, done.stderr
     fused = find_subject(str(tmp_path / "fused"))
     assert alike(fused, find_subject(str(tiny_run)), atol=1e-4)
+
+
+def test_an_adapter_that_is_not_the_runs_own_has_the_name_it_was_given(tiny_run, stopped):
+    assert find_subject(str(tiny_run)).adapter_name is None
+    other = find_subject(str(tiny_run), adapter=stopped.with_name("x@step-2"))
+    assert other.adapter_name == f"{stopped}@step-2"
+    assert find_subject(f"{stopped}@step-2").adapter_name == str(stopped / "checkpoints/step-2")
