@@ -7,6 +7,7 @@ lives in this process and is asked over the loopback.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ def check_in_llamacpp(
         ExportError: llama.cpp does not run the file, or says something else.
     """
     chosen = [list(row) for row in rows[:ROWS] if len(row) > 1]
-    divergences, same = [], []
+    divergences, same, losses = [], [], []
     with _Server(path, max((len(row) for row in chosen), default=1)) as server:
         for row in chosen:
             expected = _log_probabilities(model, row)
@@ -96,6 +97,7 @@ def check_in_llamacpp(
                 want = expected[place - 1]
                 divergences.append(_divergence(want[ids], got))
                 same.append(ids[0] == int(want.argmax()))
+                losses.append(-float(want[row[place]]))
     if not same:
         return RuntimeCheck(0, None, None)
     mean_kl, top1 = float(np.mean(divergences)), float(np.mean(same))
@@ -105,9 +107,25 @@ def check_in_llamacpp(
             f"llama.cpp expects other tokens than MLX: mean KL divergence {mean_kl:.2g}, the same "
             f"most likely token at {top1:.0%} of {len(same)} places",
             where=str(path),
-            remedy="--no-verify writes the file all the same. Please report this",
+            remedy=_remedy(float(np.mean(losses)), expected.shape[-1]),
         )
     return RuntimeCheck(len(same), mean_kl, top1)
+
+
+def _remedy(loss: float, vocabulary: int) -> str:
+    """What to do about a file that says something else than its model.
+
+    Args:
+        loss: of the model itself on the texts, nats a token.
+        vocabulary: how many tokens there are.
+    """
+    # By a nat: a model of random weights is a little worse than chance too.
+    if loss > math.log(vocabulary) + 1:
+        return (
+            f"the model itself predicts worse than chance (loss {loss:.2f}), so that any rounding "
+            "changes what it says: train again with a lower train.learning_rate"
+        )
+    return "--no-verify writes the file all the same. Please report this"
 
 
 def _log_probabilities(model: nn.Module, row: list[int]) -> npt.NDArray[np.float32]:

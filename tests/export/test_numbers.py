@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from mlxtune.errors import ExportError
@@ -66,6 +67,29 @@ def test_a_model_that_computes_no_numbers_is_not_blamed_on_llama_cpp(folder, tmp
     with pytest.raises(ExportError, match="the model itself gives no numbers") as error:
         check_in_llamacpp(written, model, ROWS, "f32")
     assert "report" not in error.value.remedy
+
+
+def test_a_model_worse_than_chance_is_not_blamed_on_llama_cpp(folder, tmp_path):
+    pytest.importorskip("xllamacpp")
+    model = load_model(ModelSource("small", folder)).model
+    written = convert(str(folder), tmp_path / "m.gguf", file_type="f32", verify=False).path
+    # Sure of itself, and of what does not follow.
+    model.model.norm.weight = model.model.norm.weight * -40
+    with pytest.raises(ExportError, match="other tokens than MLX") as error:
+        check_in_llamacpp(written, model, ROWS, "f32")
+    loss = float(nn.losses.cross_entropy(*_next(model), reduction="mean"))
+    assert loss > math.log(model.args.vocab_size) + 1
+    assert f"predicts worse than chance (loss {loss:.2f})" in error.value.remedy
+    model.model.norm.weight = model.model.norm.weight / -40 * 1.5
+    with pytest.raises(ExportError, match="other tokens than MLX") as error:
+        check_in_llamacpp(written, model, ROWS, "f32")
+    assert "report" in error.value.remedy
+
+
+def _next(model):
+    """Logits and tokens of all places but the first."""
+    tokens = mx.array(ROWS)
+    return model(tokens)[:, :-1], tokens[:, 1:]
 
 
 def test_values_that_overflow_in_llama_cpp_are_told_from_a_wrong_file(folder, tmp_path):
