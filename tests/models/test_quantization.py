@@ -91,8 +91,15 @@ def test_experts_that_awq_packed_one_by_one_are_put_together(tmp_path, monkeypat
         np.testing.assert_allclose(got[name], want, rtol=0, atol=1e-6)
 
 
-def test_awq_is_what_mlx_lm_makes_of_it(folder, tmp_path):
-    save_quantized(folder, tmp_path / "m", "awq")
+@pytest.mark.parametrize("zeros", [True, False])
+def test_awq_is_what_mlx_lm_makes_of_it(zeros, folder, tmp_path):
+    """Without zeros all of them are the middle of the codes."""
+    save_quantized(folder, tmp_path / "m", "awq", zero_point=zeros)
+    if not zeros:
+        file = str(tmp_path / "m/model.safetensors")
+        arrays = mx.load(file)
+        kept = {name: array for name, array in arrays.items() if not name.endswith("qzeros")}
+        mx.save_safetensors(file, kept)
     theirs, _ = mlx_lm.utils.load_model(tmp_path / "m")
     ours = load_model(ModelSource("m", tmp_path / "m"), dtype="float32").model
     # mlx-lm keeps products of scales and zeros in sixteen bits.
