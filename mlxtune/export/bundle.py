@@ -204,15 +204,15 @@ def exported_before(
         OutputExists: an export is there that is not what `export_run` would write.
     """
     subject = find_subject(str(path), adapter=adapter, base=base)
-    subject.require_base()
-    weights = Path(subject.saved().where)
     recipe = subject.recipe()
     file_type = file_type or recipe.export.quantize
     folder = _folder(subject, output, file_type)
     record = read_record(folder)
     if record is None or not (folder / GGUF).is_file():
         return None
+    subject.require_base()
     size = (folder / GGUF).stat().st_size
+    weights = Path(subject.saved().where)
     wanted = _made_of(weights, file_type, pre, imatrix, calibration) | {SIZE: size}
     require_same(folder, record, wanted)
     verified = _read_verified(record)

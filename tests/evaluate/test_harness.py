@@ -22,7 +22,7 @@ def test_names_of_tasks_may_have_spaces_between_them(monkeypatch):
     verb = import_module("mlxtune.cli.evaluate")
     asked = []
     monkeypatch.setattr(verb, "prepare", lambda **_: None)
-    monkeypatch.setattr(verb, "_tasks", lambda *arguments: asked.append(arguments[2]))
+    monkeypatch.setattr(verb, "_tasks", lambda *arguments: asked.append(arguments[3]))
     assert CliRunner().invoke(verb.evaluate, ["m", "--tasks", " a, b,"]).exit_code == 0
     assert asked == [["a", "b"]]
 

@@ -228,7 +228,7 @@ def test_a_file_may_join_the_folder_that_it_is_made_of(folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nope", "out.gguf"], "no such folder"),
+        (["nope", "out.gguf"], "no such run and no such model"),
         (["model/config.json", "out.gguf"], "a model is a folder"),
         (["mamba", "out.gguf"], "'mamba' cannot be written as GGUF yet"),
         (["short", "out.gguf"], "truncated"),

@@ -428,6 +428,7 @@ def cli(monkeypatch, folder):
     from mlxtune.cli import export as verb
     from mlxtune.export import bundle
     from mlxtune.recipe.load import parse_recipe
+    from mlxtune.train import subject
     from mlxtune.train.run import Run
 
     def run(*arguments: str, **export):
@@ -440,8 +441,11 @@ def cli(monkeypatch, folder):
             return bundle.Bundle(folder, "q8_0", 4, None, {"Ollama": "ollama …"}, MADE, "adapter")
 
         monkeypatch.setattr(verb, "prepare", lambda **_: None)
-        monkeypatch.setattr(Run, "open", classmethod(lambda cls, path: cls(path)))
         monkeypatch.setattr(Run, "recipe", lambda self: recipe)
+        shell = Run(Path("runs/shell"))
+        found = subject.Subject("runs/shell", recipe.model, shell.adapter, shell, own=True)
+        for place in (subject, bundle):
+            monkeypatch.setattr(place, "find_subject", lambda *_, **__: found)
         monkeypatch.setattr(bundle, "export_run", export_run)
         return CliRunner().invoke(verb.export, ["runs/shell", *arguments]), asked
 
