@@ -586,10 +586,8 @@ def test_the_cli_stops_when_asked_to_and_says_how_to_go_on(recipe, few, tmp_path
     assert "Traceback" not in errors
     [how] = [line for line in errors.splitlines() if "go on:" in line]
     again = shlex.split(how.partition(": ")[2])  # it can be pasted
-    assert again[:2] == ["mlxtune", "lora"] and again[3:] == [
-        "-o", str(tmp_path / "a run"), "--resume",
-    ]  # fmt: skip
-    assert Path(again[2]).is_file()
+    assert again[-5] == "lora" and again[-3:] == ["-o", str(tmp_path / "a run"), "--resume"]
+    assert Path(again[-4]).is_file()
 
 
 def test_max_samples_takes_the_first_so_many(recipe, few, tmp_path):
