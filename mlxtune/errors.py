@@ -43,6 +43,10 @@ class ModelError(MlxtuneError):
     """A model cannot be found, read or used."""
 
 
+class NoPlan(ModelError):
+    """What training an architecture takes cannot be known before it is trained."""
+
+
 class TargetError(ModelError):
     """A target name matches no layer of the model."""
 

@@ -327,6 +327,22 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+# The first line of the text that Git LFS keeps in a repository in the place of a large file.
+# https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+_LFS = b"version https://git-lfs.github.com/spec/"
+LFS_POINTER = "this is Git LFS's pointer to a file, not the file itself"
+LFS_REMEDY = "run `git lfs pull` in the repository that it is from"
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what a clone without Git LFS has in the place of a large one."""
+    try:
+        with path.open("rb") as handle:
+            return handle.read(len(_LFS)) == _LFS
+    except OSError:
+        return False
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as handle:

@@ -19,12 +19,24 @@ from support.models import SMOLLM2, save_tiny_model  # noqa: E402
 from support.once import Once  # noqa: E402
 
 machine.remember()
-pytest_plugins = ["support.budget", "support.leftovers"]
+pytest_plugins = ["support.browser", "support.budget", "support.leftovers"]
 
 
 def pytest_xdist_auto_num_workers() -> int:
     """One process for each core and for every 4 GB of memory; more than four gain little."""
     return max(1, min(cores(), psutil.virtual_memory().total // (4 << 30), 4))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests come first, so that processes end together, and those of the long real run
+    before all others: one process makes it while the other has work that does not wait for it."""
+
+    def later(item: pytest.Item) -> tuple[bool, bool]:
+        of_run = "shell_run" in item.nodeid or "shell_run" in item.fixturenames
+        return not of_run, item.get_closest_marker("slow") is None
+
+    items.sort(key=later)
 
 
 @pytest.fixture
@@ -78,6 +90,37 @@ def tiny_run(once, recipe, few) -> Path:
 
 
 @pytest.fixture(scope="session")
+def trained_folder(once, recipe, few) -> Path:
+    """The tiny model after ten good steps, as a folder: one that training can make worse."""
+    from mlxtune.fuse import fuse_run
+    from mlxtune.train.metrics import Silent
+    from mlxtune.train.session import fine_tune
+
+    def make(path: Path) -> None:
+        settings = recipe(few, train={"learning_rate": 3e-2, "max_steps": 10})
+        fine_tune(settings, path / "run", Silent())
+        fuse_run(path / "run", path / "model")
+
+    return once("trained tiny model", make) / "model"
+
+
+@pytest.fixture(scope="session")
+def worse_run(once, recipe, few, trained_folder) -> Path:
+    """A finished run that made its model worse, at an absurd rate. Do not change it."""
+    from mlxtune.train.metrics import Silent
+    from mlxtune.train.session import fine_tune
+
+    settings = recipe(
+        few,
+        name="worse",
+        model={"path": str(trained_folder)},
+        eval={"path": str(SHELL_HELDOUT), "max_samples": 8, "steps": 2},
+        train={"learning_rate": 1.0},
+    )
+    return once("worse run", lambda path: fine_tune(settings, path, Silent()))
+
+
+@pytest.fixture(scope="session")
 def brief_run(once) -> Path:
     """A finished real run, a short one: SmolLM2's last blocks, 6 steps of 3."""
     sizes = ("lora.layers=2", "data.max_samples=18", "train.max_steps=6", "train.batch_size=3")
@@ -112,7 +155,7 @@ def recipe(tiny_folder):
             "name": "t",
             "model": {"path": str(tiny_folder)},
             "lora": {"rank": 4},
-            "data": [{"path": str(data)}],
+            "data": data if isinstance(data, list) else [{"path": str(data)}],
             # Checkpointing is not left to be found out by measuring, which takes as long again.
             "train": {
                 "batch_size": 4,

@@ -22,7 +22,8 @@ from mlxtune.files import (
     write_text,
 )
 from mlxtune.layers.inject import lora_layers
-from mlxtune.train.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint
+from mlxtune.train.checkpoint import Progress, load_checkpoint, save_checkpoint
+from mlxtune.train.run import checkpoints
 from support.models import trained_tiny
 from support.process import HANGS
 from support.program import environment

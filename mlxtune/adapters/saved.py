@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlxtune.arrays import flat
+from mlxtune.arrays import flat, scalar
 from mlxtune.errors import RunError
-from mlxtune.files import atomic_file
+from mlxtune.files import LFS_POINTER, LFS_REMEDY, atomic_file, is_lfs_pointer
 
 CONFIG = "adapter_config.json"
 KINDS = ("lora", "dora")
@@ -87,6 +87,25 @@ def check_complete(names: Iterable[str], kind: str, *, where: str) -> None:
             raise RunError(f"the adapter of {path} {verb} {wrong[0]}", where=where)
 
 
+def check_finite(arrays: Mapping[str, mx.array], *, where: str) -> None:
+    """Refuse an adapter with weights that are no numbers: a model with it answers nothing.
+
+    Raises:
+        RunError: it has such weights; they are counted, and the first array is named.
+    """
+    found = {name: mx.logical_not(mx.isfinite(array)).sum() for name, array in arrays.items()}
+    mx.eval(found)
+    wrong = {name: int(scalar(count)) for name, count in sorted(found.items()) if scalar(count)}
+    if wrong:
+        whole = sum(array.size for array in arrays.values())
+        raise RunError(
+            f"the adapter is damaged: {sum(wrong.values()):,} of its {whole:,} weights are no "
+            f"numbers (nan or infinite), the first in {next(iter(wrong))}",
+            where=where,
+            remedy="train again with a lower train.learning_rate, or take a copy that is whole",
+        )
+
+
 def within_block(path: str) -> str:
     """`self_attn.q_proj` for `model.layers.3.self_attn.q_proj`; nothing outside of blocks."""
     _, _, rest = path.partition("layers.")
@@ -111,6 +130,8 @@ def load_arrays(path: Path) -> dict[str, mx.array]:
     Raises:
         RunError: it is missing, or not a whole safetensors file.
     """
+    if is_lfs_pointer(path):
+        raise RunError(LFS_POINTER, where=str(path), remedy=LFS_REMEDY)
     try:
         arrays: Any = mx.load(str(path))
         mx.eval(arrays)

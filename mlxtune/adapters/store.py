@@ -21,6 +21,7 @@ from mlxtune.adapters.saved import (
     KINDS,
     SavedAdapter,
     check_complete,
+    check_finite,
     load_arrays,
     read_config,
     save_arrays,
@@ -94,11 +95,14 @@ def read_adapter(folder: Path) -> SavedAdapter:
     """An adapter that mlxtune, mlx-lm or PEFT wrote.
 
     Raises:
-        RunError: the folder holds none, a damaged one, or one of a kind that cannot be
-            used here, which is named.
+        RunError: the folder holds none, a damaged one, one whose weights are no numbers, or
+            one of a kind that cannot be used here, which is named.
     """
     config = read_config(folder)
-    return read_peft(folder, config) if "peft_type" in config else _read_mlx_lm(folder, config)
+    peft = "peft_type" in config
+    adapter = read_peft(folder, config) if peft else _read_mlx_lm(folder, config)
+    check_finite(adapter.arrays, where=str(folder))
+    return adapter
 
 
 def load_adapter(folder: Path, model: nn.Module) -> None:

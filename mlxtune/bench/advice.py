@@ -39,12 +39,21 @@ class Trial:
     """What a changed recipe comes to.
 
     Attributes:
-        peak: bytes at most.
+        peak: bytes at most; of what is out of reach, those that lie there all the time.
         fits: whether the machine has them.
+        out_of_reach: whether it is too much before a step begins.
+        floor: bytes that lie there all the time.
     """
 
     peak: int
     fits: bool
+    out_of_reach: bool = False
+    floor: int = 0
+
+    @property
+    def size(self) -> tuple[bool, int]:
+        """By which trials are compared: a peak is more than what is there all the time."""
+        return self.out_of_reach, self.peak
 
 
 Values = dict[str, Any]
@@ -79,6 +88,8 @@ def advice_for(recipe: Recipe, before: Trial, tried: Try) -> tuple[Advice, ...]:
         values = _turned(knob, tried)
         after = tried(values)
         saved = before.peak - after.peak
+        if before.out_of_reach:  # its peak is not known, and no less is saved of it than this
+            saved = before.floor - after.floor
         if after.fits or saved >= _WORTH * before.peak:
             found.append(Advice(values, saved, after.fits, knob.why))
     return tuple(sorted(found, key=lambda advice: -advice.saves_bytes))
@@ -103,7 +114,7 @@ def fitting_changes(recipe: Recipe, before: Trial, tried: Try) -> tuple[Values |
     for number, knob in enumerate(knobs):
         # One that saves nothing yet may do so once others have been turned.
         after = tried(_together(values | {number: knob.levels[-1]}))
-        if after.peak <= peak.peak:
+        if after.size <= peak.size:
             values[number], peak = knob.levels[-1], after
         if peak.fits:
             break
@@ -118,6 +129,11 @@ def fitting_changes(recipe: Recipe, before: Trial, tried: Try) -> tuple[Values |
 
         values[number] = _first(levels, fits)
     return _together(values), tried(_together(values)).peak
+
+
+def least_values(recipe: Recipe) -> Values:
+    """All changes together that save memory and refuse no record, each as far as it goes."""
+    return {k: v for knob in _knobs(recipe) if not knob.stops for k, v in knob.levels[-1].items()}
 
 
 def with_changes(recipe: Recipe, changes: Values) -> Recipe:

@@ -17,8 +17,8 @@ from mlxtune.bench.cost import Rates, cost_of, flops_of
 from mlxtune.bench.memory import peak_memory
 from mlxtune.bench.step import Sizes, StepModel
 from mlxtune.data.pack import Batch
-from mlxtune.errors import ModelError
-from mlxtune.models.skeleton import Config, Forms
+from mlxtune.errors import ModelError, NoPlan
+from mlxtune.models.skeleton import Config, Forms, built
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.step import batch_arrays
 
@@ -177,15 +177,20 @@ def _block_count(config: Config) -> int:
     count = config.get("num_hidden_layers", inner.get("num_hidden_layers"))
     if isinstance(count, int) and count > 0:
         return count
-    if count is None:
-        what, remedy = (
-            "it does not say how many blocks the model has",
-            "num_hidden_layers is missing",
+    if count is not None:
+        raise ModelError(
+            f"it says that the model has {count!r} blocks",
+            where="config.json",
+            remedy="num_hidden_layers is to be a whole number above 0",
         )
-    else:
-        what = f"it says that the model has {count!r} blocks"
-        remedy = "num_hidden_layers is to be a whole number above 0"
-    raise ModelError(what, where="config.json", remedy=remedy)
+    try:  # an architecture that has its own name for it
+        return len(built(config).layers)
+    except Exception:  # a model that has no such list
+        raise NoPlan(
+            "it does not say how many blocks the model has",
+            where="config.json",
+            remedy="num_hidden_layers is missing",
+        ) from None
 
 
 def _period(config: Config) -> int:

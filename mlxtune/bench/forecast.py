@@ -9,8 +9,8 @@ from typing import Any
 from mlxtune.bench.lengths import Lengths
 from mlxtune.bench.machine import this_machine
 from mlxtune.bench.plan import Planner, RunPlan
-from mlxtune.bench.words import advice_lines, size, summary_lines
-from mlxtune.errors import MlxtuneError, TooLarge
+from mlxtune.bench.words import advice_lines, beyond_line, size, summary_lines
+from mlxtune.errors import MlxtuneError, NoPlan, TargetError, TooLarge
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.corpus import Corpus
 
@@ -26,17 +26,20 @@ def forecast(
     workers: int,
     *,
     force: bool,
-    measuring: Tell,
+    tell: Tell,
     planning: Callable[[], AbstractContextManager[Tell]],
 ) -> Said:
     """What a run will take on this machine: figures for run.json, and lines for people.
+
+    Where no plan can be made the run may train, and is told that its memory was not checked.
+    A plan that fails is a fault of ours and is called that.
 
     Args:
         recipe: checked.
         corpus: its records.
         workers: that train together.
         force: train what does not fit, all the same.
-        measuring: is told if the machine has to be measured first.
+        tell: is told at once what takes a while, and what went wrong.
         planning: something that is told what is tried, while advice is looked for.
 
     Raises:
@@ -44,24 +47,48 @@ def forecast(
     """
     lengths = Lengths(corpus.parts, "tokenized", f"{corpus.size} records, tokenized")
     try:
-        machine = this_machine(remembered=True, progress=measuring)
+        machine = this_machine(remembered=True, progress=tell)
         planner = Planner(recipe, machine, lengths=lengths, workers=workers)
-        result = planner.estimate(recipe)
-    except MlxtuneError as error:
-        return None, (f"no plan: {error}",)
-    except Exception as error:  # of an architecture that was never planned: it may train
-        return None, (f"no plan: {type(error).__name__}: {error}",)
-    if not result.fits and not force:
+        beyond = None if force else planner.out_of_reach()
+        result = beyond or planner.estimate(recipe)
+        if result.fits or force:
+            figures = result.as_json()
+            return {key: figures[key] for key in _KEPT}, tuple(summary_lines(result))
+    except NoPlan as error:
+        return None, (f"plan     none: {error.what}", _NOT_CHECKED)
+    except TargetError:
+        raise  # what the run would end with
+    except Exception as error:
+        tell(_FAILED.format(_named(error)))
+        return None, (f"plan     failed: {_named(error)}", _NOT_CHECKED)
+    if result.at_least:
+        tell(beyond_line(result))
+    try:
         with planning() as progress:
-            raise refusal(planner(progress))
-    figures = result.as_json()
-    return {key: figures[key] for key in _KEPT}, tuple(summary_lines(result))
+            result = planner(progress)
+    except Exception as error:  # that it does not fit is known all the same
+        tell(f"warning: no advice, for the plan of a change failed ({_named(error)})")
+        raise refusal(result, advised=False) from None
+    raise refusal(result)
 
 
-def refusal(result: RunPlan) -> TooLarge:
-    """That a run does not fit, and what to do about it."""
+def _named(error: Exception) -> str:
+    return error.what if isinstance(error, MlxtuneError) else f"{type(error).__name__}: {error}"
+
+
+_NOT_CHECKED = "memory   NOT CHECKED: without a plan it is not known whether this run fits"
+_FAILED = (
+    "warning: the plan of this run failed ({}), which should not happen\n"
+    "  its memory was not checked: it trains all the same, and may run out of memory; please "
+    "report what `mlxtune plan RECIPE --debug` shows"
+)
+
+
+def refusal(result: RunPlan, *, advised: bool = True) -> TooLarge:
+    """That a run does not fit, and what to do about it, where that was looked for."""
+    advice = advice_lines(result) if advised else []
+    needed = f"{'at least' if result.at_least else 'about'} {size(result.peak_memory_bytes)}"
     return TooLarge(
-        f"this run needs about {size(result.peak_memory_bytes)}, and "
-        f"{size(result.budget_bytes)} are there for it",
-        remedy="\n  ".join([*advice_lines(result), "or train all the same: --force"]),
+        f"this run needs {needed}, and {size(result.budget_bytes)} are there for it",
+        remedy="\n  ".join([*advice, f"{'or ' * bool(advice)}train all the same: --force"]),
     )

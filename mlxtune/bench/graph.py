@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxtune.arrays import intercept_gradients
-from mlxtune.errors import ModelError
+from mlxtune.errors import NoPlan
 
 Function = Callable[..., Any]
 
@@ -211,7 +211,7 @@ def trace(function: Callable[..., Sequence[mx.array]], *args: mx.array) -> Graph
     """The graph of `function(*args)`, of whose arguments only the shapes are looked at.
 
     Raises:
-        ModelError: something in it cannot be exported by MLX.
+        NoPlan: something in it cannot be exported by MLX.
     """
     with _without_collection():
         return _trace(function, args)
@@ -252,9 +252,9 @@ def _trace(function: Callable[..., Sequence[mx.array]], args: Sequence[mx.array]
     try:
         mx.export_function(events.append, everything, *args, *stand_ins)
     except ValueError as error:
-        raise ModelError(
-            f"its step cannot be traced: {error}",
-            remedy="no plan can be made of this architecture; train it without",
+        raise NoPlan(
+            f"MLX cannot write down a step of this architecture: {error}",
+            remedy="no plan can be made of it; train it without",
         ) from None
     return _spliced(_read(events), tracers[-1].calls, len(args), count)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, cycle, islice
+from pathlib import Path
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from mlxtune.data.records import Conversation
 from mlxtune.data.render import Renderer, Sample
 from mlxtune.data.sources import HUB
 from mlxtune.errors import DataError, MlxtuneError
-from mlxtune.models.load import load_tokenizer
+from mlxtune.models.load import embedding_rows, load_tokenizer, model_config
 from mlxtune.models.resolve import ModelSource
 from mlxtune.recipe.schema import DataSource, Recipe
 from mlxtune.train.corpus import read_corpus, source_of
@@ -37,11 +38,15 @@ class Lengths:
         basis: `tokenized`, `estimated` from characters, or `worst case`: every record as long
             as `train.max_seq_length`.
         note: the same in a sentence.
+        problem: for which training would refuse the records.
+        notes: what else there is to know of them.
     """
 
     parts: tuple[Part, ...]
     basis: str
     note: str
+    problem: DataError | None = None
+    notes: tuple[str, ...] = ()
 
 
 def lengths_of_recipe(recipe: Recipe, source: ModelSource | None) -> Lengths:
@@ -51,38 +56,46 @@ def lengths_of_recipe(recipe: Recipe, source: ModelSource | None) -> Lengths:
         recipe: checked.
         source: of the tokenizer; None if it is not on this machine.
     """
+    problem: DataError | None = None
     if source is not None:
         try:
-            tokenizer = load_tokenizer(source)
-            parts = read_corpus(recipe, Renderer(tokenizer)).parts
+            rows = embedding_rows(model_config(source))
+            parts = read_corpus(recipe, Renderer(load_tokenizer(source), rows=rows)).parts
             count = sum(len(part.samples) for part in parts)
             return Lengths(parts, "tokenized", f"{count} records, tokenized")
+        except DataError as error:
+            problem = error
         except MlxtuneError:
-            pass  # the tokenizer or the file is not there, or `validate` has more to say
+            pass  # it has no tokenizer here, or none that can be read
     try:
-        return _estimated(recipe)
+        found = _estimated(recipe)
+        return found if problem is None else replace(found, problem=problem, notes=())
     except DataError as error:
         count = recipe.train.batch_size * recipe.train.gradient_accumulation_steps
         limit = recipe.train.max_seq_length
         part = Part([_sample(i, limit, limit) for i in range(count)])
         note = f"every record taken for {limit} tokens long ({error.what})"
-        return Lengths((part,), "worst case", note)
+        # What is not there yet may come; what is there and wrong stays so.
+        there = all(Path(section.path).expanduser().exists() for section in recipe.data)
+        return Lengths((part,), "worst case", note, problem=error if there else None)
 
 
 def _estimated(recipe: Recipe) -> Lengths:
     parts: list[Part] = []
-    whole = True
+    whole, limit, longer = True, recipe.train.max_seq_length, 0
     for section in recipe.data:
         records = iter(source_of(section))
         first = list(islice(records, _LOOKED_AT))
-        samples = [
-            _sample(number, min(total, recipe.train.max_seq_length), trained)
-            for number, conversation in enumerate(first)
+        sizes = [
+            (total, trained)
+            for conversation in first
             if (trained := _size(conversation, section, trained=True))
             and (total := _size(conversation, section, trained=False))
         ]
-        if not samples:
+        if not sizes:
             raise DataError("it has no records", where=section.path)
+        samples = [_sample(i, min(size, limit), own) for i, (size, own) in enumerate(sizes)]
+        longer += sum(size > limit for size, _ in sizes) if section.truncate == "error" else 0
         if section.path.startswith(HUB):  # which would be downloaded to be counted
             whole = whole and len(first) < _LOOKED_AT
         else:
@@ -92,7 +105,11 @@ def _estimated(recipe: Recipe) -> Lengths:
     count = sum(len(part.samples) for part in parts)
     least = "" if whole else "at least "
     note = f"{least}{count} records, their lengths estimated from characters"
-    return Lengths(tuple(parts), "estimated", note)
+    notes = [
+        f"about {longer} records are longer than train.max_seq_length = {limit}, for which "
+        "`mlxtune lora` refuses them unless truncate says what becomes of them"
+    ]
+    return Lengths(tuple(parts), "estimated", note, notes=tuple(notes if longer else ()))
 
 
 def _size(conversation: Conversation, section: DataSource, *, trained: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,7 @@ from mlxtune.data.pack import pack
 from mlxtune.device import device_name, on_cpu
 from mlxtune.errors import StorageError
 from mlxtune.files import cache_folder, write_json
-from mlxtune.layers.routes import busy, device_key
+from mlxtune.layers.routes import device_key
 from mlxtune.recipe.load import parse_recipe
 from mlxtune.train.memory import memory_budget
 
@@ -56,8 +57,12 @@ class Machine:
 
 
 CACHE = "rates.json"
-# What was measured while other programs ran: it holds for this process, and is not kept.
+# What was measured while other programs ran, where nothing better is known: it holds for this
+# process, and is not kept.
 _while_busy: dict[tuple[Path, str], Rates] = {}
+_MEASURED = "rates measured here"
+# Of all processors, how many programs may want in the last minute before a machine is busy.
+_OCCUPIED = 0.75
 
 
 def this_machine(
@@ -65,26 +70,60 @@ def this_machine(
 ) -> Machine:
     """The machine at hand.
 
+    Beside other programs a machine seems many times slower than it is, so what was measured on
+    it while it was idle is taken before anything that is measured then.
+
     Args:
         remembered: take the rates that were measured the last time, if they were.
-        progress: is told if they are measured now, which takes some seconds.
+        progress: is told if they are measured now, which takes some seconds, and if other
+            programs want the processors.
     """
     file, key = cache_folder() / CACHE, device_key()
-    rates, disturbed = _read(file).get(key) if remembered else None, False
-    if rates is None and remembered:
-        rates, disturbed = _while_busy.get((file, key)), True
-    if rates is None:
-        progress("measuring this machine for the plan: products, memory, a small training step")
-        rates = measure_rates()
-        rates = replace(rates, efficiency=_efficiency(rates))
-        if disturbed := busy():
-            _while_busy[file, key] = rates
-        else:
-            _remember(file, _read(file) | {key: rates})
-    basis = "rates measured here" + ", while it was busy" * disturbed
+    last, occupied = _read(file).get(key), busy()
+    rates, basis = last, _MEASURED
+    if last is not None and occupied:
+        basis += " before; the machine is busy with other programs now, so it will take longer"
+        if not remembered:
+            progress(
+                "this machine is busy with other programs, so it is not measured again: the rates "
+                "of the last time are taken; measure when it is idle"
+            )
+    elif last is None or not remembered:
+        rates, disturbed = _measured(file, key, remembered, occupied, progress)
+        basis += ", while it was busy: an idle one may be several times faster" * disturbed
+    assert rates is not None
     return Machine(
         device_name(), memory_budget(None), not on_cpu(), rates, True, here=True, basis=basis
     )
+
+
+def busy() -> bool:
+    """Whether other programs want a good part of the processors.
+
+    A rate that is too low stays until somebody measures again, so this is stricter than what
+    the choice of routes asks (`mlxtune.layers.routes.busy`).
+    """
+    return os.getloadavg()[0] > _OCCUPIED * (os.cpu_count() or 1)
+
+
+def _measured(
+    file: Path, key: str, remembered: bool, occupied: bool, progress: Callable[[str], None]
+) -> tuple[Rates, bool]:
+    """Rates measured now, and whether other programs disturbed that."""
+    if remembered and (file, key) in _while_busy:
+        return _while_busy[file, key], True
+    progress("measuring this machine for the plan: products, memory, a small training step")
+    rates = measure_rates()
+    rates = replace(rates, efficiency=_efficiency(rates))
+    if disturbed := occupied or busy():
+        _while_busy[file, key] = rates
+        progress(
+            "this machine is busy with other programs: what was measured is not kept, and the "
+            "plan's time may be several times too long"
+        )
+    else:
+        _remember(file, _read(file) | {key: rates})
+    return rates, disturbed
 
 
 # A model of common proportions, small enough to be run in half a second on a CPU.

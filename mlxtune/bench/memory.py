@@ -280,6 +280,8 @@ def _view(
 
 def _reshaped(source: _Array, dims: tuple[int, ...]) -> Strides | None:
     """Strides of the same elements under other dimensions, where there are such."""
+    if not source.shape.size:  # as the keys that rows full of a prefix have of their own
+        return _row_major(dims)
     merged: list[tuple[int, int]] = []  # axes that lie one behind another, as one
     for dim, stride in zip(source.shape.dims, source.strides, strict=True):
         if merged and merged[-1][1] == dim * stride:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -11,7 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from mlxtune.bench.advice import Advice, Trial, advice_for, fitting_changes, with_changes
+from mlxtune.bench.advice import (
+    Advice,
+    Trial,
+    advice_for,
+    fitting_changes,
+    least_values,
+    with_changes,
+)
 from mlxtune.bench.depth import StepEstimator
 from mlxtune.bench.facts import ModelFacts, model_facts
 from mlxtune.bench.lengths import Lengths, lengths_of_recipe
@@ -21,11 +28,12 @@ from mlxtune.data.batches import Part, Plan
 from mlxtune.data.pack import Batch
 from mlxtune.data.render import Sample
 from mlxtune.device import as_on_gpu
-from mlxtune.errors import ModelError
+from mlxtune.errors import DataError, ModelError
 from mlxtune.models.skeleton import Config
 from mlxtune.recipe.schema import Recipe, TrainSection
 from mlxtune.train.memory import GB
 from mlxtune.train.model import layout_for
+from mlxtune.train.notes import context_notes, part_lengths, warmup_notes
 from mlxtune.train.step import rows_to_a_chunk
 
 # Steps that are looked at to know an average one.
@@ -61,6 +69,10 @@ class RunPlan:
         flops_per_step: of products.
         advice: what each change would save, or nothing if it fits.
         together: changes that make it fit where no single one does, if there are any.
+        at_least: whether the peak is only what lies there all the time: that alone is over the
+            budget, so no step was laid out, and activations and time are not known.
+        held_back: what `mlxtune lora` will say instead of training, if anything.
+        notes: what else there is to know of the run.
     """
 
     machine: str
@@ -87,6 +99,9 @@ class RunPlan:
     flops_per_step: float
     advice: tuple[Advice, ...] = ()
     together: dict[str, Any] | None = None
+    at_least: bool = False
+    held_back: str | None = None
+    notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """As `mlxtune plan --json` prints it."""
@@ -144,10 +159,12 @@ class Planner:
         Args:
             progress: is told which change is tried.
         """
-        plan = self.estimate(self.recipe)
+        before, tried = self._trial(self.recipe), self._trials(progress)
+        plan = self._without_a_step() if before.out_of_reach else self.estimate(self.recipe)
         if plan.fits:
             return plan
-        before, tried = self._trial(self.recipe), self._trials(progress)
+        if before.out_of_reach and tried(least_values(self.recipe)).out_of_reach:
+            return plan  # nothing would make it fit, and that is known at once
         advice = advice_for(self.recipe, before, tried)
         if any(each.fits for each in advice):
             return replace(plan, advice=advice)
@@ -181,6 +198,18 @@ class Planner:
         recipe = with_changes(self.recipe, changes)
         return recipe, self.estimate(recipe), changes
 
+    @property
+    def problem(self) -> DataError | None:
+        """For which training would refuse the records."""
+        return self._lengths.problem
+
+    def out_of_reach(self) -> RunPlan | None:
+        """The plan of a recipe that takes too much before a step begins; None of any other.
+
+        Known within seconds, where laying out steps takes minutes.
+        """
+        return None if self._beyond(self.recipe) is None else self._without_a_step()
+
     def estimate(self, recipe: Recipe) -> RunPlan:
         """The plan of a recipe, without advice."""
         key = recipe.model_dump_json()
@@ -190,35 +219,68 @@ class Planner:
         return self._made[key]
 
     def _estimate(self, recipe: Recipe) -> RunPlan:
-        facts, found = self._facts, self._memory(recipe)
-        model, sizes = found.model, found.model.sizes
-        seconds, flops = self._time(model, found.batches, found.twice)
-        rest = found.peak - sizes.weights - 2 * sizes.adapters - sizes.optimizer
-        logits = min(rest, _logits_bytes(facts.config, found.largest))
+        found = self._memory(recipe)
+        seconds, flops = self._time(found.model, found.batches, found.twice)
+        rest = found.peak - found.model.sizes.floor
+        logits = min(rest, _logits_bytes(self._facts.config, found.largest))
+        return replace(
+            self._before_a_step(recipe, found.batches),
+            checkpointed_blocks=found.twice,
+            peak_memory_bytes=found.peak,
+            logits_bytes=logits,
+            activations_bytes=rest - logits,
+            fits=found.peak <= found.budget,
+            seconds_per_step=seconds,
+            flops_per_step=flops,
+        )
+
+    def _without_a_step(self) -> RunPlan:
+        """Of a recipe that takes too much before a step begins."""
+        with self._as_there():
+            batches = self._batches(self.recipe)
+            return replace(self._before_a_step(self.recipe, batches), at_least=True)
+
+    def _before_a_step(self, recipe: Recipe, batches: Plan) -> RunPlan:
+        """What is known before a step is laid out."""
+        model = self._estimator(recipe)
+        sizes, budget = model.sizes, self._budget(recipe.train.memory_limit)
+        steps, problem = self._steps(batches, recipe.train), self._lengths.problem
         return RunPlan(
             machine=self.machine.name,
             measured_rates=self.machine.measured,
             rates=self.machine.basis,
-            model=facts.origin,
+            model=self._facts.origin,
             lengths=self._lengths.note,
             dtype=self._dtype(recipe),
             parameters_trained=model.trainable,
             packed=model.packing,
             blocks=model.blocks,
-            checkpointed_blocks=found.twice,
-            peak_memory_bytes=found.peak,
+            checkpointed_blocks=0,
+            peak_memory_bytes=sizes.floor,
             weights_bytes=sizes.weights,
             adapters_bytes=sizes.adapters,
             gradients_bytes=sizes.adapters,
             optimizer_bytes=sizes.optimizer,
-            logits_bytes=logits,
-            activations_bytes=rest - logits,
-            budget_bytes=found.budget,
-            fits=found.peak <= found.budget,
-            seconds_per_step=seconds,
-            steps=self._steps(found.batches, recipe.train),
-            flops_per_step=flops,
+            logits_bytes=0,
+            activations_bytes=0,
+            budget_bytes=budget,
+            fits=sizes.floor <= budget,
+            seconds_per_step=None,
+            steps=steps,
+            flops_per_step=0.0,
+            held_back=None if problem is None else str(problem),
+            notes=tuple(self._notes(recipe.train, steps)),
         )
+
+    def _notes(self, train: TrainSection, steps: int | None) -> Iterator[str]:
+        lengths = self._lengths
+        yield from lengths.notes
+        if lengths.basis != "worst case":
+            about = lengths.basis != "tokenized"
+            each = part_lengths(lengths.parts)
+            yield from context_notes(each, self._facts.config, about=about)
+        if steps is not None:
+            yield from warmup_notes(train, steps)
 
     def _memory(self, recipe: Recipe) -> _Memory:
         """What a recipe takes at most; its time is not looked at."""
@@ -226,14 +288,7 @@ class Planner:
         if key in self._looked_at:
             return self._looked_at[key]
         train, model = recipe.train, self._estimator(recipe)
-        batches = Plan(
-            self._parts(train.max_seq_length),
-            train.batch_size,
-            train.gradient_accumulation_steps,
-            recipe.seed,
-            layout_for(model.packing),
-            ranks=self._workers,
-        )
+        batches = self._batches(recipe)
         largest = self._largest(batches, train)
         budget = self._budget(train.memory_limit)
         # Gradients of several passes are added up.
@@ -243,6 +298,17 @@ class Planner:
         found = _Memory(model, batches, largest, twice, peak + extra, budget)
         self._looked_at[key] = found
         return found
+
+    def _batches(self, recipe: Recipe) -> Plan:
+        train = recipe.train
+        return Plan(
+            self._parts(train.max_seq_length),
+            train.batch_size,
+            train.gradient_accumulation_steps,
+            recipe.seed,
+            layout_for(self._estimator(recipe).packing),
+            ranks=self._workers,
+        )
 
     def _largest(self, batches: Plan, train: TrainSection) -> Batch:
         """The pass that takes most: the run's own, or of the longest records together where
@@ -272,9 +338,19 @@ class Planner:
         return self._estimators[key]
 
     def _trial(self, recipe: Recipe) -> Trial:
+        if (beyond := self._beyond(recipe)) is not None:
+            return beyond
         with self._as_there():
             found = self._memory(recipe)
-        return Trial(found.peak, found.peak <= found.budget)
+        fits, floor = found.peak <= found.budget, found.model.sizes.floor
+        return Trial(found.peak, fits, floor=floor)
+
+    def _beyond(self, recipe: Recipe) -> Trial | None:
+        """What lies there all the time, where that is more than there is."""
+        with self._as_there():
+            floor = self._estimator(recipe).sizes.floor
+        over = floor > self._budget(recipe.train.memory_limit)
+        return Trial(floor, False, out_of_reach=True, floor=floor) if over else None
 
     def _trials(self, progress: Callable[[str], None]) -> Callable[[dict[str, Any]], Trial]:
         """What the recipe comes to with other values, each told before it is looked at."""
@@ -334,8 +410,7 @@ class Planner:
         if wish is not False and wish != "auto":
             count = len(range(0, every, wish))
             return count, model.step(batch, count).peak_within(budget)
-        sizes = model.sizes
-        if wish == "auto" and sizes.weights + 2 * sizes.adapters + sizes.optimizer >= budget:
+        if wish == "auto" and model.sizes.floor >= budget:
             return every, model.step(batch, every).peak_within(budget)
         without = model.step(batch)
         if wish is False or without.peak_within(budget) <= budget:

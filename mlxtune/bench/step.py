@@ -43,6 +43,11 @@ class Sizes:
     adapters: int
     optimizer: int
 
+    @property
+    def floor(self) -> int:
+        """No step takes less: all of these, and a gradient for each trained parameter."""
+        return self.weights + 2 * self.adapters + self.optimizer
+
 
 @dataclass(frozen=True)
 class Measured:

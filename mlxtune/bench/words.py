@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from mlxtune.bench.plan import RunPlan
 
 GB, MB = 10**9, 10**6
+_AT_LEAST = "weights, adapters and optimizer alone"
 _FIT = "mlxtune plan RECIPE --fit FILE"
 
 
@@ -27,6 +28,7 @@ def plan_lines(result: RunPlan) -> list[str]:
         lines.append(
             f"  gradient checkpointing in {result.checkpointed_blocks} of {result.blocks} blocks"
         )
+    lines += [f"note     {note}" for note in result.notes]
     if not result.fits:
         lines += ["", *advice_lines(result)]
     return lines
@@ -35,10 +37,12 @@ def plan_lines(result: RunPlan) -> list[str]:
 def summary_lines(result: RunPlan) -> list[str]:
     """The two lines that matter: whether it fits, and how long it takes."""
     verdict = "fits" if result.fits else "DOES NOT FIT"
-    memory = (
-        f"memory   {size(result.peak_memory_bytes)} at most of "
-        f"{size(result.budget_bytes)}: {verdict} (estimate)"
-    )
+    held_back = ", but these records cannot be trained on as they are"
+    after = "" if result.held_back is None else held_back
+    taken, there = size(result.peak_memory_bytes), size(result.budget_bytes)
+    if result.at_least:
+        return [f"memory   at least {taken} of {there}: {verdict} ({_AT_LEAST}){after}"]
+    memory = f"memory   {taken} at most of {there}: {verdict} (estimate){after}"
     if result.seconds_per_step is None:
         return [memory, "time     unknown: no arithmetic rate of this chip is published"]
     basis = result.rates
@@ -51,6 +55,14 @@ def summary_lines(result: RunPlan) -> list[str]:
     return [memory, f"time     {total} for {result.steps} steps of {each} (estimate from {basis})"]
 
 
+def beyond_line(result: RunPlan) -> str:
+    """What is known at once of a recipe that is out of reach as it is."""
+    return (
+        f"it does not fit as it is: {_AT_LEAST} take {size(result.peak_memory_bytes)} of "
+        f"{size(result.budget_bytes)}; looking for what would make it fit"
+    )
+
+
 def parts_line(result: RunPlan) -> str:
     """What the peak is made of, in one unit."""
     unit, name, digits = (GB, "GB", 2) if result.peak_memory_bytes >= GB else (MB, "MB", 1)
@@ -59,9 +71,9 @@ def parts_line(result: RunPlan) -> str:
         ("adapters", result.adapters_bytes),
         ("gradients", result.gradients_bytes),
         ("optimizer", result.optimizer_bytes),
-        ("logits", result.logits_bytes),
-        ("activations", result.activations_bytes),
     ]
+    if not result.at_least:
+        parts += [("logits", result.logits_bytes), ("activations", result.activations_bytes)]
     return (
         "  " + "  ".join(f"{part} {value / unit:.{digits}f}" for part, value in parts) + f"  {name}"
     )
@@ -73,7 +85,7 @@ def advice_lines(result: RunPlan) -> list[str]:
     lines = ["what saves memory:"] if result.advice else []
     for advice in result.advice:
         fits = "; fits then" if advice.fits else ""
-        less = size(advice.saves_bytes)
+        less = "at least " * result.at_least + size(advice.saves_bytes)
         lines.append(f"  {assignments(advice.changes)}: {less} less{fits} ({advice.why})")
     if alone:
         return [*lines, f"`{_FIT}` writes a recipe that fits"]

@@ -5,6 +5,7 @@ Verbs import what they need when they run, so `--help` answers at once.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -28,6 +29,7 @@ from mlxtune.cli.plan import plan
 from mlxtune.cli.report import report
 from mlxtune.cli.shared import (
     ADAPTER,
+    BASE,
     DTYPE,
     PATH,
     SET,
@@ -122,17 +124,11 @@ def init(
 @click.argument("recipe", type=PATH)
 @SET
 def validate(recipe: Path, overrides: tuple[str, ...]) -> None:
-    """Check a recipe and its data files, without loading a model."""
-    from mlxtune.evaluate.suite import suite_of
-    from mlxtune.recipe.load import load_recipe
-    from mlxtune.train.corpus import check_sources
+    """Check a recipe, its data files and that its model is there."""
+    from mlxtune.cli.validation import validated
 
-    checked = load_recipe(recipe, overrides)
-    suite_of(checked)
-    for number, (path, count) in enumerate(check_sources(checked)):
-        held_out = "held-out " if number == len(checked.data) else ""
-        click.echo(f"{path}: {count} {held_out}records")
-    click.echo(f"{recipe} is valid")
+    for line in validated(recipe, overrides):
+        click.echo(line)
 
 
 @cli.command()
@@ -140,6 +136,7 @@ def validate(recipe: Path, overrides: tuple[str, ...]) -> None:
 @SET
 @click.option("-o", "--output", type=PATH, help="Folder of the run.  [default: runs/<name>]")
 @click.option("--resume", is_flag=True, help="Go on from the run's latest checkpoint.")
+@click.option("--model", "base", metavar="MODEL", help="The base model, instead of the recipe's.")
 @click.option("--overwrite", is_flag=True, help="Replace a run that is there.")
 @click.option("--force", is_flag=True, help="Train even if the plan says that it does not fit.")
 def lora(
@@ -147,17 +144,30 @@ def lora(
     overrides: tuple[str, ...],
     output: Path | None,
     resume: bool,
+    base: str | None,
     overwrite: bool,
     force: bool,
 ) -> None:
-    """Train an adapter as a recipe says: LoRA or DoRA, on a quantized model too (QLoRA)."""
+    """Train an adapter as a recipe says: LoRA or DoRA, on a quantized model too (QLoRA).
+
+    With --resume RECIPE may be the run's folder, which holds its own.
+    """
     from mlxtune.evaluate.suite import suite_of
     from mlxtune.recipe.load import load_recipe
 
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
+    if base is not None:
+        overrides = (*overrides, f"model.path={json.dumps(base)}")
     with _joined() as workers:
-        checked = load_recipe(recipe, overrides)
+        if recipe.is_dir() or (resume and not recipe.exists() and recipe.suffix != ".toml"):
+            from mlxtune.train.resume import recipe_of_run
+
+            if output is not None:
+                raise click.UsageError("--output goes with a recipe, not with a run's folder")
+            checked, output = recipe_of_run(recipe, overrides, resume=resume), recipe
+        else:
+            checked = load_recipe(recipe, overrides)
         suite_of(checked)  # not first looked for when the training is done
         prepare(long=True)
         from mlxtune.cli.display import training_display
@@ -176,23 +186,28 @@ def lora(
                 overwrite=overwrite,
                 workers=workers,
                 forecast=forecast(force=force),
+                command=" ".join(["mlxtune", *map(quote, sys.argv[1:])]),
             )
     if silent:
         return
-    click.echo(f"adapter: {folder / 'adapter'}")
-    if (best := run.better_before()) is not None:
-        click.echo(
-            f"the held-out loss was lowest after step {best}: {folder / 'adapter-best'}, which "
-            "eval, fuse and export take by --adapter"
-        )
+    from mlxtune.train.outcome import adapter_name, outcome_lines
+
+    said = outcome_lines(run)
+    for line in said:
+        click.echo(line)
+    click.echo(f"adapter: {adapter_name(run.adapter)}")
+    # A model that got worse is to be looked at, not shipped.
+    worse = any(line.startswith("warning") for line in said)
     click.echo("next:")
-    click.echo(steps(_AFTER_TRAINING, folder))
+    following = {v: why for v, why in _AFTER_TRAINING.items() if not (worse and v == "export")}
+    click.echo(steps(following, folder))
 
 
 @cli.command()
-@click.argument("run", type=PATH)
+@click.argument("model", metavar="RUN|MODEL", shell_complete=complete_paths)
 @click.option("-o", "--output", type=PATH, required=True, help="Folder to write.")
 @ADAPTER
+@BASE
 @click.option(
     "--dtype",
     type=DTYPE,
@@ -201,42 +216,86 @@ def lora(
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def fuse(
-    run: Path,
+    model: str,
     output: Path,
     adapter: Path | None,
+    base: str | None,
     dtype: str | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Write a run as a Hugging Face folder, adapter fused in, and measure what it cost."""
+    """Write a Hugging Face folder, adapter fused in, and measure what it cost.
+
+    RUN is a run, RUN@step-N, an adapter's folder, or with --adapter any model.
+    """
     prepare()
-    import json
     from dataclasses import asdict
 
     from mlxtune.fuse import fuse_run
+    from mlxtune.train.outcome import adapter_lines
+    from mlxtune.train.subject import find_subject
 
-    report = fuse_run(run, output, adapter=adapter, dtype=dtype, overwrite=overwrite)
+    subject = find_subject(model, adapter=adapter, base=base)
+    if subject.adapter is not None:
+        for line in adapter_lines(subject.adapter):
+            click.echo(line, err=True)
+    report = fuse_run(model, output, adapter=adapter, base=base, dtype=dtype, overwrite=overwrite)
     if as_json:
         click.echo(json.dumps(asdict(report), indent=2))
         return
     click.echo(f"{output}: {report.dtype} safetensors, tokenizer and config")
     click.echo(
         f"compared with the adapter unfused: at {report.top1_agreement:.1%} of "
-        f"{report.tokens_compared} tokens the most likely next token is the same; logits differ "
-        f"by at most {report.max_logit_difference:.2g}, where the largest is {report.max_logit:.3g}"
+        f"{report.tokens_compared} tokens (of {report.tried_on}) the most likely next token is the "
+        f"same; logits differ by at most {report.max_logit_difference:.2g}, where the largest is "
+        f"{report.max_logit:.3g}"
     )
 
 
 @cli.command()
-@click.argument("model", shell_complete=complete_paths)
+@click.argument("model", metavar="RUN|MODEL", shell_complete=complete_paths)
+@ADAPTER
+@BASE
 @click.option("-p", "--prompt", type=Words(), help="Answer this and stop.")
+@click.option("--system", type=Words(), help="A system prompt.")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True)
-def chat(model: str, prompt: str | None, max_tokens: int) -> None:
-    """Talk to a run, or to any model: a folder, a .gguf file, a hub id."""
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0: always the most likely token.",
+)
+@click.option("--seed", type=click.IntRange(0), help="Draw the same tokens each time.")
+def chat(
+    model: str,
+    adapter: Path | None,
+    base: str | None,
+    prompt: str | None,
+    system: str | None,
+    max_tokens: int,
+    temperature: float,
+    seed: int | None,
+) -> None:
+    """Talk to a run, or to any model: a folder, a .gguf file, a hub id.
+
+    RUN@step-N is a checkpoint of a run; an adapter's folder is put on the model that it names.
+    """
+    if seed is not None and not temperature:
+        raise click.UsageError("--seed goes with --temperature above 0")
     prepare(long=True)
     from mlxtune.cli.talk import talk
 
-    talk(model, prompt=prompt, max_tokens=max_tokens)
+    talk(
+        model,
+        adapter=adapter,
+        base=base,
+        prompt=prompt,
+        system=system,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
 
 
 cli.add_command(data)
@@ -354,10 +413,10 @@ def _say_interrupted(error: Exception) -> int | None:
         return number  # the first worker tells the rest
     checkpoint = error.checkpoint
     run = checkpoint.parent.parent
-    recipe, folder = quote(str(run / "recipe.toml")), quote(str(run))
     print(
         f"interrupted; saved in {checkpoint}\n"
-        f"  go on: {program()} lora {recipe} -o {folder} --resume",
+        f"  go on: {program()} lora {quote(str(run))} --resume\n"
+        f"  try it: {program()} chat {quote(f'{run}@{checkpoint.name}')}",
         file=sys.stderr,
     )
     return number

@@ -134,7 +134,12 @@ def convert(
     from mlxtune.cli.display import status_line
     from mlxtune.export.convert import convert as to_file
     from mlxtune.export.convert import convert_to_folder
+    from mlxtune.train.outcome import outcome_lines
+    from mlxtune.train.run import STATUS, Run
 
+    run = Run(Path(source).expanduser())
+    for line in outcome_lines(run) if (run.path / STATUS).is_file() else ():
+        click.echo(line, err=True)
     with status_line("opening", every=0.2 if sys.stderr.isatty() else 10.0) as progress:
         if to_gguf:
             made = to_file(

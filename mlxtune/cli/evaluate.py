@@ -5,21 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from mlxtune.cli.shared import ADAPTER, PATH, complete_paths, prepare
+from mlxtune.cli.shared import ADAPTER, BASE, PATH, complete_paths, prepare
 from mlxtune.errors import StorageError
-
-if TYPE_CHECKING:
-    from mlxtune.evaluate.compare import Options
-    from mlxtune.evaluate.comparison import Comparison
 
 
 @click.command(name="eval")
 @click.argument("model", metavar="RUN|MODEL", shell_complete=complete_paths)
 @ADAPTER
+@BASE
 @click.option(
     "--suite",
     type=PATH,
@@ -60,6 +57,7 @@ if TYPE_CHECKING:
 def evaluate(
     model: str,
     adapter: Path | None,
+    base: str | None,
     suite: Path | None,
     data: Path | None,
     others: tuple[str, ...],
@@ -72,23 +70,29 @@ def evaluate(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure a run, base against tuned, or a model alone."""
+    """Measure a run, base against tuned, or a model alone.
+
+    RUN@step-N is a checkpoint of a run; an adapter's folder is put on the model that it names.
+    """
     named = _named(others)
     if tasks is not None:
         if suite or data or others or max_tokens or execute:
-            raise click.UsageError("--tasks goes with --adapter, --task-path, --limit and --output")
+            raise click.UsageError(
+                "--tasks goes with --adapter, --model, --task-path, --limit and --output"
+            )
         chosen = [name for task in tasks.split(",") if (name := task.strip())]
         if not chosen:
             raise click.UsageError("--tasks names none")
         prepare(long=True)
-        _tasks(model, adapter, chosen, task_path, limit, output, as_json)
+        _tasks(model, adapter, base, chosen, task_path, limit, output, as_json)
         return
     if task_path is not None:
         raise click.UsageError("--task-path goes with --tasks")
     prepare(long=True)
     from mlxtune.cli.display import status_line
-    from mlxtune.evaluate.compare import Options
+    from mlxtune.evaluate.compare import Options, compare_subject
     from mlxtune.evaluate.suite import load_suite
+    from mlxtune.train.subject import find_subject
 
     every = 0.2 if sys.stderr.isatty() else 10.0
     with status_line("loading", every=every, rare=lambda said: " of " in said) as progress:
@@ -101,7 +105,8 @@ def evaluate(
             execute=execute,
             progress=progress,
         )
-        result = _compared(model, adapter, options)
+        subject = find_subject(model, adapter=adapter, base=base)
+        result = compare_subject(subject, options=options)
     from mlxtune.evaluate.results import as_json as json_of
     from mlxtune.evaluate.results import write_results
 
@@ -142,20 +147,10 @@ def _is_run(model: str) -> bool:
     return (Path(model).expanduser() / "run.json").is_file()
 
 
-def _compared(model: str, adapter: Path | None, options: Options) -> Comparison:
-    """A run if it is one, or if nothing else can be meant."""
-    from mlxtune.evaluate.compare import compare_models, compare_run
-
-    path = Path(model).expanduser()
-    is_model = path.suffix.lower() == ".gguf" or (path / "config.json").is_file()
-    if _is_run(model) or adapter is not None or not (is_model or options.sources()):
-        return compare_run(path, adapter=adapter, options=options)
-    return compare_models(model, options=options)
-
-
 def _tasks(
     model: str,
     adapter: Path | None,
+    base: str | None,
     tasks: list[str],
     task_path: Path | None,
     limit: int | None,
@@ -170,6 +165,7 @@ def _tasks(
             model,
             tasks,
             adapter=adapter,
+            base=base,
             task_path=task_path,
             limit=limit,
             progress=progress,

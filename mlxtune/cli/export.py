@@ -24,7 +24,7 @@ from mlxtune.cli.convert import (
     unweighed_lines,
     verified_lines,
 )
-from mlxtune.cli.shared import ADAPTER, PATH, prepare
+from mlxtune.cli.shared import ADAPTER, BASE, PATH, complete_paths, prepare
 from mlxtune.cli.suggest import NearChoice
 from mlxtune.errors import RunError
 
@@ -38,8 +38,9 @@ LAYOUTS = ("peft", "mlx-lm", "gguf")
 
 
 @click.command()
-@click.argument("run", type=PATH)
+@click.argument("run", metavar="RUN", shell_complete=complete_paths)
 @ADAPTER
+@BASE
 @click.option("-o", "--output", type=PATH, help="Folder.  [default: RUN/export/<type>]")
 @click.option(
     "--quantize",
@@ -61,6 +62,7 @@ LAYOUTS = ("peft", "mlx-lm", "gguf")
 @click.option("--name", help="What Ollama is to call the model.  [default: as the recipe says]")
 @click.option(
     "--base",
+    "ollama_base",
     help="With --adapter-only --to ollama: what the adapter goes on, a model that Ollama has or "
     "a .gguf.  [default: the model that was trained, if it is Ollama's]",
 )
@@ -73,8 +75,9 @@ LAYOUTS = ("peft", "mlx-lm", "gguf")
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
 @AS_JSON
 def export(
-    run: Path,
+    run: str,
     adapter: Path | None,
+    base: str | None,
     output: Path | None,
     quantize: str | None,
     imatrix: Path | None,
@@ -84,7 +87,7 @@ def export(
     verify: bool,
     to: str | None,
     name: str | None,
-    base: str | None,
+    ollama_base: str | None,
     dry_run: bool,
     adapter_only: bool,
     overwrite: bool,
@@ -92,6 +95,7 @@ def export(
 ) -> None:
     """Write a run as GGUF with a Modelfile, for Ollama, llama.cpp and mistral.rs.
 
+    RUN may be RUN@step-N for a checkpoint, an adapter's folder, or with --adapter any model.
     With --to the model is handed over: Ollama gets it, llama.cpp and mistral.rs answer a
     prompt with it if they are installed.
     """
@@ -110,14 +114,16 @@ def export(
         for option, given in of_models.items():
             if given is not None:
                 raise click.UsageError(f"{option} is of fused models, not of adapters")
-        of_ollama = {"--base": base, "--name": name, "--dry-run": dry_run or None}
+        of_ollama = {"--base": ollama_base, "--name": name, "--dry-run": dry_run or None}
         for option, given in of_ollama.items():
             if given is not None and to != "ollama":
                 raise click.UsageError(f"with --adapter-only {option} goes with --to ollama")
         prepare()
-        _export_adapter(run, to or "gguf", output, base, name, dry_run, overwrite, as_json)
+        _export_adapter(
+            run, to or "gguf", output, base, ollama_base, name, dry_run, overwrite, as_json
+        )
         return
-    if base is not None:
+    if ollama_base is not None:
         raise click.UsageError("--base goes with --adapter-only --to ollama")
     require_one_importance(imatrix, calibration, save_imatrix)
     if to in LAYOUTS:
@@ -127,14 +133,17 @@ def export(
     from mlxtune.export.bundle import export_run, exported_before
     from mlxtune.export.handover import hand_over
     from mlxtune.export.ollama import base_url, require_name
-    from mlxtune.train.run import Run
+    from mlxtune.train.outcome import adapter_lines
+    from mlxtune.train.subject import find_subject
 
-    try:
-        recipe = Run.open(run).recipe()
-    except RunError as error:
-        if (run / "config.json").is_file():
-            error.remedy = f"this is a model: mlxtune convert {quote(str(run))} model.gguf"
-        raise
+    subject = find_subject(run, adapter=adapter, base=base)
+    if subject.adapter is None:
+        raise RunError(
+            "there is no adapter here",
+            where=run,
+            remedy=f"this is a model: mlxtune convert {quote(run)} model.gguf",
+        )
+    recipe = subject.recipe()
     to = to or recipe.export.to
     name = name or recipe.export.name or recipe.name
     if dry_run and to is None:
@@ -145,6 +154,7 @@ def export(
             base_url()  # where it is no address, better said before the work
     asked: dict[str, Any] = {
         "adapter": adapter,
+        "base": base,
         "output": output,
         "file_type": quantize,
         "name": name,
@@ -153,6 +163,9 @@ def export(
         "calibration": calibration,
         "verify": verify,
     }
+    # First, not after minutes of work that may have been for nothing.
+    for line in adapter_lines(subject.adapter):
+        click.echo(line, err=True)
     bundle = None
     if to is not None and not overwrite:
         # Handed over once more, to a program that was not there the first time.
@@ -187,19 +200,23 @@ def _tell_bundle(bundle: Bundle, *, commands: bool) -> None:
     before = ", written before" * bundle.written_before
     size = file_size(bundle.gguf_bytes)
     click.echo(f"{bundle.folder}: model.gguf ({size}), Modelfile, README{before}")
+    click.echo(f"  of {bundle.adapter}")
     for line in unweighed_lines(bundle.unweighed):
         click.echo(line)
     if bundle.verified is not None:
         click.echo("\n".join(verified_lines(bundle.verified)))
+    for note in bundle.notes:
+        click.echo(f"note: {note}", err=True)
     if commands:
         for runtime, command in bundle.commands.items():
             click.echo(f"  {runtime:<11}{command}")
 
 
 def _export_adapter(
-    path: Path,
+    run: str,
     layout: str,
     output: Path | None,
+    model: str | None,
     base: str | None,
     name: str | None,
     dry_run: bool,
@@ -210,10 +227,18 @@ def _export_adapter(
     from mlxtune.export.adapter import export_adapter
     from mlxtune.export.handover import hand_over
     from mlxtune.export.ollama import base_url
+    from mlxtune.train.outcome import adapter_lines
+    from mlxtune.train.subject import find_subject
 
     if layout == "ollama" and not dry_run:
         base_url()
-    written = export_adapter(path, layout, output=output, base=base, name=name, overwrite=overwrite)
+    subject = find_subject(run, base=model)
+    if subject.adapter is not None:
+        for line in adapter_lines(subject.adapter):
+            click.echo(line, err=True)
+    written = export_adapter(
+        run, layout, output=output, model=model, base=base, name=name, overwrite=overwrite
+    )
     if not as_json:
         before = ", written before" * written.written_before
         layers = f"{written.kind} on {written.layers} layers, for {layout}"

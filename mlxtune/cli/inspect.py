@@ -37,6 +37,8 @@ def show(found: Inspection, *, ids: bool) -> None:
         console.print(f"What is {shown_as} is trained.\n", highlight=False)
     for path, tally in found.tallies:
         console.print(_totals(path, tally), highlight=False, markup=False)
+    for note in found.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
     console.print()
     console.print(_lengths(found, console))
     prefix = found.prefix
@@ -81,9 +83,6 @@ def _totals(path: str, tally: Tally) -> str:
         f"{tally.trained:,} of them trained ({tally.trained / tally.tokens:.0%}); the longest "
         f"has {tally.longest:,}",
     ]
-    lines += [f"  left out: {count:,} {reason}" for reason, count in tally.dropped.items()]
-    if tally.truncated:
-        lines.append(f"  cut off: {tally.truncated:,}")
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxtune.bench.words import plan_lines
+from mlxtune.bench.words import beyond_line, plan_lines
 from mlxtune.cli.shared import PATH, SET, prepare
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from mlxtune.recipe.schema import Recipe
     from mlxtune.train.corpus import Corpus
     from mlxtune.train.session import Forecast
+
+# How `mlxtune plan` exits where nothing is wrong and the memory does not suffice.
+DOES_NOT_FIT = 3
 
 
 @click.command()
@@ -43,7 +46,8 @@ def plan(
     """Say whether a recipe fits and how long it takes, without the model's weights.
 
     Nothing is trained: one training step is built from the model's sizes and gone through
-    on paper.
+    on paper. It exits with 0 if the recipe fits, with 3 if it does not, and with 1 if its
+    records cannot be trained on.
     """
     if memory is not None and chip is None:
         raise click.UsageError("--memory goes with --chip")
@@ -70,8 +74,12 @@ def plan(
     else:
         machine = this_machine(remembered=not measure, progress=_on_stderr)
     changed: dict[str, Any] = {}
-    with planning_line() as progress:
+    with planning_line():
         planner = Planner(checked, machine)
+        beyond = planner.out_of_reach()
+    if beyond is not None:
+        _on_stderr(beyond_line(beyond))
+    with planning_line() as progress:
         if fit is None:
             result = planner(progress)
         else:
@@ -80,13 +88,17 @@ def plan(
         write_edited(recipe, fit, changed, overrides, overwrite=overwrite)
     if as_json:
         click.echo(json.dumps(result.as_json() | ({"changed": changed} if fit else {}), indent=2))
-        return
-    for line in plan_lines(result):
-        click.echo(line)
-    for key, value in changed.items():
-        click.echo(f"changed  {key} = {json.dumps(value)}")
-    if fit is not None:
-        click.echo(f"{fit}: written" + ("" if changed else ", unchanged: it fits as it is"))
+    else:
+        for line in plan_lines(result):
+            click.echo(line)
+        for key, value in changed.items():
+            click.echo(f"changed  {key} = {json.dumps(value)}")
+        if fit is not None:
+            click.echo(f"{fit}: written" + ("" if changed else ", unchanged: it fits as it is"))
+    if planner.problem is not None:
+        raise planner.problem
+    if not result.fits:
+        click.get_current_context().exit(DOES_NOT_FIT)
 
 
 def forecast(*, force: bool) -> Forecast:
@@ -104,7 +116,7 @@ def forecast(*, force: bool) -> Forecast:
             corpus,
             workers,
             force=force,
-            measuring=_on_stderr,
+            tell=_on_stderr,
             planning=planning_line,
         )
 

@@ -36,8 +36,14 @@ PATH = click.Path(path_type=Path)
 ADAPTER = click.option(
     "--adapter",
     type=PATH,
-    help="Use this instead of the run's own: another run, or an adapter's folder as mlxtune, "
-    "mlx-lm or PEFT writes it.",
+    help="The adapter to use on the model, or instead of the run's own: a run, RUN@step-N, or an "
+    "adapter's folder as mlxtune, mlx-lm or PEFT writes it.",
+)
+BASE = click.option(
+    "--model",
+    "base",
+    metavar="MODEL",
+    help="The base model, where the run or the adapter no longer finds its own.",
 )
 SET = click.option(
     "--set",

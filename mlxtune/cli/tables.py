@@ -18,8 +18,11 @@ from mlxtune.evaluate.results import (
     METRIC_NAMES,
     described,
     figures_json,
+    first_words,
     judge_line,
+    share,
     task_rows,
+    which_models,
 )
 
 # In columns of a terminal, the lines between them counted.
@@ -27,16 +30,17 @@ _WIDEST_LABEL, _NARROWEST_FIGURE, _NARROWEST_TEXT = 21, 9, 15
 
 
 def show_comparison(result: Comparison, *, samples: int) -> None:
-    """Figures side by side, by category, and some answers."""
+    """What to read first, figures side by side, by category, and some answers."""
     console = Console()
+    figures = figures_json(result)
+    for line, warns in first_words(figures):
+        console.print(Text(f"warning: {line}" if warns else line, style="bold red" * warns))
     console.print(_figures(result, console.width))
+    if line := which_models(figures):
+        console.print(Text(line, style="dim"))
     first = next(iter(result.figures.values()))
     if any(first.metrics.values()):
-        console.print("[dim]± half of a 95% interval, by bootstrap over records[/]")
-    name, *others = result.figures
-    for other in others:
-        if line := _gain(name, other, result.figures[other]):
-            console.print(line, highlight=False, markup=False)
+        console.print("[dim]±: half of the 95% confidence interval, from resampling the records[/]")
     for note in result.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
     if result.judge is not None:
@@ -129,21 +133,11 @@ def _said(answer: Answered) -> list[Text]:
     ]
 
 
-def _gain(first: str, name: str, figures: Figures) -> str | None:
-    """The suite's first metric: which one is told must not depend on how it turned out."""
-    told = next(((m, gain) for m, gain in figures.gains.items() if gain is not None), None)
-    if told is None:
-        return None
-    metric, gain = told
-    change = f"{gain.mean:+.1%} ({gain.low:+.1%} to {gain.high:+.1%})"
-    return f"{first} → {name}: {METRIC_NAMES.get(metric, metric)} {change}"
-
-
 def _share(interval: Interval | None) -> str:
     if interval is None:
         return "–"
     half = (interval.high - interval.low) / 2
-    return f"{interval.mean:.1%} ±{half * 100:.0f}"
+    return f"{share(interval.mean)} ±{half * 100:.0f}"
 
 
 def _half(interval: Interval | None) -> str:

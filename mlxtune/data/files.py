@@ -1,4 +1,4 @@
-"""Rows of files: JSONL, JSON, CSV, TSV and Parquet, plain or compressed, one at a time.
+"""Rows of files: JSONL, JSON, CSV, TSV, Parquet and Arrow, plain or compressed, one at a time.
 
 Rows are streamed, so a file may be larger than memory; a `.json` file alone is read whole.
 """
@@ -12,17 +12,15 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import date, time, timedelta
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
-from uuid import UUID
 
 import jsonlines
 
 from mlxtune.data.compressed import needs_extra, opened
 from mlxtune.data.formats import FORMATS
 from mlxtune.errors import DataError
+from mlxtune.files import LFS_POINTER, LFS_REMEDY, is_lfs_pointer
 
 
 class Row(NamedTuple):
@@ -36,8 +34,24 @@ class Row(NamedTuple):
     value: object
 
 
+# JSON files that lie beside records and hold none: of `datasets`, of LLaMA-Factory, of a
+# model, and the report of `mlxtune data prep`.
+_NO_RECORDS = {
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+    "croissant.json",
+    "metadata.json",
+    "config.json",
+    "report.json",
+}
+
+
 def find_files(path: str) -> list[Path]:
     """The data files that a path, a folder or a glob pattern names, in order of name.
+
+    Of a folder they are those whose endings say that they hold records, in it and below.
 
     Raises:
         DataError: there is none.
@@ -54,11 +68,8 @@ def _find(path: str) -> list[Path]:
     place = Path(path).expanduser()
     if "\0" in path:
         raise ValueError("it has a NUL character in it")
-    if all((place / name).is_file() for name in ("report.json", "train.jsonl")):
-        return [place / "train.jsonl"]  # what `mlxtune data prep` wrote
     if place.is_dir():
-        files = (f for f in sorted(place.rglob("*")) if f.is_file())
-        found = [f for f in files if _reader(f) and not _hidden(f, place)]
+        found = [f for f in sorted(place.rglob("*")) if f.is_file() and _holds_records(f, place)]
         if not found:
             raise DataError(
                 "this folder has no data files in it",
@@ -78,6 +89,21 @@ def _find(path: str) -> list[Path]:
     return found
 
 
+def _holds_records(file: Path, below: Path) -> bool:
+    if _reader(file) is None or _hidden(file, below) or file.name.lower() in _NO_RECORDS:
+        return False
+    return file.suffix != ".arrow" or _of_dataset(file)
+
+
+def _of_dataset(file: Path) -> bool:
+    """Whether an Arrow file is part of what `save_to_disk` wrote, rather than of its cache."""
+    try:
+        state = json.loads((file.parent / "state.json").read_text(encoding="utf-8"))
+        return file.name in [entry["filename"] for entry in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return not file.name.startswith("cache-")
+
+
 def read_rows(path: Path) -> Iterator[Row]:
     """The rows of one file.
 
@@ -88,6 +114,8 @@ def read_rows(path: Path) -> Iterator[Row]:
     """
     read = _reader(path) or _json_lines
     with read_errors(path):
+        if is_lfs_pointer(path):
+            raise DataError(LFS_POINTER, where=str(path), remedy=LFS_REMEDY)
         yield from read(path)
 
 
@@ -219,6 +247,10 @@ def _skip_space(text: str, position: int) -> int:
     return position
 
 
+# Excel's own first line, which says what stands between cells.
+_SEPARATOR = re.compile(r'^"?sep=(.)"?\s*$', re.IGNORECASE)
+
+
 def _csv(path: Path) -> Iterator[Row]:
     """Rows under a header line; commas, semicolons, tabs or bars, whichever it has most."""
     # A cell may be as long as a document; the default limit is 128 KiB.
@@ -236,14 +268,18 @@ def _csv(path: Path) -> Iterator[Row]:
         try:
             lines = decoded()
             header = next(lines, "")
-            bare = re.sub(r'"[^"]*"', "", header)  # a quoted name may have any of them in it
-            delimiter = max(",;\t|", key=bare.count)
+            if excel := _SEPARATOR.match(header):
+                delimiter, header = excel.group(1), next(lines, "")
+            else:
+                bare = re.sub(r'"[^"]*"', "", header)  # a quoted name may have any of them in it
+                delimiter = max(",;\t|", key=bare.count)
             names = next(csv.reader([header], delimiter=delimiter, strict=True), [])
-            number = 1
+            names = [name.strip() for name in names]
+            number = read
             if twice := [name for name in names if names.count(name) > 1]:
                 raise DataError(
                     f"two columns are called {twice[0]!r}",
-                    where=f"{path}:1",
+                    where=f"{path}:{read}",
                     remedy="give each a name of its own, or remove empty ones",
                 )
             reader = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -287,28 +323,38 @@ def _parquet(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=1024):
                 for value in batch.to_pylist():
                     number += 1
-                    yield Row(f"{path} row {number}", without_nulls(value))
+                    yield Row(f"{path} row {number}", value)
     except (arrow.ArrowException, ValueError, OverflowError) as error:
         raise DataError(
             f"this is no whole Parquet file: {error}", where=f"{path} row {number + 1}"
         ) from None
 
 
-def without_nulls(value: Any) -> Any:
-    """A table has every field in every row; those that are null are not there.
+def _arrow(path: Path) -> Iterator[Row]:
+    """What `datasets` writes with `save_to_disk`: a stream of record batches."""
+    try:
+        import pyarrow as arrow
+    except ImportError:
+        raise needs_extra("Arrow", path) from None
+    number = 0
+    try:
+        with path.open("rb") as handle:
+            try:
+                batches: Any = arrow.ipc.open_stream(handle)
+            except arrow.ArrowInvalid:
+                file = arrow.ipc.open_file(handle)
+                batches = (file.get_batch(i) for i in range(file.num_record_batches))
+            for batch in batches:
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{path} row {number}", value)
+    except (arrow.ArrowException, ValueError, OverflowError) as error:
+        raise DataError(
+            f"this is no whole Arrow file: {error}", where=f"{path} row {number + 1}"
+        ) from None
 
-    What JSON has no form for becomes text: dates, times and decimal numbers.
-    """
-    if isinstance(value, dict):
-        return {k: without_nulls(v) for k, v in value.items() if v is not None}
-    if isinstance(value, list | tuple):
-        return [without_nulls(v) for v in value]
-    if isinstance(value, date | time):
-        return value.isoformat()
-    return str(value) if isinstance(value, Decimal | timedelta | UUID) else value
 
-
-# Endings that say what a file holds; .gz or .zst may follow all but Parquet's.
+# Endings that say what a file holds; .gz or .zst may follow those of text.
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
@@ -316,6 +362,7 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".csv": _csv,
     ".tsv": _csv,
     ".parquet": _parquet,
+    ".arrow": _arrow,
 }
 
 

@@ -7,7 +7,7 @@ and preference pairs, Axolotl's input_output segments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from mlxtune.data.messages import (
     read_text,
     read_tools,
     read_turns,
+    without_nulls,
 )
 from mlxtune.data.records import Conversation, Segment, Turn
 from mlxtune.errors import DataError
@@ -37,16 +38,21 @@ def parse_record(
     *,
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
+    system: str | None = None,
     allow_empty: bool = False,
     where: str = "",
 ) -> Conversation:
     """One record as a conversation.
+
+    A field that is null is taken for one that is not there, see `messages.without_nulls`.
+    Names of fields that no format has as they stand are tried in lower case, spaces as `_`.
 
     Args:
         record: a decoded JSON value.
         format: a name from `FORMATS`, or `auto` to tell by the record's keys.
         columns: what fields of the format are called in the record; dots go into
             objects.
+        system: a system prompt, for records that have none of their own.
         allow_empty: let turns without a word pass, for those who look for them.
         where: `file:line`, for messages.
 
@@ -56,20 +62,52 @@ def parse_record(
     """
     if not isinstance(record, Mapping):
         raise DataError(f"a record is a JSON object; this is {kind_of(record)}", where=where)
-    if columns:
-        record = _renamed(record, columns, where)
-    if format == "auto":
-        format = detect(record, where)
-    shape = FORMATS[format]
     try:
-        conversation = shape.parse(record, where)
+        values: Record = without_nulls(dict(record))
+        if columns:
+            values = _renamed(values, columns, where)
+        if format == "auto":
+            format = detect(values, where, nulls=[k for k, v in record.items() if v is None])
+            values = _in_known_names(values)
+        shape = FORMATS[format]
+        conversation = shape.parse(values, where)
+        if "system" in shape.optional:
+            own = read_optional_text(values, "system", where)
+            conversation = _with_system(conversation, own)
+        if "tools" in shape.optional:
+            conversation = replace(conversation, tools=read_tools(values, where))
     except RecursionError:
         raise DataError("this record is nested too deeply", where=where) from None
+    if system is not None:
+        if conversation.segments:
+            raise DataError(
+                "this record is plain text, which has no system prompt",
+                where=where,
+                remedy="leave system out of its [[data]]",
+            )
+        if all(turn.role != "system" for turn in conversation.turns):
+            conversation = _with_system(conversation, system)
     if not allow_empty:
         _require_words(conversation, where)
     used = {*shape.keys, *shape.optional}
-    tags = {k: v for k, v in record.items() if k not in used}
+    tags = {k: v for k, v in values.items() if k not in used}
     return replace(conversation, where=where, tags=tags)
+
+
+def _with_system(conversation: Conversation, system: str) -> Conversation:
+    """The conversation under a system prompt; plain text has none."""
+    turns = conversation.turns
+    if not system or not turns or (turns[0].role, turns[0].content) == ("system", system):
+        return conversation
+    return replace(conversation, turns=(Turn("system", system), *turns))
+
+
+def _in_known_names(record: Record) -> Record:
+    """The record with the names that formats know, where a spreadsheet has `Expected Command`."""
+    if any(all(key in record for key in shape.keys) for shape in FORMATS.values()):
+        return record
+    plain = {str(key).strip().lower().replace(" ", "_"): value for key, value in record.items()}
+    return plain if len(plain) == len(record) else record
 
 
 class NothingSaid(DataError):
@@ -103,18 +141,26 @@ def _renamed(record: Record, columns: Mapping[str, str], where: str) -> Record:
     return values
 
 
-def detect(record: Record, where: str = "") -> str:
+def detect(record: Record, where: str = "", *, nulls: Sequence[str] = ()) -> str:
     """The format that a record's keys tell of.
+
+    Args:
+        record: its fields, none of them null.
+        where: `file:line`, for the message.
+        nulls: names of fields that were null, for the message.
 
     Raises:
         DataError: none.
     """
+    known = _in_known_names(record)
     for name, format in FORMATS.items():
-        if all(key in record for key in format.keys):
+        if all(key in known for key in format.keys):
             return name
     shapes = "; ".join(f"{name} {{{', '.join(format.keys)}}}" for name, format in FORMATS.items())
     raise DataError(
-        f"a record with the keys {', '.join(map(str, record)) or '(none)'} has no known shape",
+        f"a record with the keys {', '.join(map(str, record)) or '(none)'}"
+        + (f", and null in {', '.join(nulls)}," if nulls else "")
+        + " has no known shape",
         where=where,
         remedy=f"known shapes: {shapes}. Others can be mapped: "
         'columns = {prompt = "question", completion = "answer"}',
@@ -130,8 +176,6 @@ def _parse_shell(record: Record, where: str) -> Conversation:
 
 def _parse_alpaca(record: Record, where: str) -> Conversation:
     turns = []
-    if system := read_optional_text(record, "system", where):
-        turns.append(Turn("system", system))
     history = record.get("history") or []
     if not isinstance(history, list):
         raise DataError(f"'history' must be a list; it is {kind_of(history)}", where=where)
@@ -151,16 +195,11 @@ def _parse_alpaca(record: Record, where: str) -> Conversation:
 
 
 def _parse_sharegpt(record: Record, where: str) -> Conversation:
-    turns = read_turns(record.get("conversations"), "conversations", where)
-    if system := read_optional_text(record, "system", where):
-        turns = (Turn("system", system), *turns)
-    return Conversation(turns, tools=read_tools(record, where))
+    return Conversation(read_turns(record.get("conversations"), "conversations", where))
 
 
 def _parse_messages(record: Record, where: str) -> Conversation:
-    return Conversation(
-        read_turns(record.get("messages"), "messages", where), tools=read_tools(record, where)
-    )
+    return Conversation(read_turns(record.get("messages"), "messages", where))
 
 
 def _parse_prompt_completion(record: Record, where: str) -> Conversation:
@@ -171,7 +210,7 @@ def _parse_prompt_completion(record: Record, where: str) -> Conversation:
         replace(turn, train=bool(turn.train)) if turn.role == "assistant" else turn
         for turn in asked
     )
-    return Conversation((*given, *answered), tools=read_tools(record, where))
+    return Conversation((*given, *answered))
 
 
 def _parse_text(record: Record, where: str) -> Conversation:
@@ -210,17 +249,20 @@ def _parse_preference(record: Record, where: str) -> Conversation:
         )
     if chosen == rejected:
         raise DataError("'chosen' and 'rejected' are the same", where=where)
-    return Conversation((*asked, *chosen), tools=read_tools(record, where), rejected=rejected)
+    return Conversation((*asked, *chosen), rejected=rejected)
 
+
+# Beside the turns. A `system` of `shell` records is more likely the operating system.
+_BESIDE = ("system", "tools", "functions")
 
 # Detection tries them in this order: a key that stands for itself before common ones.
 FORMATS = {
     "shell": Format(("prompt", "expected_command"), (), _parse_shell),
-    "messages": Format(("messages",), ("tools",), _parse_messages),
-    "sharegpt": Format(("conversations",), ("system", "tools"), _parse_sharegpt),
-    "alpaca": Format(("instruction", "output"), ("input", "system", "history"), _parse_alpaca),
-    "preference": Format(("chosen", "rejected"), ("prompt", "tools"), _parse_preference),
-    "prompt_completion": Format(("prompt", "completion"), ("tools",), _parse_prompt_completion),
+    "messages": Format(("messages",), _BESIDE, _parse_messages),
+    "sharegpt": Format(("conversations",), _BESIDE, _parse_sharegpt),
+    "alpaca": Format(("instruction", "output"), ("input", "history", *_BESIDE), _parse_alpaca),
+    "preference": Format(("chosen", "rejected"), ("prompt", *_BESIDE), _parse_preference),
+    "prompt_completion": Format(("prompt", "completion"), _BESIDE, _parse_prompt_completion),
     "input_output": Format(("segments",), (), _parse_input_output),
     "text": Format(("text",), (), _parse_text),
 }

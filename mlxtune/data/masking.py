@@ -57,5 +57,5 @@ class Masking:
             f"nothing in this record is trained: {what}",
             where=conversation.where,
             remedy="roles_to_train says which roles are trained, and 'train' in a message or "
-            "'label' in a segment which of them; on_empty = \"skip\" leaves such records out",
+            "'label' in a segment which of them; unusable = \"skip\" leaves such records out",
         )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from datetime import date, time, timedelta
+from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 from mlxtune.data.records import ROLES, ToolCall, Turn
 from mlxtune.errors import DataError
@@ -24,6 +27,22 @@ ROLE_NAMES = {role: role for role in ROLES} | {
     "observation": "tool",
 }
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+
+
+def without_nulls(value: Any) -> Any:
+    """A field that is null is a field that is not there, in JSON as in a table.
+
+    A table has all fields of all records in every row, in schemas and arguments too, so null
+    cannot mean more there. Items of lists stay, and so does what stands in JSON text. What JSON
+    has no form for becomes text: dates, times and decimal numbers.
+    """
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list | tuple):
+        return [without_nulls(v) for v in value]
+    if isinstance(value, date | time):
+        return value.isoformat()
+    return str(value) if isinstance(value, Decimal | timedelta | UUID) else value
 
 
 def read_turns(messages: object, key: str, where: str) -> tuple[Turn, ...]:
@@ -53,8 +72,9 @@ def _turn(message: object, where: str) -> Turn:
         raise DataError(
             f"unknown role {named!r}", where=where, remedy=f"roles are {', '.join(ROLES)}"
         )
-    key = "value" if "content" not in message and "value" in message else "content"
-    calls = _tool_calls(message.get("tool_calls"), where)
+    key = "value" if "content" not in message and "from" in message else "content"
+    calls = _tool_calls(_decoded(message.get("tool_calls")), where)
+    calls = calls or _tool_calls(message.get("function_call"), where)  # OpenAI's older form
     if named == "function_call":  # ShareGPT's: the text is the call
         calls = _tool_calls(_decoded(read_text(message, key, where)), where)
         content = ""
@@ -110,7 +130,7 @@ def _trained(message: Record, where: str) -> bool | None:
 
 
 def _tool_calls(value: object, where: str) -> tuple[ToolCall, ...]:
-    if value is None or value == []:
+    if value in (None, "", [], {}):
         return ()
     calls = []
     for item in value if isinstance(value, list) else [value]:
@@ -118,7 +138,7 @@ def _tool_calls(value: object, where: str) -> tuple[ToolCall, ...]:
         if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
             raise DataError("a tool call needs a function with a name", where=where)
         given = call.get("arguments", {})
-        arguments = _decoded(given)
+        arguments = {} if given == "" else _decoded(given)
         if isinstance(arguments, str):
             arguments = given  # no JSON, or JSON of text: as it stands
         if not isinstance(arguments, Mapping | str):
@@ -135,10 +155,17 @@ def _tool_calls(value: object, where: str) -> tuple[ToolCall, ...]:
 
 
 def read_tools(record: Record, where: str) -> tuple[Mapping[str, Any], ...]:
-    """The schemas of the functions that may be called: a list, or JSON text of one."""
+    """The schemas of the functions that may be called: a list, or JSON text of one.
+
+    OpenAI's older `functions` are those of `tools` without the object around each.
+    """
     tools = _decoded(record.get("tools"))
     if tools in (None, "", []):
-        return ()
+        tools = _decoded(record.get("functions"))
+        if tools in (None, "", []):
+            return ()
+        if isinstance(tools, list) and all(isinstance(f, Mapping) for f in tools):
+            tools = [{"type": "function", "function": f} for f in tools]
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise DataError("'tools' must be a list of function schemas", where=where)
     _require_whole(tools, "'tools'", where)

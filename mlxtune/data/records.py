@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,6 +97,25 @@ class Conversation:
         if self.segments:
             return "".join(segment.text for segment in self.segments)
         return "\n\n".join(turn.content for turn in self.turns)
+
+    def fingerprint(self) -> int:
+        """64 bits that tell it from others: the same for records that say the same.
+
+        White space around what is said, a system prompt before it and what is trained of it make
+        no difference.
+        """
+        sides = [
+            [
+                [t.role, t.content.strip(), t.reasoning.strip()]
+                + [[call.name, call.arguments] for call in t.tool_calls]
+                for t in side
+                if t.role != "system"
+            ]
+            for side in (self.turns, self.rejected)
+        ]
+        parts = [sides, self.tools, [s.text.strip() for s in self.segments]]
+        text = json.dumps(parts, sort_keys=True, default=str)
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
     def _last_answer(self) -> int:
         answers = [i for i, turn in enumerate(self.turns) if turn.role == "assistant"]

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from mlxtune.data.masking import Masking, NothingTrained
 from mlxtune.data.records import Conversation, ToolCall, Turn
 from mlxtune.errors import DataError, MlxtuneError, ModelError
+from mlxtune.gguf.ends import end_of_turn
 
 Tools = Sequence[Any]
 Span = tuple[int, int]
@@ -42,12 +43,14 @@ class Sample:
             the model is given rather than trained to say.
         record: number of the record in its source, from 1.
         where: `file:line` of the record.
+        fingerprint: of the record, see `Conversation.fingerprint`.
     """
 
     tokens: npt.NDArray[np.int32]
     weights: npt.NDArray[np.float32]
     record: int
     where: str = ""
+    fingerprint: int = 0
 
     @property
     def supervised(self) -> int:
@@ -64,12 +67,14 @@ class Renderer:
 
     Args:
         tokenizer: a fast Hugging Face tokenizer, or mlx-lm's wrapper around one.
+        rows: of the embedding of the model that the tokens are for; None if unknown. A
+            tokenizer may have tokens beyond them, as Gemma 3's does, which no text may use.
 
     Raises:
         ModelError: the tokenizer gives no character offsets.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, rows: int | None = None) -> None:
         # The Rust core of a fast tokenizer gives ids and offsets in one call.
         core = getattr(tokenizer, "backend_tokenizer", None)
         if core is None:
@@ -84,11 +89,14 @@ class Renderer:
             core.no_padding()
         self._tokenizer = _unwrapped(tokenizer)
         self._core = core
+        self.rows = rows
         self._bos: int | None = tokenizer.bos_token_id
         self._eos: int | None = tokenizer.eos_token_id
         # A tokenizer names few of its special tokens; Phi's end of turn is not among them.
         added = core.get_added_tokens_decoder().items()
         self._special = {*tokenizer.all_special_ids, *(i for i, t in added if t.special)}
+        if (end := end_of_turn(tokenizer)) is not None:
+            self._special.add(end)  # it may have been added without being called special
 
     def identity(self) -> str:
         """All that decides which tokens a conversation becomes."""
@@ -128,8 +136,31 @@ class Renderer:
         return self.encode(self.text(turns, tools=conversation.tools, ask=True))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of rendered text; the template has put all special tokens in it."""
-        return list(self._core.encode(text, add_special_tokens=False).ids)
+        """Token ids of rendered text; the template has put all special tokens in it.
+
+        Raises:
+            ModelError: one of them has no row in the embedding.
+        """
+        ids = list(self._core.encode(text, add_special_tokens=False).ids)
+        self.require_rows(ids)
+        return ids
+
+    def require_rows(self, tokens: Sequence[int] | npt.NDArray[np.int32], where: str = "") -> None:
+        """See that each token has a row in the embedding.
+
+        Raises:
+            ModelError: one has none; MLX would read whatever lies behind the last row.
+        """
+        largest = int(np.max(tokens, initial=0))
+        if self.rows is not None and largest >= self.rows:
+            raise ModelError(
+                f"the token {self._core.id_to_token(largest)!r} has the id {largest}, and the "
+                f"model's embedding has {self.rows} rows: it was not resized when tokens were "
+                "added",
+                where=where or None,
+                remedy="resize it in transformers, model.resize_token_embeddings(len(tokenizer)), "
+                "and save the model anew",
+            )
 
     def decode(self, tokens: Iterable[int], *, special: bool = True) -> str:
         """The text of tokens; with `special` that of special ones too."""
@@ -144,7 +175,7 @@ class Renderer:
             NothingTrained: no token carries weight.
             DataError: the template cannot be rendered, or where a turn begins and ends
                 in its text cannot be told.
-            ModelError: see `text`.
+            ModelError: see `text`, or a token has no row in the embedding.
         """
         masking = masking or Masking()
         where = conversation.where
@@ -160,6 +191,7 @@ class Renderer:
                 f"the model's chat template refuses this conversation: {error}", where=where
             ) from None
         for tokens, weights in made:
+            self.require_rows(tokens, where)
             if len(tokens) > 1 and self._bos is not None and (tokens[:2] == self._bos).all():
                 raise DataError(
                     "this record begins with two tokens that mean the beginning of a text",
@@ -173,7 +205,8 @@ class Renderer:
                     where=where,
                     remedy="set model.chat_template to a template that writes these turns",
                 )
-        return [Sample(tokens, weights, record, where) for tokens, weights in made]
+        said = conversation.fingerprint()
+        return [Sample(tokens, weights, record, where, said) for tokens, weights in made]
 
     def _parts(
         self, conversation: Conversation, masking: Masking

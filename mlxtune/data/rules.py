@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from mlxtune.data.files import Row
@@ -23,13 +24,15 @@ class Rules:
         max_seq_length: the longest sample, in tokens; None for no limit.
         truncate: what is done with a longer one: `error`, `left` and `right` cut off
             its beginning or its end, `drop` leaves it out.
-        on_empty: a record that trains no token is an `error`, or left out (`skip`).
+        unusable: a record that cannot be trained on is an `error`, or left out (`skip`): one
+            that is damaged, of no known shape, refused by the chat template, or of which no
+            token is trained.
     """
 
     masking: Masking = field(default_factory=Masking)
     max_seq_length: int | None = None
     truncate: str = "error"
-    on_empty: str = "error"
+    unusable: str = "error"
 
 
 @dataclass
@@ -77,10 +80,10 @@ def record_samples(
     tally.rows += 1
     try:
         made = renderer.samples(source.parse(row), number, rules.masking)
-    except (NothingSaid, NothingTrained):
-        if rules.on_empty == "error":
+    except DataError as error:
+        if rules.unusable == "error":
             raise
-        tally.drop(UNTRAINED)
+        tally.drop(reason_of(error))
         return []
     kept = []
     for sample in made:
@@ -92,6 +95,14 @@ def record_samples(
             tally.tokens += len(fitted.tokens)
             tally.trained += fitted.supervised
     return kept
+
+
+def reason_of(error: DataError) -> str:
+    """Why a record is left out, the same for all records with the same fault."""
+    if isinstance(error, NothingSaid | NothingTrained):
+        return UNTRAINED
+    # What differs from one record to the next are numbers, and what is quoted of it.
+    return re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "…", error.what)[:120]
 
 
 def _fitted(sample: Sample, rules: Rules, tally: Tally) -> Sample | None:
@@ -114,11 +125,11 @@ def _fitted(sample: Sample, rules: Rules, tally: Tally) -> Sample | None:
     cut = Sample(sample.tokens[kept], sample.weights[kept], sample.record, sample.where)
     if cut.weights[1:].any():
         return cut
-    if rules.on_empty == "error":
+    if rules.unusable == "error":
         raise NothingTrained(
             f"nothing trained is left of this record, cut off at {limit} tokens",
             where=sample.where,
-            remedy='raise train.max_seq_length, or leave such records out: on_empty = "skip"',
+            remedy='raise train.max_seq_length, or leave such records out: unusable = "skip"',
         )
     tally.drop(UNTRAINED)
     return None

@@ -18,12 +18,12 @@ from mlxtune.data.rules import Tally
 from mlxtune.errors import DataError
 from mlxtune.files import write_json
 
-LAYOUT = 1  # of the files, and of what rendering makes of a record: raise it with either
+LAYOUT = 2  # of the files, and of what rendering makes of a record: raise it with either
 TOKENS, INDEX, SUMMARY = "tokens.u32", "index.i64", "summary.json"
 
 # The highest bit of a stored token says that it is trained.
 _TRAINED = np.uint32(1 << 31)
-_ENTRY = np.dtype([("offset", "<i8"), ("length", "<i4"), ("record", "<i4")])
+_ENTRY = np.dtype([("offset", "<i8"), ("length", "<i4"), ("record", "<i4"), ("fingerprint", "<u8")])
 
 Progress = Callable[[str, int], None]
 
@@ -75,6 +75,7 @@ class TokenStore(Sequence[Sample]):
             (stored >> np.uint32(31)).astype(np.float32),
             record + self._first,
             f"{self._name} record {record}",
+            int(entry["fingerprint"]),
         )
 
     def records(self) -> npt.NDArray[np.int64]:
@@ -84,6 +85,10 @@ class TokenStore(Sequence[Sample]):
     def lengths(self) -> npt.NDArray[np.int64]:
         """The tokens of each sample."""
         return self._column("length")
+
+    def fingerprints(self) -> npt.NDArray[np.uint64]:
+        """The fingerprint of each sample's record."""
+        return np.fromfile(self._folder / INDEX, _ENTRY)["fingerprint"]
 
     def _column(self, name: str) -> npt.NDArray[np.int64]:
         return np.fromfile(self._folder / INDEX, _ENTRY)[name].astype(np.int64)
@@ -111,12 +116,34 @@ class Subset(Sequence[Sample]):
         """The tokens of each sample."""
         return lengths_of(self._samples)[self._chosen]
 
+    def records(self) -> npt.NDArray[np.int64]:
+        """The record number of each sample."""
+        return records_of(self._samples)[self._chosen]
+
+    def fingerprints(self) -> npt.NDArray[np.uint64]:
+        """The fingerprint of each sample's record."""
+        return fingerprints_of(self._samples)[self._chosen]
+
 
 def lengths_of(samples: Sequence[Sample]) -> npt.NDArray[np.int64]:
     """The tokens of each sample; those of a store are not read for it."""
     if isinstance(samples, TokenStore | Subset):
         return samples.lengths()
     return np.array([len(sample.tokens) for sample in samples], np.int64)
+
+
+def records_of(samples: Sequence[Sample]) -> npt.NDArray[np.int64]:
+    """The record number of each sample; samples of a store are not read for it."""
+    if isinstance(samples, TokenStore | Subset):
+        return samples.records()
+    return np.array([sample.record for sample in samples], np.int64)
+
+
+def fingerprints_of(samples: Sequence[Sample]) -> npt.NDArray[np.uint64]:
+    """The fingerprint of each sample's record; samples of a store are not read for it."""
+    if isinstance(samples, TokenStore | Subset):
+        return samples.fingerprints()
+    return np.array([sample.fingerprint for sample in samples], np.uint64)
 
 
 @dataclass(frozen=True)
@@ -133,6 +160,7 @@ def pack_samples(samples: Sequence[Sample], tally: Tally) -> Chunk:
     entries = np.zeros(len(samples), _ENTRY)
     entries["length"] = [len(sample.tokens) for sample in samples]
     entries["record"] = [sample.record for sample in samples]
+    entries["fingerprint"] = [sample.fingerprint for sample in samples]
     entries["offset"] = np.cumsum(entries["length"]) - entries["length"]
     none = np.empty(0, np.uint32)
     tokens = np.concatenate([none, *(s.tokens.astype(np.uint32) for s in samples)])

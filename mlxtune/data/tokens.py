@@ -94,6 +94,7 @@ def _key(source: Source, renderer: Renderer, rules: Rules) -> str:
         "files": [_hash(f) for f in source.files()] or source.fingerprint(),
         "source": asdict(source) | {"path": None},
         "renderer": renderer.identity(),
+        "rows": renderer.rows,
         "rules": asdict(rules),
     }
     text = json.dumps(parts, sort_keys=True, default=list)

@@ -1,4 +1,4 @@
-"""Greedy answers to prompts, batched or streamed; generation is mlx-lm's."""
+"""Answers to prompts, batched or streamed; generation and sampling are mlx-lm's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.generate import BatchGenerator, stream_generate
+from mlx_lm.sample_utils import make_sampler
 
 
 def answers(
@@ -49,8 +50,25 @@ def answers(
 
 
 def stream_answer(
-    model: nn.Module, tokenizer: Any, prompt: list[int], *, max_tokens: int
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: list[int],
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
 ) -> Iterator[str]:
-    """Pieces of the greedy answer to one prompt, as they come."""
-    for response in stream_generate(model, tokenizer, prompt, max_tokens=max_tokens):
+    """Pieces of the answer to one prompt, as they come.
+
+    Args:
+        model: an mlx-lm model.
+        tokenizer: mlx-lm's wrapper.
+        prompt: token ids, ready for an answer.
+        max_tokens: the answer is cut off there.
+        temperature: 0 for the most likely token each time; else tokens are drawn by
+            `mx.random`, whose seed decides them.
+    """
+    sampler = make_sampler(temp=temperature)
+    for response in stream_generate(
+        model, tokenizer, prompt, max_tokens=max_tokens, sampler=sampler
+    ):
         yield response.text

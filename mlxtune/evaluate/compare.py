@@ -12,9 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxtune.adapters.store import fitted, put_adapter, read_adapter
+from mlxtune.adapters.store import fitted, put_adapter
 from mlxtune.data.records import Conversation, Turn
-from mlxtune.data.render import Renderer
 from mlxtune.errors import DataError, MlxtuneError
 from mlxtune.evaluate.bootstrap import mean_interval, paired_difference, ratio_interval
 from mlxtune.evaluate.comparison import BASE, TUNED, Answered, Comparison, Figures, Source
@@ -28,9 +27,12 @@ from mlxtune.layers.inject import fuse_lora
 from mlxtune.models.load import LoadedModel
 from mlxtune.models.resolve import resolve_model
 from mlxtune.recipe.schema import DataSource, ModelSection, Recipe, TrainSection
+from mlxtune.train.ending import ending_notes
+from mlxtune.train.kept import held_out_rows, trained_on
 from mlxtune.train.model import load_base
-from mlxtune.train.run import STATUS, Run, adapter_folder
-from mlxtune.train.session import open_run
+from mlxtune.train.outcome import adapter_name, advice_of
+from mlxtune.train.run import Run
+from mlxtune.train.subject import Subject, find_subject
 
 # A model alone has no recipe that limits its records.
 _NO_LIMIT = 1 << 20
@@ -77,29 +79,10 @@ def compare_run(
         how: fields of `Options`, to change them.
 
     Raises:
-        RunError: there is no finished run, or the adapter does not fit its model.
-        DataError: there are no held-out records.
-        ModelError: another model cannot be found. One that cannot be loaded is left out,
-            and told in the notes.
-        MlxtuneError: a metric needs what is not installed.
+        RunError, DataError, ModelError, MlxtuneError: as `compare_subject`.
     """
-    options = replace(options or Options(), **how)
-    run = Run.open(path)
-    saved = read_adapter(adapter_folder(adapter) if adapter else run.finished_adapter())
-    recipe = run.recipe()
-
-    def models() -> Iterator[tuple[str, LoadedModel]]:
-        model = load_base(recipe.model, for_inference=True)
-        fitting = fitted(saved, model.model)  # before minutes are spent on the base
-        yield BASE, model
-        put_adapter(fitting, model.model)
-        model.model.eval()
-        if model.dtype == "float32":
-            # Nothing is lost, and an answer is a third faster without the adapters' products.
-            fuse_lora(model.model)
-        yield TUNED, model
-
-    return _compare(str(path), recipe, models, options, adapter)
+    Run.open(path)
+    return compare_subject(find_subject(str(path), adapter=adapter), options=options, **how)
 
 
 def compare_models(name: str, *, options: Options | None = None, **how: Any) -> Comparison:
@@ -111,44 +94,109 @@ def compare_models(name: str, *, options: Options | None = None, **how: Any) -> 
         how: fields of `Options`, to change them.
 
     Raises:
-        DataError, ModelError, MlxtuneError: as `compare_run`.
+        DataError, ModelError, MlxtuneError: as `compare_subject`.
+    """
+    subject = Subject(name, ModelSection(path=name))
+    return compare_subject(subject, options=options, **how)
+
+
+def compare_subject(subject: Subject, *, options: Options | None = None, **how: Any) -> Comparison:
+    """Evaluate a model, or a base and the adapter on it, and other models beside them.
+
+    Args:
+        subject: what is measured.
+        options: how.
+        how: fields of `Options`, to change them.
+
+    Raises:
+        RunError: the adapter is damaged, or does not fit its model.
+        DataError: there are no held-out records.
+        ModelError: another model cannot be found. One that cannot be loaded is left out,
+            and told in the notes.
+        MlxtuneError: a metric needs what is not installed.
     """
     options = replace(options or Options(), **how)
-    resolve_model(name)
-    sources = options.sources()
-    if not sources:
-        raise DataError(
-            "a model alone has no held-out records",
-            where=name,
-            remedy="name a file of records with --data, or a suite that has some with --suite",
-        )
-    recipe = Recipe(
+    saved = subject.saved() if subject.adapter is not None else None
+    subject.require_base()
+    if subject.run is None:
+        resolve_model(subject.model.path, revision=subject.model.revision)
+    sources = _sources(subject, options)
+    recipe = _recipe(subject, sources)
+
+    def models() -> Iterator[tuple[str, LoadedModel]]:
+        model = load_base(recipe.model, for_inference=True)
+        if saved is None:
+            yield "model", model
+            return
+        fitting = fitted(saved, model.model)  # before minutes are spent on the base
+        yield BASE, model
+        put_adapter(fitting, model.model)
+        model.model.eval()
+        if model.dtype == "float32":
+            # Nothing is lost, and an answer is a third faster without the adapters' products.
+            fuse_lora(model.model)
+        yield TUNED, model
+
+    compared = _compare(subject, recipe, models, options, sources)
+    if subject.adapter is None:
+        return compared
+    advice = advice_of(subject.run) if subject.run is not None and subject.own else None
+    return replace(
+        compared,
+        source=replace(compared.source, tuned=adapter_name(subject.adapter)),
+        notes=(*compared.notes, *([advice] if advice else [])),
+    )
+
+
+def _sources(subject: Subject, options: Options) -> list[DataSource]:
+    """The records to measure on: those that the options name, else those that a run held out."""
+    suite = suite_of(subject.recipe(), options.suite) if subject.run is not None else options.suite
+    if sources := replace(options, suite=suite).sources():
+        return sources
+    if subject.run is not None:
+        if (kept := held_out_rows(subject.run)) is not None:
+            return [DataSource(path=str(kept))]
+        what, remedy = "this run holds no records out", "name a file of records with --data"
+    else:
+        what = "a model alone has no held-out records"
+        if subject.adapter is not None:
+            what = "an adapter that is no run's has no held-out records"
+        remedy = "name a file of records with --data, or a suite that has some with --suite"
+    raise DataError(what, where=subject.name, remedy=remedy)
+
+
+def _recipe(subject: Subject, sources: Sequence[DataSource]) -> Recipe:
+    """What says how records are measured."""
+    if subject.run is not None:
+        return subject.recipe()
+    return Recipe(
         name="eval",
-        model=ModelSection(path=name),
+        model=subject.model,
         data=tuple(sources),
         train=TrainSection(max_seq_length=_NO_LIMIT),
     )
-
-    def models() -> Iterator[tuple[str, LoadedModel]]:
-        yield "model", load_base(recipe.model, for_inference=True)
-
-    return _compare(name, recipe, models, options)
 
 
 Models = Callable[[], Iterator[tuple[str, LoadedModel]]]
 
 
 def _compare(
-    subject: str, recipe: Recipe, models: Models, options: Options, adapter: Path | None = None
+    subject: Subject,
+    recipe: Recipe,
+    models: Models,
+    options: Options,
+    sources: Sequence[DataSource],
 ) -> Comparison:
     suite, others = suite_of(recipe, options.suite), options.others or {}
     options = replace(options, suite=suite)
     for model in others.values():
-        _require_model(model)  # before minutes are spent on the first
+        beside = find_subject(model)  # before minutes are spent on the first
+        if beside.run is None:
+            resolve_model(beside.model.path, revision=beside.model.revision)
     judge = Judge(suite.judge, progress=options.progress) if suite.judge is not None else None
     with sandbox() if options.execute else nullcontext() as box:
         scorer = Scorer(suite, box)
-        several = _Several(subject, recipe, suite, options)
+        several = _Several(recipe, suite, options, sources)
         for name, loaded in models():
             several.add(name, loaded)
             del loaded  # two models at once may not fit
@@ -162,7 +210,8 @@ def _compare(
             for number, c in conversations.items()
             if c.turns
         ]
-    notes = several.notes + scorer.notes([answer.expected for answer in answered])
+    notes = _trained_note(subject.run, conversations) + several.notes
+    notes += scorer.notes([answer.expected for answer in answered])
     if judge is not None:
         for answer in answered:
             for name, said in answer.said.items():
@@ -177,7 +226,7 @@ def _compare(
         if not math.isfinite(of_model.held_out_loss)
     ]
     return Comparison(
-        subject=subject,
+        subject=subject.name,
         suite=suite.name,
         records=len(conversations),
         figures=figures,
@@ -189,18 +238,28 @@ def _compare(
             own=options.data is None,
             limit=options.limit if several.limited else None,
             max_tokens=options.max_tokens,
-            adapter=str(adapter) if adapter is not None else None,
+            adapter=subject.adapter_name,
             models=dict(others),
             executed=options.execute,
         ),
     )
 
 
+def _trained_note(run: Run | None, conversations: Mapping[int, Conversation]) -> list[str]:
+    """Figures of records that were trained on say nothing about new ones."""
+    count = trained_on(run, conversations.values()) if run is not None else 0
+    if not count:
+        return []
+    return [f"{count} of the {len(conversations)} records were also trained on"]
+
+
 class _Several:
     """Models measured one after the other, so that one is in memory at a time."""
 
-    def __init__(self, subject: str, recipe: Recipe, suite: Suite, options: Options) -> None:
-        self._subject, self._recipe = subject, recipe
+    def __init__(
+        self, recipe: Recipe, suite: Suite, options: Options, sources: Sequence[DataSource]
+    ) -> None:
+        self._recipe, self._sources = recipe, sources
         self._suite, self._options = suite, options
         self._records: dict[int, Conversation] | None = None
         self.limited = False
@@ -218,16 +277,12 @@ class _Several:
         one model lacks are left out for all.
         """
         options, before = self._options, self._records
-        renderer = Renderer(loaded.tokenizer)
-        try:
-            records = read_records(self._recipe, options.sources(), renderer)
-        except DataError as error:
-            if error.where != "eval":
-                raise
-            raise DataError(error.what, where=self._subject, remedy=error.remedy) from None
+        renderer = loaded.renderer()
+        records = read_records(self._recipe, self._sources, renderer)
         if before is None:
             whole, records = len(records.conversations), records.first(options.limit)
             self.limited = len(records.conversations) < whole
+            self.notes += ending_notes(loaded.tokenizer)
         else:
             records = records.only(before)
         if not records.conversations:
@@ -252,7 +307,7 @@ class _Several:
     def try_to_add(self, name: str, model: str) -> None:
         """A model beside the others, whose figures do not go with it if it fails."""
         try:
-            self.add(name, _load(model))
+            self.add(name, find_subject(model).load())
         except (MlxtuneError, OSError, RuntimeError, ValueError) as error:
             # What reading a damaged file, or a model too large, ends in.
             reason = error.what if isinstance(error, MlxtuneError) else str(error)
@@ -262,21 +317,6 @@ class _Several:
 
 def _tell(progress: Callable[[str], None], name: str, stage: str) -> None:
     progress(f"{name}: {stage}")
-
-
-def _load(model: str) -> LoadedModel:
-    path = Path(model).expanduser()
-    if (path / STATUS).is_file():
-        return open_run(path)[1]
-    return load_base(ModelSection(path=model), for_inference=True)
-
-
-def _require_model(name: str) -> None:
-    path = Path(name).expanduser()
-    if (path / STATUS).is_file():
-        Run(path).finished_adapter()
-    else:
-        resolve_model(name)
 
 
 def _answered(

@@ -89,6 +89,7 @@ class Source:
         limit: only the first so many were used; None if that is all there are.
         max_tokens: answers were cut off there, whatever the suite says.
         adapter: used instead of the run's own.
+        tuned: the folder of the adapter that `tuned` has, and after which step it was kept.
         models: name to model, of those beside the subject's.
         executed: answers were run.
     """
@@ -98,6 +99,7 @@ class Source:
     limit: int | None = None
     max_tokens: int | None = None
     adapter: str | None = None
+    tuned: str | None = None
     models: dict[str, str] = field(default_factory=dict)
     executed: bool = False
 

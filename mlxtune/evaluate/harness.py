@@ -13,13 +13,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mlxtune.errors import MlxtuneError, RunError
+from mlxtune.errors import MlxtuneError
 from mlxtune.install import install_extra
 from mlxtune.models.load import LoadedModel
-from mlxtune.recipe.schema import ModelSection
-from mlxtune.train.model import load_base
-from mlxtune.train.run import STATUS
-from mlxtune.train.session import open_run
+from mlxtune.train.subject import find_subject
 
 
 def run_tasks(
@@ -27,6 +24,7 @@ def run_tasks(
     tasks: Sequence[str],
     *,
     adapter: Path | None = None,
+    base: str | None = None,
     task_path: Path | None = None,
     limit: int | None = None,
     progress: Callable[[str], None] = lambda _stage: None,
@@ -34,9 +32,8 @@ def run_tasks(
     """What lm-eval measures of a model.
 
     Args:
-        model: a run, or what a recipe's `model.path` takes.
+        model, adapter, base: as in `find_subject`.
         tasks: names of tasks or groups.
-        adapter: of a run, another adapter than its own.
         task_path: a folder of task files beside lm-eval's own.
         limit: the first so many documents of each task.
         progress: is told what is being done.
@@ -70,7 +67,7 @@ def run_tasks(
                     where="--tasks",
                     remedy="`lm-eval ls tasks` lists them; --task-path adds a folder of your own",
                 )
-        loaded = _load(model, adapter)
+        loaded = find_subject(model, adapter=adapter, base=base).load()
         progress(f"tasks: {', '.join(tasks)}")
         found = _evaluated(_wrapped(MLXLM, loaded), tasks, manager, limit)
     return {"lm_eval": version("lm_eval"), "results": found["results"]}
@@ -127,15 +124,6 @@ def _manager(made: Any, tasks: Sequence[str], task_path: Path | None) -> Any:
     if all(own.match_tasks([task]) for task in tasks):
         return own
     return made(include_path=str(task_path))
-
-
-def _load(model: str, adapter: Path | None) -> LoadedModel:
-    path = Path(model).expanduser()
-    if (path / STATUS).is_file():
-        return open_run(path, adapter=adapter)[1]
-    if adapter is not None:
-        raise RunError("--adapter goes with a run", where=model)
-    return load_base(ModelSection(path=model), for_inference=True)
 
 
 def _wrapped(wrapper: Any, loaded: LoadedModel) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from mlxtune.evaluate.answers import answers
 from mlxtune.models.enable import enable_packs_by
 from mlxtune.models.load import LoadedModel
 from mlxtune.recipe.schema import DataSource, Recipe
-from mlxtune.train.corpus import conversations_of, read_held_out, rules_of, source_of
+from mlxtune.train.corpus import rules_of, source_of
 from mlxtune.train.heldout import held_out_loss, sample_losses
 from mlxtune.train.model import layout_for
 
@@ -91,26 +91,19 @@ class Measured:
 
 
 def read_records(recipe: Recipe, sources: Sequence[DataSource], renderer: Renderer) -> Records:
-    """The records of the sources, or without any those that the recipe holds out.
+    """The records of the sources.
 
     Raises:
         DataError: a file is missing or wrong, or there are no records.
     """
-    if not sources:
-        samples = read_held_out(recipe, renderer)
-        if not samples:
-            raise DataError(
-                "the recipe holds no records out",
-                where="eval",
-                remedy="name a file of records with --data",
-            )
-        return _numbered(samples, conversations_of(recipe, samples))
     made: list[Sample] = []
     conversations: list[Conversation] = []
     first = 0
     for section in sources:
         rules = rules_of(recipe.data[0], recipe.train.max_seq_length)
-        source = source_of(section)
+        # Asked as it was trained: under the system prompt of the run.
+        system = section.system or recipe.system_prompt
+        source = replace(source_of(section), held_out=True, system=system)
         store = tokenize(source, renderer, rules, first=first)
         kept = {sample.record - first for sample in store}
         rows = enumerate(source.rows(), start=1)

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import mlxtune
 from mlxtune.errors import RunError
 from mlxtune.files import atomic_files, write_json, write_text
+from mlxtune.train.outcome import held_out_warning
 
 if TYPE_CHECKING:
     # What was kept is read without MLX.
-    from mlxtune.evaluate.comparison import Answered, Comparison, Figures
+    from mlxtune.evaluate.comparison import Answered, Comparison, Figures, Source
 
 # What people call the metrics.
 METRIC_NAMES = {
@@ -28,6 +29,24 @@ METRIC_NAMES = {
     "flags": "same flags",
     "shell": "shell score",
     "output": "same output",
+}
+# What the figures mean, for who sees them for the first time.
+FIGURE_MEANINGS = {
+    "held_out_loss": "how badly the expected answers are predicted, per token; lower is better",
+    "perplexity": "among how many tokens the model seems to guess; lower is better",
+    "bits_per_byte": "the loss per byte of text: comparable between tokenizers; lower is better",
+    "general_loss": "the loss on general text; where it rises, something was forgotten",
+    "exact": "answers that are the expected text",
+    "normalised": "the same, but for white space",
+    "f1": "words in common with the expected answer",
+    "edit": "characters in common with the expected answer",
+    "bash": "answers that bash can read as a command",
+    "dash": "answers that dash can read as a command",
+    "programs": "answers that call the same programs",
+    "flags": "and with the same flags",
+    "shell": "how much of the command is the same",
+    "output": "answers that print the same when they are run",
+    "judge": "grade by another model",
 }
 # Nats a token, or made of them.
 LOSSES = ("held_out_loss", "perplexity", "bits_per_byte", "general_loss")
@@ -138,7 +157,7 @@ def figures_json(result: Comparison) -> dict[str, Any]:
         "run": result.subject,
         "suite": result.suite,
         "records": result.records,
-        **asdict(result.source),
+        **_source(result.source),
         **short,
         "targets": {name: _target(figures) for name, figures in result.figures.items()},
         "categories": {
@@ -151,6 +170,12 @@ def figures_json(result: Comparison) -> dict[str, Any]:
         "judge": result.judge,
         "notes": list(result.notes),
     }
+
+
+def _source(source: Source) -> dict[str, Any]:
+    """As JSON; `tuned` has figures there."""
+    values = asdict(source)
+    return values | {"tuned_adapter": values.pop("tuned")}
 
 
 def _target(figures: Figures) -> dict[str, Any]:
@@ -270,6 +295,69 @@ def is_short(figures: dict[str, Any]) -> bool:
         figures: what `figures_json` made.
     """
     return any(figures.get(key) is not None for key in ("limit", "max_tokens", "adapter"))
+
+
+def share(value: float, *, digits: int = 1, signed: bool = False) -> str:
+    """A share in percent; never minus zero, which looks like a loss."""
+    text = f"{value:{'+' if signed else ''}.{digits}%}"
+    return text.lstrip("+-") if not any(c in "123456789" for c in text) else text
+
+
+def first_words(figures: dict[str, Any]) -> list[tuple[str, bool]]:
+    """What to read first of an evaluation, a line each, and whether it is a warning.
+
+    A warning where the adapter did not lower the loss; then each model against the first one:
+    its loss, and the suite's first metric, whichever way they turned out.
+
+    Args:
+        figures: what `figures_json` made.
+    """
+    targets = figures["targets"]
+    lines = []
+    if {"base", "tuned"} <= targets.keys():
+        before, after = (targets[name].get("held_out_loss") for name in ("base", "tuned"))
+        if before is not None and (told := held_out_warning(before, after)) is not None:
+            lines.append((told, True))
+    first, *others = targets
+    return [*lines, *((_against(first, name, targets), False) for name in others)]
+
+
+def _against(first: str, name: str, targets: dict[str, Any]) -> str:
+    """A model against the first one."""
+    old, new = targets[first], targets[name]
+    losses = (_loss_text(figures.get("held_out_loss")) for figures in (old, new))
+    text = f"{first} → {name}: held-out loss {' → '.join(losses)}"
+    gains = new.get("gains") or {}
+    metric = next((metric for metric, gain in gains.items() if gain is not None), None)
+    if metric is None or not (old["metrics"].get(metric) and new["metrics"].get(metric)):
+        return text
+    label, gain = METRIC_NAMES.get(metric, metric), gains[metric]
+    before, after = (figures["metrics"][metric]["mean"] for figures in (old, new))
+    if gain["low"] == gain["high"] == 0:
+        return f"{text}; {label} {share(before)} with both"
+    change, low, high = (
+        share(gain[key], signed=True).removesuffix("%") for key in ("mean", "low", "high")
+    )
+    return (
+        f"{text}; {label} {share(before)} → {share(after)} ({change} points, 95% interval "
+        f"{low} to {high})"
+    )
+
+
+def _loss_text(value: float | None) -> str:
+    return "no number" if value is None else f"{value:.4f}"
+
+
+def which_models(figures: dict[str, Any]) -> str:
+    """Which models the columns of an evaluation are; nothing of a model alone."""
+    names = figures["targets"]
+    if not {"base", "tuned"} <= names.keys():
+        return ""
+    adapter = figures.get("tuned_adapter") or "the run's adapter"
+    others = figures.get("models")
+    known = others.items() if isinstance(others, dict) else ()
+    told = {"base": "the model before training", "tuned": f"the same with {adapter}", **dict(known)}
+    return "; ".join(f"{name}: {told[name]}" for name in names if name in told)
 
 
 def judge_line(judge: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from mlxtune.adapters.gguf import write_gguf_adapter
 from mlxtune.adapters.peft import write_peft
 from mlxtune.adapters.saved import CONFIG, SavedAdapter
-from mlxtune.adapters.store import read_adapter, write_mlx_lm
+from mlxtune.adapters.store import write_mlx_lm
 from mlxtune.data.render import Renderer
 from mlxtune.errors import ExportError
 from mlxtune.export.handover import MODELFILE, HandOver, run_commands
@@ -21,11 +21,10 @@ from mlxtune.export.ollama import require_name
 from mlxtune.export.record import REPORT, SIZE, of_weights, read_record, require_same
 from mlxtune.files import atomic_folder, write_json, write_text
 from mlxtune.fuse import require_outside
-from mlxtune.models.load import load_tokenizer, model_config
+from mlxtune.models.load import model_config
 from mlxtune.models.resolve import resolve_model
-from mlxtune.recipe.schema import ExportSection
-from mlxtune.train.model import tokenizer_of
-from mlxtune.train.run import STATUS, Run, adapter_folder
+from mlxtune.train.model import rows_of, tokenizer_of
+from mlxtune.train.subject import Subject, find_subject
 
 GGUF = "adapter.gguf"
 
@@ -75,10 +74,11 @@ class AdapterExport:
 
 
 def export_adapter(
-    path: Path,
+    path: str | Path,
     layout: str,
     *,
     output: Path | None = None,
+    model: str | None = None,
     base: str | None = None,
     name: str | None = None,
     overwrite: bool = False,
@@ -86,9 +86,11 @@ def export_adapter(
     """Write an adapter for another library; the base model is not touched.
 
     Args:
-        path: a run, or an adapter's folder as mlxtune, mlx-lm or PEFT writes it.
+        path: a run, `RUN@step-N`, or an adapter's folder as mlxtune, mlx-lm or PEFT writes it.
         layout: `peft`, `mlx-lm`, `gguf` for llama.cpp, or `ollama` for that and a Modelfile.
-        output: folder to write; `export/<layout>` in the run by default.
+        output: folder to write; by default `export/<layout>` in the run, of a checkpoint
+            `export/<layout>-step-N`.
+        model: where its base model is, instead of where the run or the adapter says.
         base: for Ollama, what the adapter goes on: a model that Ollama has, or a .gguf file.
             By default the model that was trained, where that is Ollama's.
         name: what Ollama is to call the model; what the recipe says by default.
@@ -101,45 +103,47 @@ def export_adapter(
             the adapter goes on.
         OutputExists, StorageError: nothing was written.
     """
-    run = Run(path) if (path / STATUS).is_file() else None
-    adapter = read_adapter(adapter_folder(path))
+    subject = find_subject(str(path), base=model)
+    run, adapter = subject.run, subject.saved()
+    place = Path(adapter.where)
+    if (model is not None or run is not None) and not Path(adapter.base).expanduser().exists():
+        adapter = replace(adapter, base=subject.model.path)  # the project may have been moved
     if output is None:
-        if run is None:
+        if run is None or (subject.checkpoint is None and not subject.own):
             raise ExportError(
                 "an adapter that is no run's has no place to be written to",
                 where=str(path),
                 remedy="name one with --output",
             )
-        output = path / "export" / layout
-    require_outside(output, path)
-    revision = None
-    if run is not None and run.recipe().model.path == adapter.base:
-        revision = run.recipe().model.revision
-    write = _writer(layout, run, revision)
+        step = subject.checkpoint
+        output = run.path / "export" / (layout if step is None else f"{layout}-{step}")
+    require_outside(output, Path(path) if run is None else run.path)
+    write = _writer(layout, subject)
     marker = GGUF if layout in ("gguf", OLLAMA) else CONFIG
     made = None
     if layout == OLLAMA:
-        name = name or (_own_name(run) if run is not None else path.absolute().name)
+        recipe = subject.recipe()
+        name = name or recipe.export.name or recipe.name
         require_name(name)
-        made = _modelfile(adapter, run, base)
+        made = _modelfile(adapter, subject, base)
     load = _LAYOUTS[layout].format(folder=output, base=adapter.base) if made is None else ""
     if made is not None and name is not None:
         load = " && ".join(run_commands(OLLAMA, output, name))
     export = AdapterExport(
         output, layout, adapter.kind, len(adapter.targets), load, name or "", made
     )
-    if made is not None and not overwrite and _exported_before(output, path, made):
+    if made is not None and not overwrite and _exported_before(output, place, made):
         return replace(export, written_before=True)
     with atomic_folder(output, overwrite=overwrite, marker=marker) as folder:
         write(folder, adapter)
         if made is not None:
             write_text(folder / MODELFILE, made.text())
             size = {SIZE: (folder / GGUF).stat().st_size}
-            write_json(folder / REPORT, _made_of(path, made) | size)
+            write_json(folder / REPORT, _made_of(place, made) | size)
     return export
 
 
-def _exported_before(output: Path, path: Path, made: Modelfile) -> bool:
+def _exported_before(output: Path, place: Path, made: Modelfile) -> bool:
     """Whether what would be written is there, to be handed over again.
 
     Raises:
@@ -149,20 +153,15 @@ def _exported_before(output: Path, path: Path, made: Modelfile) -> bool:
     if record is None or not (output / GGUF).is_file():
         return False
     size = {SIZE: (output / GGUF).stat().st_size}
-    require_same(output, record, _made_of(path, made) | size)
+    require_same(output, record, _made_of(place, made) | size)
     return True
 
 
-def _made_of(path: Path, made: Modelfile) -> dict[str, Any]:
-    return {"adapter": of_weights(adapter_folder(path)), "modelfile": made.text()}
+def _made_of(place: Path, made: Modelfile) -> dict[str, Any]:
+    return {"adapter": of_weights(place), "modelfile": made.text()}
 
 
-def _own_name(run: Run) -> str:
-    recipe = run.recipe()
-    return recipe.export.name or recipe.name
-
-
-def _modelfile(adapter: SavedAdapter, run: Run | None, base: str | None) -> Modelfile:
+def _modelfile(adapter: SavedAdapter, subject: Subject, base: str | None) -> Modelfile:
     """FROM what the adapter goes on, with all else as the run's model wants it."""
     if base is None and adapter.base.startswith("ollama:"):
         base = adapter.base.removeprefix("ollama:")
@@ -180,28 +179,25 @@ def _modelfile(adapter: SavedAdapter, run: Run | None, base: str | None) -> Mode
         base = str(file)
     else:
         require_name(base, where="--base")
-    if run is not None:
-        recipe = run.recipe()
-        tokenizer, settings = tokenizer_of(recipe.model), recipe.export
-    else:
-        tokenizer = load_tokenizer(resolve_model(adapter.base, weights=False))
-        settings = ExportSection()
-    made = modelfile(Renderer(tokenizer), tokenizer, settings, gguf=base)
+    subject.require_base()
+    tokenizer, settings = tokenizer_of(subject.model), subject.recipe().shipping
+    renderer = Renderer(tokenizer, rows=rows_of(subject.model))
+    made = modelfile(renderer, tokenizer, settings, gguf=base)
     return replace(made, adapter=f"./{GGUF}")
 
 
-def _writer(
-    layout: str, run: Run | None, revision: str | None
-) -> Callable[[Path, SavedAdapter], None]:
+def _writer(layout: str, subject: Subject) -> Callable[[Path, SavedAdapter], None]:
     if layout == "mlx-lm":
         return write_mlx_lm
     if layout in ("gguf", OLLAMA):
-        return lambda folder, adapter: _write_gguf(folder, adapter, revision)
-    rslora = run is not None and run.recipe().lora.rslora
+        return lambda folder, adapter: _write_gguf(folder, adapter, subject)
+    rslora = subject.run is not None and subject.recipe().lora.rslora
     return lambda folder, adapter: write_peft(folder, adapter, rslora=rslora)
 
 
-def _write_gguf(folder: Path, adapter: SavedAdapter, revision: str | None) -> None:
+def _write_gguf(folder: Path, adapter: SavedAdapter, subject: Subject) -> None:
     """Which rows are reordered is known of the base; its config suffices."""
-    base = resolve_model(adapter.base, revision=revision, weights=False)
+    subject.require_base()
+    model = subject.model
+    base = resolve_model(model.path, revision=model.revision, weights=False)
     write_gguf_adapter(folder / GGUF, adapter, model_config(base))

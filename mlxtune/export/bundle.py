@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlxtune
 from mlxtune.data.render import Renderer
-from mlxtune.errors import MlxtuneError
+from mlxtune.errors import ExportError
 from mlxtune.export.calibrate import importance_of
 from mlxtune.export.convert import Verified, write_model
 from mlxtune.export.handover import GGUF, LABELS, MODELFILE, HandOver, run_commands
@@ -33,10 +34,12 @@ from mlxtune.gguf.architectures import for_config
 from mlxtune.models.load import LoadedModel
 from mlxtune.models.resolve import is_hub_id, public_name
 from mlxtune.recipe.schema import Recipe
-from mlxtune.train.corpus import read_corpus
-from mlxtune.train.model import tokenizer_of
-from mlxtune.train.run import Run, adapter_folder
-from mlxtune.train.session import open_run
+from mlxtune.train.ending import ending_notes
+from mlxtune.train.kept import rows_to_try
+from mlxtune.train.model import rows_of, tokenizer_of
+from mlxtune.train.outcome import adapter_lines, adapter_name, adapter_step, judge, outcome
+from mlxtune.train.run import Run
+from mlxtune.train.subject import Subject, find_subject
 
 CARD = "README.md"
 
@@ -52,8 +55,11 @@ class Bundle:
         verified: how it differs from the trained model; None if it was not looked at.
         commands: runtime to the command that runs it.
         modelfile: what the file of that name says.
+        adapter: what was fused, and after which step it was kept, where that is known.
+        warnings: what its run's losses say against it.
         unweighed: how many matrices the importance that was given says nothing of.
         written_before: whether it was there already, and has only been looked at.
+        notes: what else there is to say.
     """
 
     folder: Path
@@ -62,8 +68,11 @@ class Bundle:
     verified: Verified | None
     commands: dict[str, str]
     modelfile: Modelfile
+    adapter: str
+    warnings: tuple[str, ...] = ()
     unweighed: int = 0
     written_before: bool = False
+    notes: tuple[str, ...] = ()
 
     def as_json(self, handed: HandOver | None = None) -> str:
         """For `--json`, with what became of it; the Modelfile is in the folder."""
@@ -75,9 +84,10 @@ class Bundle:
 
 
 def export_run(
-    path: Path,
+    path: str | Path,
     *,
     adapter: Path | None = None,
+    base: str | None = None,
     output: Path | None = None,
     file_type: str | None = None,
     name: str | None = None,
@@ -92,9 +102,11 @@ def export_run(
     """Fuse a run and write it for Ollama, llama.cpp and mistral.rs.
 
     Args:
-        path: the run.
-        adapter: another run, or an adapter's folder, to use instead of the run's own.
-        output: folder to write; `export/<file type>` in the run by default.
+        path: a run, `RUN@step-N`, an adapter's folder, or with `adapter` any model.
+        adapter: an adapter to put on the model, or to use instead of the run's own.
+        base: the model to use instead of the one that the run or the adapter names.
+        output: folder to write; by default `export/<file type>` in the run, of a checkpoint
+            `export/<file type>-step-N`.
         file_type: of `FILE_TYPES`; what the recipe says by default.
         name: what Ollama is to call it; what the recipe says by default.
         imatrix: llama.cpp's importance matrix.
@@ -109,19 +121,21 @@ def export_run(
         ExportError: the model's architecture, tokenizer or Modelfile cannot be written.
         OutputExists, StorageError: nothing was written.
     """
-    run, model = open_run(path, adapter=adapter, for_inference=False)
-    recipe = run.recipe()
+    subject = find_subject(str(path), adapter=adapter, base=base)
+    weights = Path(subject.saved().where)
+    recipe = subject.recipe()
     file_type = file_type or recipe.export.quantize
-    folder = _folder(path, output, file_type)
-    require_outside(folder, path)
-    given = [p for p in (imatrix, calibration, save_imatrix, adapter) if p is not None]
+    folder = _folder(subject, output, file_type)
+    if subject.run is not None:
+        require_outside(folder, subject.run.path)
+    model = subject.load(for_inference=False)
+    given = [p for p in (imatrix, calibration, save_imatrix, weights) if p is not None]
     used = (*model_places(model.source.path), *given)
     for_config(model.config)
     name = name or recipe.export.name or recipe.name
-    ollama = modelfile(Renderer(model.tokenizer), model.tokenizer, recipe.export)
+    ollama = modelfile(model.renderer(), model.tokenizer, recipe.shipping)
     # The folder is shipped: its card knows no place on this machine.
-    card = model_card(run, recipe, file_type, _commands(Path(), name), adapter)
-    weights = adapter_folder(adapter or path)
+    card = model_card(subject, recipe, file_type, _commands(Path(), name))
     made_of = _made_of(weights, file_type, pre, imatrix, calibration)
     with atomic_folder(folder, overwrite=overwrite, marker=GGUF) as temporary:
         require_apart(folder, used)
@@ -141,7 +155,7 @@ def export_run(
             importance=importance,
             pre=pre,
             verify=verify,
-            rows=partial(_held_out_rows, recipe, model),
+            rows=partial(_rows_to_try, subject, model),
             progress=progress,
         )
         seen = {} if verified is None else asdict(verified)
@@ -150,14 +164,25 @@ def export_run(
         write_text(temporary / MODELFILE, ollama.text())
         write_text(temporary / CARD, card)
     commands = _commands(folder, name)
-    unweighed = len(written.unweighed)
-    return Bundle(folder, file_type, size[SIZE], verified, commands, ollama, unweighed)
+    return Bundle(
+        folder,
+        file_type,
+        size[SIZE],
+        verified,
+        commands,
+        ollama,
+        adapter_name(weights),
+        tuple(adapter_lines(weights)),
+        unweighed=len(written.unweighed),
+        notes=tuple(ending_notes(model.tokenizer)),
+    )
 
 
 def exported_before(
-    path: Path,
+    path: str | Path,
     *,
     adapter: Path | None = None,
+    base: str | None = None,
     output: Path | None = None,
     file_type: str | None = None,
     name: str | None = None,
@@ -169,7 +194,7 @@ def exported_before(
     """What `export_run` has written of this run, to be handed over again.
 
     Args:
-        path, adapter, output, file_type, name, imatrix, pre, calibration: as in `export_run`.
+        path, adapter, base, output, file_type, name, imatrix, pre, calibration: as in `export_run`.
         verify: it has to have been read back.
 
     Returns:
@@ -178,24 +203,37 @@ def exported_before(
     Raises:
         OutputExists: an export is there that is not what `export_run` would write.
     """
-    run = Run.open(path)
-    recipe = run.recipe()
+    subject = find_subject(str(path), adapter=adapter, base=base)
+    subject.require_base()
+    weights = Path(subject.saved().where)
+    recipe = subject.recipe()
     file_type = file_type or recipe.export.quantize
-    folder = _folder(path, output, file_type)
+    folder = _folder(subject, output, file_type)
     record = read_record(folder)
     if record is None or not (folder / GGUF).is_file():
         return None
     size = (folder / GGUF).stat().st_size
-    weights = adapter_folder(adapter or path)
     wanted = _made_of(weights, file_type, pre, imatrix, calibration) | {SIZE: size}
     require_same(folder, record, wanted)
     verified = _read_verified(record)
     if verify and verified is None:
         raise different(folder, "it was not read back (--no-verify hands it over as it is)")
     tokenizer = tokenizer_of(recipe.model)
-    ollama = modelfile(Renderer(tokenizer), tokenizer, recipe.export)
+    renderer = Renderer(tokenizer, rows=rows_of(recipe.model))
+    ollama = modelfile(renderer, tokenizer, recipe.shipping)
     commands = _commands(folder, name or recipe.export.name or recipe.name)
-    return Bundle(folder, file_type, size, verified, commands, ollama, written_before=True)
+    return Bundle(
+        folder,
+        file_type,
+        size,
+        verified,
+        commands,
+        ollama,
+        adapter_name(weights),
+        tuple(adapter_lines(weights)),
+        written_before=True,
+        notes=tuple(ending_notes(tokenizer)),
+    )
 
 
 def _read_verified(record: dict[str, Any]) -> Verified | None:
@@ -212,8 +250,17 @@ def _read_verified(record: dict[str, Any]) -> Verified | None:
         return None
 
 
-def _folder(path: Path, output: Path | None, file_type: str) -> Path:
-    return output or path / "export" / file_type
+def _folder(subject: Subject, output: Path | None, file_type: str) -> Path:
+    if output is not None:
+        return output
+    if subject.run is None:
+        raise ExportError(
+            "an adapter that is no run's has no place to be written to",
+            where=subject.name,
+            remedy="name one with --output",
+        )
+    step = subject.checkpoint
+    return subject.run.path / "export" / (file_type if step is None else f"{file_type}-{step}")
 
 
 def _made_of(
@@ -229,17 +276,12 @@ def _made_of(
     }
 
 
-def _held_out_rows(recipe: Recipe, model: LoadedModel) -> list[list[int]] | None:
-    """What the file is tried with: held-out records, else some that were trained on.
-
-    None where they cannot be read: a run may outlive its data.
-    """
-    try:
-        corpus = read_corpus(recipe, Renderer(model.tokenizer))
-    except MlxtuneError:
+def _rows_to_try(subject: Subject, model: LoadedModel) -> list[list[int]] | None:
+    """What the file is tried with; None where there are no records, or they are gone."""
+    if subject.run is None:
         return None
-    samples = corpus.held_out or corpus.parts[0].samples
-    return [sample.tokens.tolist() for sample in samples[:ROWS]]
+    samples = rows_to_try(subject.run, model.renderer(), ROWS)
+    return [sample.tokens.tolist() for sample in samples] or None
 
 
 def _commands(folder: Path, name: str) -> dict[str, str]:
@@ -251,18 +293,13 @@ def _commands(folder: Path, name: str) -> dict[str, str]:
     }
 
 
-def model_card(
-    run: Run,
-    recipe: Recipe,
-    file_type: str,
-    commands: dict[str, str],
-    adapter: Path | None = None,
-) -> str:
+def model_card(subject: Subject, recipe: Recipe, file_type: str, commands: dict[str, str]) -> str:
     """README.md of an exported model: what it is, how it was made, how to run it.
 
     Of an adapter that is not the run's own it is not known how it was made.
     """
-    method = "DoRA" if recipe.lora.dora else "LoRA"
+    run, kind = subject.run, subject.saved().kind
+    method = "DoRA" if kind == "dora" else "LoRA"
     base = public_name(recipe.model.path)
     lines = [
         "---",
@@ -280,10 +317,17 @@ def model_card(
         "| | |",
         "|---|---|",
     ]
-    lines += _made(run, recipe) if adapter is None else [f"| adapter | `{adapter.name}` |"]
+    if run is not None and subject.own:
+        lines += _made(run, recipe)
+    elif subject.adapter is not None:
+        step = adapter_step(subject.adapter)
+        after = f", after step {step}" if step else ""
+        given = subject.adapter_name or subject.adapter
+        lines.append(f"| adapter | `{Path(given).name}`{after} |")
     lines += ["", "## How to run it", "", "In this folder:", ""]
     lines += [f"- {runtime}: `{command}`" for runtime, command in commands.items()]
-    made_with = run.status().get("versions", {}).get("mlxtune", "of an unknown version")
+    versions = run.status().get("versions", {}) if run is not None else {}
+    made_with = versions.get("mlxtune", "of an unknown version") if run else mlxtune.__version__
     lines += ["", f"Made with mlxtune {made_with}."]
     return "\n".join(lines) + "\n"
 
@@ -291,7 +335,7 @@ def model_card(
 def _made(run: Run, recipe: Recipe) -> list[str]:
     """Rows of a table that says how a run was trained."""
     train = [entry for entry in run.metrics() if "loss" in entry]
-    held_out = [entry["held_out_loss"] for entry in run.metrics() if "held_out_loss" in entry]
+    found = outcome(run.metrics())
     lines = [
         f"| data | {', '.join(f'`{Path(s.path).name}`' for s in recipe.data)} |",
         f"| adapter | rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g} on "
@@ -302,6 +346,9 @@ def _made(run: Run, recipe: Recipe) -> list[str]:
     if train:
         last = train[-1]
         lines.append(f"| steps | {last['step']} ({last['examples']} examples) |")
-    if held_out:
-        lines.append(f"| held-out loss | {held_out[0]:.4f} before, {held_out[-1]:.4f} after |")
+    if found.before is not None and found.after is not None:
+        worse = ": worse than before training" * (judge(found.before, found.after) == "worse")
+        lines.append(
+            f"| held-out loss | {found.before:.4f} before, {found.after:.4f} after{worse} |"
+        )
     return lines

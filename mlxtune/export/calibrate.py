@@ -23,6 +23,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from mlxtune.data.render import Renderer
 from mlxtune.data.sources import Source
 from mlxtune.errors import DataError, ExportError, OutputExists
+from mlxtune.files import LFS_POINTER, LFS_REMEDY, is_lfs_pointer
 from mlxtune.gguf.architectures import for_config
 from mlxtune.gguf.heads import reordering
 from mlxtune.gguf.imatrix import read_imatrix, write_imatrix
@@ -138,7 +139,7 @@ def calibrate(
 
     Raises:
         DataError: there is no text in the file, or a record cannot be read.
-        ExportError: the model cannot be written as GGUF.
+        ExportError: the model cannot be written as GGUF, or gives no numbers.
         ModelError: it has no chat template for the records.
     """
     own_quantized_layers(model.model, DTYPES[model.dtype])
@@ -147,7 +148,7 @@ def calibrate(
     counts: dict[str, npt.NDArray[np.float64]] = {}
     tokens = 0
     with _recorded(_matrices(model)) as recorded:
-        for batch in _batches(_limited(_chunks(data, model.tokenizer), max_tokens)):
+        for batch in _batches(_limited(_chunks(data, model), max_tokens)):
             model.model(mx.array(batch))
             # The logits are not asked for, so they are not computed.
             mx.eval(recorded)
@@ -159,6 +160,13 @@ def calibrate(
             progress(f"calibrating, {tokens:,} tokens")
     if not tokens:
         raise DataError("there is no text to calibrate on", where=str(data))
+    if not all(np.isfinite(squares).all() for squares in sums.values()):
+        raise ExportError(
+            "the model itself gives no numbers: what its layers compute on these texts is nan or "
+            "infinite",
+            where=str(data),
+            remedy="train again with a lower train.learning_rate, or fetch the model again",
+        )
     return Calibration(_in_gguf_order(_single(sums), model.config), _single(counts), tokens)
 
 
@@ -197,11 +205,11 @@ def _batches(chunks: Iterable[npt.NDArray[np.int32]]) -> Iterator[npt.NDArray[np
             yield np.stack(same[start : start + rows])
 
 
-def _chunks(data: Path, tokenizer: Any) -> Iterator[npt.NDArray[np.int32]]:
+def _chunks(data: Path, model: LoadedModel) -> Iterator[npt.NDArray[np.int32]]:
     """Token ids, at most `CHUNK` at a time; no chunk has tokens of two records."""
-    renderer = Renderer(tokenizer)
+    renderer = model.renderer()
     if data.suffix == ".txt":
-        yield from _of_text(_text(data), renderer, tokenizer)
+        yield from _of_text(_text(data), renderer, model.tokenizer)
         return
     for number, conversation in enumerate(Source(str(data)), 1):
         for sample in renderer.samples(conversation, number):
@@ -210,6 +218,8 @@ def _chunks(data: Path, tokenizer: Any) -> Iterator[npt.NDArray[np.int32]]:
 
 
 def _text(path: Path) -> str:
+    if is_lfs_pointer(path):
+        raise DataError(LFS_POINTER, where=str(path), remedy=LFS_REMEDY)
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -220,6 +230,7 @@ def _of_text(text: str, renderer: Renderer, tokenizer: Any) -> Iterator[npt.NDAr
     """Chunks that each begin as texts of this tokenizer do."""
     first = list(tokenizer.encode(""))[:1]
     begin = first if first == [tokenizer.bos_token_id] else []
+    renderer.require_rows(begin)
     ids, room = renderer.encode(text), CHUNK - len(begin)
     for start in range(0, len(ids), room):
         yield np.array(begin + ids[start : start + room], np.int32)

@@ -16,13 +16,14 @@ from mlxtune.export.calibrate import importance_of
 from mlxtune.export.runtime import RuntimeCheck, check_in_llamacpp, installed
 from mlxtune.export.source import Convertible, language_model, open_source, require_whole
 from mlxtune.export.verify import SAMPLE, Readback, read_back, read_back_folder
-from mlxtune.files import atomic_files, atomic_folder, require_apart, write_json
-from mlxtune.fuse import dense_config
+from mlxtune.files import atomic_files, atomic_folder, require_apart
+from mlxtune.fuse import dense_config, write_configs
 from mlxtune.gguf.architectures import for_config
 from mlxtune.gguf.tensors import SourceTensor
 from mlxtune.gguf.writer import Importance, Written, write_gguf
 from mlxtune.models.folder import dense_pieces, packable, packed_pieces
 from mlxtune.models.safetensors import write_safetensors
+from mlxtune.models.tokenizer_files import save_tokenizer
 from mlxtune.train.memory import GB, memory_budget
 
 Progress = Callable[[str], None]
@@ -270,7 +271,7 @@ def convert_to_folder(
         return f"{mlx_bits} bits" if mlx_bits and packable(tensor, group_size) else dtype
 
     with atomic_folder(output, overwrite=overwrite, marker="config.json") as folder:
-        model.tokenizer().save_pretrained(str(folder))
+        save_tokenizer(folder, model.tokenizer())
         if mlx_bits is None:
             pieces = dense_pieces(model.tensors(), dtype, config)
         else:
@@ -279,7 +280,7 @@ def convert_to_folder(
             pieces = packed_pieces(
                 model.tensors(), bits=mlx_bits, group_size=group_size, dtype=dtype
             )
-        write_json(folder / "config.json", config)
+        write_configs(folder, config, model.tokenizer(), model.places[0])
         write_safetensors(folder, pieces, progress=progress)
         files = sorted(folder.glob("model*.safetensors"))
         size = sum(file.stat().st_size for file in files)

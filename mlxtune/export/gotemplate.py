@@ -140,21 +140,6 @@ def go_template(renderer: Renderer, tokenizer: Any) -> GoTemplate | None:
     return None
 
 
-def end_of_turn(renderer: Renderer, tokenizer: Any) -> int | None:
-    """The token that an answer ends with in the chat template; None if there is none."""
-    if not renderer.has_template:
-        return None
-    asked = [Turn("user", _FIRST)]
-    try:
-        full = renderer.text([*asked, Turn("assistant", "abc")])
-        end = full[full.rindex("abc") + 3 :]
-    except Exception:  # Jinja templates raise whatever they like
-        return None
-    ids = renderer.encode(end)
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return ids[0] if ids and ids[0] in special else None
-
-
 def _added_bos(tokenizer: Any) -> str:
     """The token that the tokenizer, and so the runtime, puts before every text by itself."""
     number = tokenizer.bos_token_id

@@ -19,7 +19,8 @@ from typing import Any
 
 from mlxtune.data.render import Renderer
 from mlxtune.errors import ExportError
-from mlxtune.export.gotemplate import end_of_turn, go_template
+from mlxtune.export.gotemplate import go_template
+from mlxtune.gguf.ends import ends_of_answers, unstopped_end
 from mlxtune.recipe.schema import ExportSection
 
 Value = str | int | float | bool
@@ -113,7 +114,7 @@ def modelfile(
         gguf,
         template=go.text if go is not None else None,
         system=settings.system if settings.system is not None else own,
-        parameters=_parameters(renderer, tokenizer, settings),
+        parameters=_parameters(tokenizer, settings),
         license=_licence(settings.license),
     )
     made.text()  # what cannot be written is told before the model is
@@ -183,13 +184,10 @@ def _parameter(name: str, value: Value) -> str:
     return f"PARAMETER {name} {str(value).lower()}"
 
 
-def _parameters(
-    renderer: Renderer, tokenizer: Any, settings: ExportSection
-) -> tuple[tuple[str, Value], ...]:
-    ends = set(tokenizer.eos_token_ids)
-    if (trained := end_of_turn(renderer, tokenizer)) is not None:
-        ends.add(trained)
-    stops = [("stop", str(end)) for end in tokenizer.convert_ids_to_tokens(sorted(ends))]
+def _parameters(tokenizer: Any, settings: ExportSection) -> tuple[tuple[str, Value], ...]:
+    # A template that ends answers in plain text has not taught the model any end.
+    ends = ends_of_answers(tokenizer) if unstopped_end(tokenizer) is None else []
+    stops = [("stop", str(end)) for end in tokenizer.convert_ids_to_tokens(ends)]
     chosen = [("num_ctx", settings.num_ctx), ("temperature", settings.temperature)]
     return (*stops, *((name, value) for name, value in chosen if value is not None))
 

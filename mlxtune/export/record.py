@@ -27,7 +27,8 @@ _DIFFERENT = {
 
 def of_weights(folder: Path) -> dict[str, str]:
     """Name to SHA-256 of an adapter's weights."""
-    return {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+    # A checkpoint has the optimizer's state beside them.
+    return {file.name: sha256(file) for file in sorted(folder.glob("adapter*.safetensors"))}
 
 
 def of_file(path: Path | None) -> str | None:

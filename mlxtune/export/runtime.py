@@ -7,6 +7,7 @@ lives in this process and is asked over the loopback.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,18 +68,36 @@ def check_in_llamacpp(
         ExportError: llama.cpp does not run the file, or says something else.
     """
     chosen = [list(row) for row in rows[:ROWS] if len(row) > 1]
-    divergences, same = [], []
+    divergences, same, losses = [], [], []
     with _Server(path, max((len(row) for row in chosen), default=1)) as server:
         for row in chosen:
             expected = _log_probabilities(model, row)
+            if np.isnan(expected).any():
+                raise ExportError(
+                    "the model itself gives no numbers: what MLX computes with it is nan, so "
+                    "no file of it can answer anything",
+                    where=str(path),
+                    remedy="its weights, or those of its adapter, are damaged or too large: train "
+                    "again with a lower train.learning_rate, or fetch the model again",
+                )
             for place in range(max(1, len(row) - PLACES), len(row)):
                 told = server.next_token(row[:place])
                 if told is None:
                     continue
                 ids, got = told
+                if not np.isfinite(got).all():
+                    raise ExportError(
+                        "llama.cpp computes no numbers with this file, though MLX does with the "
+                        "model: what its layers compute is too large for the 16-bit floats that "
+                        f"llama.cpp uses beside {file_type}",
+                        where=str(path),
+                        remedy="train again with a lower train.learning_rate; --no-verify writes "
+                        "the file all the same",
+                    )
                 want = expected[place - 1]
-                divergences.append(_divergence(want[ids], np.array(got)))
+                divergences.append(_divergence(want[ids], got))
                 same.append(ids[0] == int(want.argmax()))
+                losses.append(-float(want[row[place]]))
     if not same:
         return RuntimeCheck(0, None, None)
     mean_kl, top1 = float(np.mean(divergences)), float(np.mean(same))
@@ -88,9 +107,25 @@ def check_in_llamacpp(
             f"llama.cpp expects other tokens than MLX: mean KL divergence {mean_kl:.2g}, the same "
             f"most likely token at {top1:.0%} of {len(same)} places",
             where=str(path),
-            remedy="--no-verify writes the file all the same. Please report this",
+            remedy=_remedy(float(np.mean(losses)), expected.shape[-1]),
         )
     return RuntimeCheck(len(same), mean_kl, top1)
+
+
+def _remedy(loss: float, vocabulary: int) -> str:
+    """What to do about a file that says something else than its model.
+
+    Args:
+        loss: of the model itself on the texts, nats a token.
+        vocabulary: how many tokens there are.
+    """
+    # By a nat: a model of random weights is a little worse than chance too.
+    if loss > math.log(vocabulary) + 1:
+        return (
+            f"the model itself predicts worse than chance (loss {loss:.2f}), so that any rounding "
+            "changes what it says: train again with a lower train.learning_rate"
+        )
+    return "--no-verify writes the file all the same. Please report this"
 
 
 def _log_probabilities(model: nn.Module, row: list[int]) -> npt.NDArray[np.float32]:
@@ -138,7 +173,7 @@ class _Server:
         self._client.close()
         del self._server
 
-    def next_token(self, tokens: list[int]) -> tuple[list[int], list[float]] | None:
+    def next_token(self, tokens: list[int]) -> tuple[list[int], npt.NDArray[np.float64]] | None:
         """The likeliest next tokens, best first, and their log-probabilities."""
         asked = {"prompt": tokens, "n_predict": 1, "n_probs": TOKENS, "temperature": 0}
         answer = self._client.post("/completion", json=asked).json()
@@ -147,4 +182,6 @@ class _Server:
         if "completion_probabilities" not in answer:
             return None  # it tells none where its token is a part of a character
         top = answer["completion_probabilities"][0]["top_logprobs"]
-        return [entry["id"] for entry in top], [entry["logprob"] for entry in top]
+        # JSON has no nan: it comes as null.
+        told = np.array([entry["logprob"] for entry in top], np.float64)
+        return [entry["id"] for entry in top], told

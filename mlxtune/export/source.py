@@ -6,7 +6,6 @@ import glob
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxtune.arrays import flat
-from mlxtune.errors import ExportError, ModelError
+from mlxtune.errors import ExportError, ModelError, RunError
 from mlxtune.fuse import model_places
 from mlxtune.gguf.architectures import for_config, text_alone
 from mlxtune.gguf.metadata import text_config
@@ -24,13 +23,13 @@ from mlxtune.gguf.sentencepiece import sentencepiece_metadata
 from mlxtune.gguf.tensors import SourceTensor, gguf_tensors
 from mlxtune.gguf.tokenizer import tokenizer_metadata
 from mlxtune.layers.dense import dense_tensors
-from mlxtune.models.folder import CODES, folder_tensors, weight_files
+from mlxtune.models.folder import CODES, folder_tensors
 from mlxtune.models.load import LoadedModel, load_model, load_tokenizer, model_config
 from mlxtune.models.resolve import ModelSource, resolve_model
-from mlxtune.models.safetensors import read_safetensors
 from mlxtune.models.skeleton import built
-from mlxtune.train.run import STATUS
-from mlxtune.train.session import open_run
+from mlxtune.models.weights import stored_tensors
+from mlxtune.train.run import meant
+from mlxtune.train.subject import find_subject
 
 
 @dataclass(frozen=True)
@@ -66,19 +65,19 @@ def open_source(name: str) -> Convertible:
     """Open a model for conversion; its weights are not read yet.
 
     Args:
-        name: a run's folder, or what a recipe may give as `model.path`.
+        name: as in `find_subject`.
 
     Raises:
         ModelError, RunError: there is no model, or it is damaged.
     """
     path = Path(name).expanduser()
-    if (path / STATUS).is_file():
-        run, model = open_run(path, for_inference=False)
-        opened = from_loaded(run.recipe().name, model)
-        return replace(opened, places=(*opened.places, run.finished_adapter()))
     try:
-        source = resolve_model(name)
-    except ModelError as error:
+        subject = find_subject(name)
+        if subject.adapter is not None:
+            opened = from_loaded(subject.title, subject.load(for_inference=False))
+            return replace(opened, places=(*opened.places, subject.adapter))
+        source = resolve_model(subject.model.path)
+    except (ModelError, RunError) as error:
         error.remedy = _meant(path) or error.remedy
         raise
     return _from_gguf(source) if source.is_gguf else _from_folder(source)
@@ -89,13 +88,9 @@ def _meant(path: Path) -> str | None:
     if path.is_dir():
         inside = sorted(path.glob("*.gguf"))
         return f"did you mean {inside[0]}?" if inside else None
-    if path.exists() or not path.parent.is_dir():
-        return None
     if parts := sorted(path.parent.glob(f"{glob.escape(path.stem)}-00001-of-*.gguf")):
         return f"it is there in parts, of which the first stands for all: {parts[0]}"
-    beside = [entry.name for entry in path.parent.iterdir()]
-    near = get_close_matches(path.name, beside, n=1)
-    return f"did you mean {path.with_name(near[0])}?" if near else None
+    return meant(path)
 
 
 def require_whole(model: Convertible, where: str) -> None:
@@ -125,7 +120,7 @@ def require_whole(model: Convertible, where: str) -> None:
             raise ModelError(
                 f"{name} is of shape {found[name]}, and the model's config asks for {shape}",
                 where=where,
-                remedy="download or export the model again",
+                remedy="put the config.json there that belongs to these weights",
             )
 
 
@@ -170,7 +165,7 @@ def _called(source: ModelSource) -> str:
 
 def _from_folder(source: ModelSource) -> Convertible:
     config = _text_config(model_config(source))
-    if not any(name.endswith("lm_head.weight") for name in _headers(source.path)):
+    if not any(name.endswith("lm_head.weight") for name in stored_tensors(source.path)):
         config.setdefault("tie_word_embeddings", True)
     tokenizer = cache(lambda: load_tokenizer(source))
     return Convertible(
@@ -245,15 +240,11 @@ def _only_pieces(path: Path) -> bool:
     return (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file()
 
 
-def _headers(path: Path) -> dict[str, Any]:
-    return {name: t for file in weight_files(path) for name, t in read_safetensors(file).items()}
-
-
 def _stored_dtype(path: Path) -> str:
     """The float type of most of a folder's bytes."""
     names = {code: name for name, code in CODES.items()}
     sizes = dict.fromkeys(names.values(), 0)
-    for tensor in _headers(path).values():
+    for tensor in stored_tensors(path).values():
         if tensor.dtype in names:
             sizes[names[tensor.dtype]] += tensor.nbytes
     return max(sizes, key=lambda name: sizes[name])

@@ -223,11 +223,7 @@ def _compared(
         if not error <= most and not (
             weights is not None and _typical_error(got, want, weights) <= most
         ):
-            raise _wrong(
-                f"{source.name} as {type_} differs from its source by {error:.2g} of its "
-                f"size; {most:.2g} is the most that this type explains",
-                path,
-            )
+            raise _too_far(source.name, type_, want, error, most, path)
         sum_of = sums.setdefault(type_, [0.0, 0.0])
         sum_of[0] += squares[0]
         sum_of[1] += squares[1]
@@ -239,6 +235,35 @@ def _compared(
     return count, errors, worst, worst_error
 
 
+def _too_far(
+    name: str, type_: str, want: npt.NDArray[np.float32], error: float, most: float, path: Path
+) -> ExportError:
+    """What to raise for a tensor that differs by more than its type explains.
+
+    Args:
+        name: of the tensor.
+        type_: that it is written as.
+        want: the tensor of the source.
+        error: its difference as a share of its size.
+        most: what the type explains.
+        path: of the file.
+    """
+    finite = np.isfinite(want)
+    if not finite.all():
+        return ExportError(
+            f"the model itself is damaged: {int((~finite).sum()):,} of {want.size:,} values of "
+            f"{name} are no numbers (nan or infinite)",
+            where=str(path),
+            remedy="nothing was left there. Train again with a lower train.learning_rate if "
+            "training made them, else fetch the model again",
+        )
+    return _wrong(
+        f"{name} as {type_} differs from its source by {error:.2g} of its size; "
+        f"{most:.2g} is the most that this type explains",
+        path,
+    )
+
+
 def _squares(got: npt.NDArray[np.float32], want: npt.NDArray[np.float32]) -> tuple[float, float]:
     """Sums of squares of the difference and of what is wanted, in blocks: no large copies."""
     if got.shape != want.shape:
@@ -247,7 +272,8 @@ def _squares(got: npt.NDArray[np.float32], want: npt.NDArray[np.float32]) -> tup
     flat, wanted = got.reshape(-1), want.reshape(-1)
     for start in range(0, flat.size, 1 << 16):
         a, b = flat[start : start + (1 << 16)], wanted[start : start + (1 << 16)]
-        d = a - b
+        with np.errstate(invalid="ignore"):  # of infinite ones there is none
+            d = a - b
         difference += float(d @ d)
         size += float(b @ b)
     return difference, size

@@ -456,6 +456,6 @@ def for_gguf(name: str) -> Architecture:
             return entry
     raise ModelError(
         f"GGUF files of architecture {name!r} cannot be read yet",
-        remedy=f"supported: {', '.join(entry.name for entry in ARCHITECTURES)}; "
+        remedy=f"supported: {', '.join(dict.fromkeys(e.name for e in ARCHITECTURES))}; "
         "use the model's safetensors folder or hub id",
     )

@@ -141,13 +141,13 @@ def config_from_metadata(entry: Architecture, meta: dict[str, Any], *, tied: boo
         return value
 
     tokens = meta.get("tokenizer.ggml.tokens", ())
-    ends = end_tokens(meta)
+    ends, begin = end_tokens(meta), meta.get("tokenizer.ggml.bos_token_id")
     config: Config = {
         "model_type": entry.model_types[0],
         "architectures": [entry.hf_class],
         "vocab_size": count("vocab_size", len(tokens)),
         "tie_word_embeddings": tied,
-        "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
+        "bos_token_id": begin if is_token(begin, len(tokens)) else None,
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
     }
     for shared in (*COMMON, *entry.fields):
@@ -185,8 +185,12 @@ def end_tokens(meta: dict[str, Any]) -> list[int]:
         types = meta.get("tokenizer.ggml.token_type", ())
         marks = zip(counted(), tokens, types, strict=False)
         said[1] = next((n for n, t, k in marks if t in _ENDS_OF_TURN and k in _SPECIAL), None)
-    ids = [number for number in said if type(number) is int and 0 <= number < len(tokens)]
-    return list(dict.fromkeys(ids))
+    return list(dict.fromkeys(n for n in said if n is not None and is_token(n, len(tokens))))
+
+
+def is_token(number: Any, count: int) -> bool:
+    """Whether a value is the id of one of `count` tokens; for none some files have 2³² - 1."""
+    return type(number) is int and 0 <= number < count
 
 
 def predicting_blocks(entry: Architecture, meta: dict[str, Any]) -> int:

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 from gguf.constants import GGMLQuantizationType as Type
 
+from mlxtune.errors import ModelError
 from mlxtune.gguf.architectures import (
     Architecture,
     Config,
@@ -22,6 +23,13 @@ from mlxtune.gguf.reader import GGUFFile, damaged
 from mlxtune.gguf.rope import rope_config
 from mlxtune.gguf.tensors import PLAIN, expanded, is_parameter, parameter_name, unreadable
 from mlxtune.gguf.unpack import GROUP_SIZE, affine, affine_form
+
+# What `general.type` may say beside `model` and `adapter`.
+_OTHERS = {
+    "mmproj": "the part of a model that sees or hears, without the language model",
+    "imatrix": "an importance matrix (--imatrix takes it), not a model",
+    "vocab": "a vocabulary without a model",
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,7 @@ def read_config(file: GGUFFile) -> tuple[Architecture, Config]:
     Raises:
         ModelError: the architecture is not known, or a size is missing or makes no sense.
     """
+    _require_model(file)
     entry = for_gguf(str(file.metadata.get("general.architecture")))
     tied = "output.weight" not in file.tensors
     try:
@@ -65,6 +74,30 @@ def read_config(file: GGUFFile) -> tuple[Architecture, Config]:
     config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
     return entry, config
+
+
+def _require_model(file: GGUFFile) -> None:
+    """See that a file is a model's: llama.cpp keeps other things as GGUF too.
+
+    Raises:
+        ModelError: it is an adapter, or another part of a model.
+    """
+    kind = str(file.metadata.get("general.type", "model"))
+    if kind == "adapter":
+        base = file.metadata.get("general.base_model.0.name")
+        raise ModelError(
+            "this GGUF holds an adapter, not a model",
+            where=str(file.path),
+            remedy=f"name the model that it goes on{f', {base},' if base else ''}; llama.cpp puts "
+            "them together: llama-server -m MODEL.gguf --lora ADAPTER.gguf",
+        )
+    if kind in _OTHERS or "general.architecture" not in file.metadata:
+        what = _OTHERS.get(kind, "no model: it names no architecture")
+        raise ModelError(
+            f"this GGUF holds {what}",
+            where=str(file.path),
+            remedy="name the model's own .gguf file",
+        )
 
 
 def read_model(file: GGUFFile) -> GGUFModel:

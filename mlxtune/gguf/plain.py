@@ -29,7 +29,10 @@ def half(values: Floats) -> npt.NDArray[np.float16]:
     """
     halfs = values.astype(np.float16)
     if not np.isfinite(halfs).all():
-        raise ExportError("the weights are too large for this type: a scale overflows float16")
+        raise ExportError(
+            "the weights are too large for this type: a scale overflows float16",
+            remedy="write bf16, or f32",
+        )
     return halfs
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from mlxtune.errors import ModelError
+from mlxtune.files import LFS_POINTER, LFS_REMEDY, is_lfs_pointer
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -217,6 +218,8 @@ class _Part:
         self._read_header()
 
     def _read_header(self) -> None:
+        if is_lfs_pointer(self.path):
+            raise ModelError(LFS_POINTER, where=str(self.path), remedy=LFS_REMEDY)
         if bytes(self._take(4)) != MAGIC:
             raise self._damaged("this is not a GGUF file: it does not begin with 'GGUF'")
         version = self._number("<I")

@@ -11,14 +11,12 @@ import math
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mlxtune.errors import ExportError, ModelError
 from mlxtune.gguf.architectures import Architecture, Config
+from mlxtune.gguf.llama3 import Factors, llama3_factors, llama3_scaling
 from mlxtune.gguf.metadata import head_dim
 from mlxtune.gguf.reader import GGUFFile, shortest
-
-Factors = npt.NDArray[np.float32]
 
 # One divisor for each pair of rotated dimensions.
 FREQUENCIES = "rope_freqs.weight"
@@ -63,7 +61,7 @@ def rope_metadata(entry: Architecture, config: Config) -> dict[str, int | float 
         )
     elif kind in _LONGROPE and entry.name == "phi3":
         values["rope.scaling.attn_factor"] = _attention_factor(config)
-    elif kind not in ("default", "llama3"):
+    elif kind not in ("default", "llama3") and not _in_full(entry, config, kind, scaling):
         raise ExportError(
             f"rope scaling of type {kind!r} cannot be written as GGUF for {entry.name} models",
             where="config.json: rope_scaling",
@@ -78,7 +76,9 @@ def rope_tensors(entry: Architecture, config: Config) -> dict[str, Factors]:
     kind, scaling = _scaling(config)
     dims = rotated_dimensions(entry, config)
     if kind == "llama3":
-        return {FREQUENCIES: _llama3(theta(entry, config), dims, scaling)}
+        return {FREQUENCIES: llama3_factors(theta(entry, config), dims, scaling)}
+    if _in_full(entry, config, kind, scaling):
+        return {FREQUENCIES: np.array(scaling["long_factor"], np.float32)}
     if kind in _LONGROPE:
         return {
             name: np.broadcast_to(np.array(scaling[key], np.float32), (dims // 2,)).copy()
@@ -108,7 +108,7 @@ def rope_config(entry: Architecture, file: GGUFFile, config: Config) -> Config:
             said["partial_rotary_factor"] = share
     kind = meta.get("rope.scaling.type", "none")
     if FREQUENCIES in file.tensors:
-        said["rope_scaling"] = _known_llama3(file, said["rope_theta"])
+        said["rope_scaling"] = _scaling_of(file, said["rope_theta"], config)
     elif LONG in file.tensors and SHORT in file.tensors:
         said["rope_scaling"] = {
             "type": "longrope",
@@ -171,6 +171,20 @@ def _scaling(config: Config) -> tuple[str, dict[str, Any]]:
     return "default", {}
 
 
+def _in_full(entry: Architecture, config: Config, kind: str, scaling: dict[str, Any]) -> bool:
+    """Whether LongRoPE's lists are one list of divisors that hold at any length.
+
+    Of a llama these are what llama.cpp calls `rope_freqs`.
+    """
+    return (
+        entry.name == "llama"
+        and kind in _LONGROPE
+        and scaling["long_factor"] == scaling["short_factor"]
+        and scaling.get("original_max_position_embeddings")
+        == config.get("max_position_embeddings", 0)
+    )
+
+
 def _attention_factor(config: Config) -> float:
     """LongRoPE's factor on queries and keys (arXiv 2402.13753, equation 6)."""
     original = int(config.get("original_max_position_embeddings", 4096))
@@ -178,33 +192,31 @@ def _attention_factor(config: Config) -> float:
     return math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
 
 
-def _llama3(base: float, dims: int, scaling: dict[str, Any]) -> Factors:
-    """Divisors of Llama 3's scaling: long waves are stretched, short ones are not."""
-    factor = float(scaling["factor"])
-    low = float(scaling.get("low_freq_factor", 1.0))
-    high = float(scaling.get("high_freq_factor", 4.0))
-    original = int(scaling.get("original_max_position_embeddings", 8192))
-    waves = 2 * math.pi * base ** (np.arange(0, dims, 2, dtype=np.float64) / dims)
-    smooth = (original / waves - low) / (high - low)
-    between = 1 / ((1 - smooth) / factor + smooth)
-    factors = np.where(waves < original / high, 1.0, between)
-    return np.where(waves > original / low, factor, factors).astype(np.float32)
+def _scaling_of(file: GGUFFile, base: float, config: Config) -> dict[str, Any]:
+    """What config.json says of a file's divisors, one for each frequency.
 
+    Those of Llama 3's scaling have its settings, others stand in full as LongRoPE's, whose
+    attention factor is 1 where the context is as long as it was.
 
-def _known_llama3(file: GGUFFile, base: float) -> dict[str, Any]:
-    """Scaling whose divisors are the file's; all of Llama 3 share all but the factor."""
-    wanted = file.data(FREQUENCIES).reshape(-1)
-    scaling = {
-        "rope_type": "llama3",
-        "factor": shortest(wanted.max()),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    if not np.allclose(_llama3(base, 2 * len(wanted), scaling), wanted, rtol=1e-4):
+    Raises:
+        ModelError: they are no positive numbers.
+    """
+    factors = file.data(FREQUENCIES).reshape(-1)
+    if not len(factors) or not (np.isfinite(factors) & (factors > 0)).all():
         raise ModelError(
-            "the GGUF's rope_freqs are not those of Llama 3's scaling",
+            f"the GGUF's {FREQUENCIES} holds what is no positive number",
             where=str(file.path),
-            remedy="use the model's safetensors folder or hub id",
+            remedy="download or export the file again",
         )
-    return scaling
+    if scaling := llama3_scaling(base, factors):
+        return scaling
+    if (factors == factors[0]).all():
+        return {"type": "linear", "rope_type": "linear", "factor": shortest(factors[0])}
+    listed = [shortest(value) for value in factors]
+    return {
+        "type": "longrope",
+        "rope_type": "longrope",
+        "long_factor": listed,
+        "short_factor": listed,
+        "original_max_position_embeddings": config["max_position_embeddings"],
+    }

@@ -19,13 +19,9 @@ from typing import Any, NamedTuple
 from gguf.constants import TokenType
 
 from mlxtune.errors import ExportError
+from mlxtune.gguf.ends import end_of_turn
 from mlxtune.gguf.spm import MODEL, padding
-from mlxtune.gguf.tokenizer import (
-    end_of_turn,
-    read_tokenizer,
-    template_metadata,
-    templates_by_name,
-)
+from mlxtune.gguf.tokenizer import read_tokenizer, template_metadata, templates_by_name
 
 # Numbers of fields in the file's messages.
 _PIECE, _TRAINER, _NORMALIZER = 1, 2, 3

@@ -12,6 +12,7 @@ a mark to it even in Qwen's vocabulary, where it is a token like any other.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -22,15 +23,16 @@ from transformers import PreTrainedTokenizerFast
 
 from mlxtune.errors import ExportError, ModelError
 from mlxtune.gguf import bpe, spm
+from mlxtune.gguf.ends import end_of_turn
+from mlxtune.gguf.metadata import is_token
 from mlxtune.gguf.pretokenizers import PRE_TOKENIZERS
 
 _ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "mask": "mask"}
 _SPECIAL = (TokenType.CONTROL, TokenType.UNKNOWN)
 _TEMPLATE = "tokenizer.chat_template"
+_ID = re.compile(r"tokenizer\.ggml\.\w+_token_id")
 # Of Phi-3's marks, those that leave the white space after them alone.
 _PHI3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
-# Stands for an answer where a chat template is asked what it writes after one.
-_ANSWER = "an answer"
 
 
 # ------------------------------------------------------------------------ from GGUF
@@ -67,7 +69,13 @@ def read_tokenizer(metadata: dict[str, Any], *, where: str) -> PreTrainedTokeniz
 
 
 def _with_defaults(metadata: dict[str, Any]) -> dict[str, Any]:
-    """What llama.cpp takes where the file is silent."""
+    """What llama.cpp takes where the file is silent, or names a token that it does not have."""
+    count = len(metadata["tokenizer.ggml.tokens"])
+    metadata = {
+        key: value
+        for key, value in metadata.items()
+        if not _ID.fullmatch(key) or is_token(value, count)
+    }
     if metadata["tokenizer.ggml.model"] == spm.MODEL:
         return spm.DEFAULTS | metadata
     if metadata["tokenizer.ggml.model"] == spm.MERGED:
@@ -254,22 +262,6 @@ def _begins_with_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == (
         tokenizer.bos_token_id
     )
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The special token that the chat template writes first after an answer."""
-    turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _ANSWER}]
-    if not tokenizer.chat_template:
-        return None
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # a template may refuse any conversation, in any way
-        return None
-    after = tokenizer.backend_tokenizer.encode(
-        text.rpartition(_ANSWER)[2], add_special_tokens=False
-    )
-    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
-    return next((number for number in after.ids if number in added and added[number].special), None)
 
 
 def template_metadata(template: str | dict[str, str] | None) -> dict[str, Any]:

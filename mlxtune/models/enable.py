@@ -13,6 +13,7 @@ from mlxtune.arrays import scalar
 from mlxtune.errors import ModelError
 from mlxtune.models.own_calls import leave_packs, take_packs
 from mlxtune.models.packed import OwnAttention, PackCache, PackedRope
+from mlxtune.models.rotation import take_positions
 from mlxtune.models.skeleton import Config, tiny_twin
 
 _Pack = TypeVar("_Pack", bound=PackCache)
@@ -63,6 +64,7 @@ def enable_packs(model: nn.Module, proven_on: nn.Module | None = None) -> None:
     """
     if any(isinstance(module, PackedRope) for module in model.modules()):
         return  # done before
+    take_positions(model)
     owners = [
         module for module in model.modules() if isinstance(getattr(module, "rope", None), nn.Module)
     ]

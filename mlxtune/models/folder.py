@@ -14,14 +14,15 @@ import numpy.typing as npt
 from mlxtune.errors import ModelError
 from mlxtune.gguf.tensors import SourceTensor, to_float16
 from mlxtune.models.published import as_in_mlx_lm, mxfp4_experts
+from mlxtune.models.quantization import KINDS, mlx_arrays, packing_of
 from mlxtune.models.safetensors import (
     Array,
     Piece,
     StoredTensor,
     from_bfloat16,
-    read_safetensors,
     to_bfloat16,
 )
+from mlxtune.models.weights import stored_tensors
 
 Values = npt.NDArray[np.float32]
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -31,25 +32,6 @@ CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _EXPERT = re.compile(r"^(.*\.mlp)\.experts\.(\d+)\.(\w+_proj)\.(\w+)$")
 _EXPERTS_APART = ("qwen2_moe", "qwen3_moe", "olmoe")
 _STACKED = re.compile(r"^(.*\.mlp)\.switch_mlp\.(\w+_proj)\.weight$")
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a model's folder.
-
-    Raises:
-        ModelError: there are none.
-    """
-    files = sorted(path.glob("model*.safetensors"))
-    if not files:
-        pickled = any(path.glob("*.bin")) or any(path.glob("*.pt*"))
-        raise ModelError(
-            "this folder has no model*.safetensors",
-            where=str(path),
-            remedy="its weights are pickled, which is never read here: save them as safetensors"
-            if pickled
-            else "download the model again",
-        )
-    return files
 
 
 def folder_tensors(path: Path, config: dict[str, Any]) -> Iterator[SourceTensor]:
@@ -62,30 +44,35 @@ def folder_tensors(path: Path, config: dict[str, Any]) -> Iterator[SourceTensor]
     Raises:
         ModelError: a file is missing, damaged, or of a packing that is not known.
     """
-    stored: dict[str, StoredTensor] = {}
-    for file in weight_files(path):
-        stored |= read_safetensors(file)
-    yield from as_in_mlx_lm(_expanded(path, stored, config), config)
+    stored = stored_tensors(path)
+    yield from as_in_mlx_lm(_stacked(path, _expanded(stored, config)), config)
 
 
-def _expanded(
-    path: Path, stored: dict[str, StoredTensor], config: dict[str, Any]
-) -> Iterator[SourceTensor]:
-    """Floats of all that is stored, experts of a block together."""
-    experts: dict[str, dict[int, StoredTensor]] = {}
+def _expanded(stored: dict[str, StoredTensor], config: dict[str, Any]) -> Iterator[SourceTensor]:
+    """Floats of all that is stored."""
     for name, tensor in stored.items():
         if _left_out(name, stored, config):
             continue
-        if expert := _EXPERT.match(name):
-            block, number, projection, kind = expert.groups()
-            stacked = f"{block}.switch_mlp.{projection}.{kind}"
-            experts.setdefault(stacked, {})[int(number)] = tensor
+        if name.endswith(".qweight"):
+            yield _awq_or_gptq(name.removesuffix(".qweight"), stored, config)
         elif tensor.dtype == "U32":
             yield _packed(tensor, stored, config)
         elif scales := stored.get(_scales_of_blocks(name)):
             yield mxfp4_experts(tensor, scales)
         else:
             yield SourceTensor(name, tensor.shape, tensor.float32)
+
+
+def _stacked(path: Path, tensors: Iterable[SourceTensor]) -> Iterator[SourceTensor]:
+    """Experts of a block together, behind all else."""
+    experts: dict[str, dict[int, SourceTensor]] = {}
+    for tensor in tensors:
+        if expert := _EXPERT.match(tensor.name):
+            block, number, projection, kind = expert.groups()
+            stacked = f"{block}.switch_mlp.{projection}.{kind}"
+            experts.setdefault(stacked, {})[int(number)] = tensor
+        else:
+            yield tensor
     for name, parts in experts.items():
         if sorted(parts) != list(range(len(parts))):
             raise ModelError(f"of {name} some experts are missing", where=str(path))
@@ -97,7 +84,9 @@ def _left_out(name: str, stored: dict[str, StoredTensor], config: dict[str, Any]
     """Tensors that other tensors imply: a tied head, frequencies, scales of packed ones."""
     module, _, kind = name.rpartition(".")
     if kind in ("scales", "biases"):
-        return f"{module}.weight" in stored
+        return f"{module}.weight" in stored or f"{module}.qweight" in stored
+    if kind in ("qzeros", "g_idx"):
+        return f"{module}.qweight" in stored
     if name.endswith("_scales"):
         return f"{name.removesuffix('_scales')}_blocks" in stored
     tied = config.get("tie_word_embeddings", False)
@@ -108,11 +97,11 @@ def _scales_of_blocks(name: str) -> str:
     return f"{name.removesuffix('_blocks')}_scales" if name.endswith("_blocks") else ""
 
 
-def _stack(parts: list[StoredTensor]) -> Callable[[], Values]:
+def _stack(parts: list[SourceTensor]) -> Callable[[], Values]:
     def load() -> Values:
         stacked = np.empty((len(parts), *parts[0].shape), np.float32)
         for number, part in enumerate(parts):
-            stacked[number] = part.float32()
+            stacked[number] = part.load()
         return stacked
 
     return load
@@ -137,7 +126,7 @@ def _packed(
 
     def load() -> Values:
         biases = stored.get(f"{module}.biases")
-        full = mx.dequantize(
+        return _floats(
             _mx(tensor),
             _mx(scales),
             None if biases is None else _mx(biases),
@@ -145,12 +134,31 @@ def _packed(
             bits=bits,
             mode=how.get("mode", "affine"),
         )
-        values = np.array(full.astype(mx.float32))
-        del full
-        mx.clear_cache()
-        return values
 
     return SourceTensor(tensor.name, (*tensor.shape[:-1], width), load)
+
+
+def _awq_or_gptq(
+    module: str, stored: dict[str, StoredTensor], config: dict[str, Any]
+) -> SourceTensor:
+    """The weight of a layer that AWQ or GPTQ packed, expanded when it is loaded."""
+    found = {kind: stored.get(f"{module}.{kind}") for kind in KINDS}
+    packing = packing_of(module, {k: t.shape for k, t in found.items() if t}, config)
+
+    def load() -> Values:
+        given = {kind: _mx(tensor) for kind, tensor in found.items() if tensor}
+        packed = mlx_arrays(module, given, config)
+        return _floats(*packed, group_size=packing.group_size, bits=packing.bits)
+
+    return SourceTensor(f"{module}.weight", packing.shape, load)
+
+
+def _floats(codes: mx.array, scales: mx.array, biases: mx.array | None, **how: Any) -> Values:
+    full = mx.dequantize(codes, scales, biases, **how)
+    values = np.array(full.astype(mx.float32))
+    del full
+    mx.clear_cache()
+    return values
 
 
 def _mx(tensor: StoredTensor) -> mx.array:

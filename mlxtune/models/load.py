@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
@@ -20,16 +24,20 @@ from mlx_lm.tokenizer_utils import (
 )
 
 from mlxtune.arrays import flat
+from mlxtune.data.render import Renderer
 from mlxtune.device import on_cpu
 from mlxtune.errors import ModelError
+from mlxtune.files import LFS_POINTER, LFS_REMEDY, is_lfs_pointer
+from mlxtune.gguf.ends import ends_of_answers
 from mlxtune.gguf.metadata import end_tokens
 from mlxtune.gguf.model import open_model, read_config
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.gguf.tokenizer import read_tokenizer
-from mlxtune.models.folder import weight_files
+from mlxtune.models.quantization import in_mlx_form, readable
 from mlxtune.models.resolve import ModelSource
-from mlxtune.models.rotation import with_older_keys
-from mlxtune.models.safetensors import read_safetensors
+from mlxtune.models.rotation import take_positions, with_older_keys
+from mlxtune.models.safetensors import StoredTensor
+from mlxtune.models.weights import stored_tensors
 
 DTYPES: dict[str, mx.Dtype] = {
     "float32": mx.float32,
@@ -58,6 +66,10 @@ class LoadedModel:
     stored_dtype: str
     dtype: str
 
+    def renderer(self) -> Renderer:
+        """What turns conversations into this model's tokens."""
+        return Renderer(self.tokenizer, rows=embedding_rows(self.config))
+
 
 def load_model(
     source: ModelSource,
@@ -80,6 +92,7 @@ def load_model(
     """
     read = _from_gguf if source.is_gguf else _from_folder
     model, tokenizer, config = read(source, tokenizer)
+    take_positions(model)
     stored = _stored_dtype(model)
     if dtype == "auto":
         dtype = "float32" if on_cpu() else stored
@@ -113,9 +126,7 @@ def load_tokenizer(source: ModelSource, *, chat_template: str | None = None) -> 
     if source.is_gguf:
         tokenizer = _gguf_tokenizer(GGUFFile(source.path), source)
     else:
-        ends = model_config(source).get("eos_token_id")
-        with _told(source):
-            tokenizer = mlx_lm.utils.load_tokenizer(source.path, eos_token_ids=ends)
+        tokenizer = _folder_tokenizer(source, model_config(source))
     return _with_template(tokenizer, chat_template)
 
 
@@ -123,13 +134,16 @@ def model_config(source: ModelSource) -> dict[str, Any]:
     """config.json of a model, or what a GGUF says in its place; no weights are read.
 
     As mlx-lm does, it takes the tokens that end an answer from generation_config.json, which
-    has more of them. The rotation is told by the keys that mlx-lm reads.
+    has more of them. The rotation is told by the keys that mlx-lm reads, and so is how the
+    weights are packed.
 
     Raises:
-        ModelError: it is missing, damaged, or the GGUF is of an unknown kind.
+        ModelError: it is missing, damaged, the weights are quantized in a way that is not read
+            here, or the GGUF is of an unknown kind.
     """
     if source.is_gguf:
         return read_config(GGUFFile(source.path))[1]
+    _require_pulled(source.path)
     where = str(source.path / "config.json")
     try:
         config: dict[str, Any] = mlx_lm.utils.load_config(source.path)
@@ -138,7 +152,28 @@ def model_config(source: ModelSource) -> dict[str, Any]:
         raise ModelError("this is no config: it has no keys", where=where) from None
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"this is no readable config: {error}", where=where) from None
-    return with_older_keys(config)
+    return with_older_keys(readable(config, source.path))
+
+
+def embedding_rows(config: dict[str, Any]) -> int | None:
+    """How many tokens a model has rows for; None where its config does not say.
+
+    mlx-lm's own defaults count, and a model whose weights are of another size does not load.
+    """
+    try:
+        args = model_classes(config)[1].from_dict(copy.deepcopy(config))
+    except Exception:  # whatever is missing from a config is said where the model is built
+        return None
+    text = getattr(args, "text_config", None)
+    rows = getattr(args, "vocab_size", None) or (text or {}).get("vocab_size")
+    return rows if type(rows) is int else None
+
+
+def _require_pulled(path: Path) -> None:
+    """See that no file that is read beside the weights is a pointer of Git LFS."""
+    for file in sorted(path.iterdir()):
+        if file.suffix in (".json", ".model", ".jinja", ".txt") and is_lfs_pointer(file):
+            raise ModelError(LFS_POINTER, where=str(file), remedy=LFS_REMEDY)
 
 
 def _gguf_tokenizer(file: GGUFFile, source: ModelSource) -> TokenizerWrapper:
@@ -151,9 +186,11 @@ def _gguf_tokenizer(file: GGUFFile, source: ModelSource) -> TokenizerWrapper:
 
 
 def _with_template(tokenizer: TokenizerWrapper, chat_template: str | None) -> TokenizerWrapper:
+    """The tokenizer with this template, if any, which ends answers too where it does."""
     if chat_template is not None:
         tokenizer.chat_template = chat_template
         tokenizer.has_chat_template = True
+    tokenizer.eos_token_ids = ends_of_answers(tokenizer)
     return tokenizer
 
 
@@ -184,15 +221,60 @@ def _from_gguf(
 def _from_folder(
     source: ModelSource, tokenizer: TokenizerWrapper | None
 ) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]:
-    path = source.path
-    for file in weight_files(path):
-        read_safetensors(file)  # MLX itself does not survive a truncated one
     config = model_config(source)
-    with _told(source):
-        model, config = mlx_lm.utils.load_model(path, lazy=True, model_config=config)
-        if tokenizer is None:
-            tokenizer = mlx_lm.utils.load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+    stored = stored_tensors(source.path)  # MLX itself does not survive a truncated file
+    if tokenizer is None:
+        tokenizer = _folder_tokenizer(source, config)
+    model, config = _mlx_lm_model(source, config, in_mlx_form(_arrays(stored), config))
     return model, tokenizer, config
+
+
+def _folder_tokenizer(source: ModelSource, config: dict[str, Any]) -> TokenizerWrapper:
+    with _told(source):
+        return mlx_lm.utils.load_tokenizer(source.path, eos_token_ids=config.get("eos_token_id"))
+
+
+def _arrays(stored: dict[str, StoredTensor]) -> dict[str, mx.array]:
+    """Tensors as lazy arrays, each from its own file."""
+    files: dict[Path, Any] = {
+        file: mx.load(str(file), format="safetensors")
+        for file in sorted({tensor.file for tensor in stored.values()})
+    }
+    return {name: files[tensor.file][name] for name, tensor in stored.items()}
+
+
+def _mlx_lm_model(
+    source: ModelSource, config: dict[str, Any], weights: dict[str, mx.array]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's model of a config with these weights.
+
+    mlx-lm takes every file of a folder that is called `model*.safetensors`, whatever its index
+    says. So it is given a folder without weights, and a class to build that has them.
+    """
+    model_class, args_class = model_classes(config, where=str(source.path / "config.json"))
+
+    class Given(model_class):  # type: ignore[misc, valid-type]
+        def sanitize(self, _found: dict[str, mx.array]) -> dict[str, mx.array]:
+            own = getattr(super(), "sanitize", dict)
+            sanitized: dict[str, mx.array] = own(weights)
+            return sanitized
+
+    with TemporaryDirectory() as name, _told(source):
+        folder = Path(name)
+        (folder / "config.json").write_text("{}", encoding="utf-8")
+        mx.save_safetensors(str(folder / "model.safetensors"), {})
+        model, config = mlx_lm.utils.load_model(
+            folder,
+            lazy=True,
+            model_config=config,
+            get_model_classes=lambda **_: (Given, args_class),
+        )
+    model.__class__ = model_class
+    return model, config
+
+
+# How MLX begins when it is given others than the parameters of a model.
+_MISFITS = ("Expected shape", "Missing", "Received")
 
 
 @contextmanager
@@ -201,22 +283,51 @@ def _told(source: ModelSource) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:300]
+        damaged = None if source.is_gguf else _damaged_json(source.path)
+        if damaged is not None:
+            raise ModelError(
+                "this is no readable JSON file", where=str(damaged), remedy="download it again"
+            ) from error
+        if reason.startswith(_MISFITS):
+            raise ModelError(
+                f"its tensors are not those that its config.json asks for: {reason}",
+                where=str(source.path),
+                remedy="a file of its weights may be missing: download the model again"
+                if reason.startswith("Missing")
+                else "put the config.json there that belongs to these weights",
+            ) from error
         raise ModelError(
-            f"the model cannot be loaded: {type(error).__name__}: {reason[:300]}",
+            f"the model cannot be loaded: {type(error).__name__}: {reason}",
             where=str(source.path),
-            remedy="download it again; --debug shows where it failed",
+            remedy="--debug shows where it failed",
         ) from error
 
 
-def model_classes(config: dict[str, Any]) -> tuple[Callable[..., nn.Module], Any]:
-    """mlx-lm's model and argument classes for a config."""
-    model_type = config["model_type"]
+def _damaged_json(path: Path) -> Path | None:
+    """The first JSON file of a model's folder that cannot be read."""
+    for file in sorted(path.glob("*.json")):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return file
+    return None
+
+
+def model_classes(
+    config: dict[str, Any], where: str | None = None
+) -> tuple[Callable[..., nn.Module], Any]:
+    """mlx-lm's model and argument classes for a config; `where` it is, for errors.
+
+    Raises:
+        ModelError: mlx-lm has none.
+    """
+    model_type = str(config["model_type"])
     name = mlx_lm.utils.MODEL_REMAPPING.get(model_type, model_type)
     try:
         module = importlib.import_module(f"mlx_lm.models.{name}")
     except ImportError:
-        raise ModelError(f"mlx-lm has no model of type {model_type!r}") from None
+        raise ModelError(f"mlx-lm has no model of type {model_type!r}", where=where) from None
     return module.Model, module.ModelArgs
 
 

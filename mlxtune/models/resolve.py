@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from pathlib import Path
 from mlxtune.errors import ModelError
 from mlxtune.install import pip_install
 from mlxtune.models.ollama_store import find_model
+
+# What PEFT, mlx-lm and we keep beside an adapter's weights.
+ADAPTER = "adapter_config.json"
 
 # What a model consists of. No *.py and no pickles: nothing of a model is ever executed.
 _WEIGHTS = "*.safetensors"
@@ -104,11 +108,33 @@ def _where_hint(path: Path) -> str:
 def _require_config(path: Path) -> None:
     if (path / "config.json").is_file():
         return
+    if (path / ADAPTER).is_file():
+        base = base_of_adapter(path)
+        raise ModelError(
+            "this folder holds an adapter, not a model",
+            where=str(path),
+            remedy=f"name the model that it goes on{f', {base},' if base else ''} as model.path, "
+            "and this folder as lora.init_from to train it further",
+        )
     if (path / "run.json").is_file() or (path / "adapter").is_dir():
         remedy = "this is a run: `mlxtune fuse` makes a model of it"
     else:
         remedy = "point to the folder that holds config.json and *.safetensors"
     raise ModelError("this folder has no config.json", where=str(path), remedy=remedy)
+
+
+def base_of_adapter(folder: Path) -> str | None:
+    """The model that an adapter of PEFT's, mlx-lm's or ours says it goes on; None if it does not.
+
+    Args:
+        folder: holds its `adapter_config.json`.
+    """
+    try:
+        said = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+        base = said.get("base_model_name_or_path") or said.get("model")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return base if isinstance(base, str) else None
 
 
 def _in_package(name: str) -> Path:

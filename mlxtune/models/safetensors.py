@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlxtune.errors import ModelError
-from mlxtune.files import write_json
+from mlxtune.files import LFS_POINTER, LFS_REMEDY, is_lfs_pointer, write_json
 
 Array = npt.NDArray[Any]
 
@@ -102,8 +102,10 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file by name; its header is checked against its size.
 
     Raises:
-        ModelError: the file is truncated, or its header makes no sense.
+        ModelError: the file is truncated or a pointer of Git LFS, or its header makes no sense.
     """
+    if is_lfs_pointer(path):
+        raise ModelError(LFS_POINTER, where=str(path), remedy=LFS_REMEDY)
     size = path.stat().st_size
     try:
         with path.open("rb") as handle:

@@ -9,17 +9,31 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from mlxtune.errors import ModelError
 from mlxtune.gguf.unpack import GROUP_SIZE
 from mlxtune.models.load import model_classes
+from mlxtune.models.rotation import take_positions
 
 Config = dict[str, Any]
 # Path of a layer to the bits and the type of scales in which a GGUF holds it.
 Forms = dict[str, tuple[int, Any]]
 
+# What of a block is compared: its class, its switches and its parts.
+Kind = tuple[type, frozenset[Any], frozenset[Any]]
+
 _TINY = 16
+# Keys of a config that say how positions turn, and how far a token looks back: a few tokens
+# show what a window of two does.
+_ROTATIONS = ("rope_scaling", "rope_parameters")
+_WINDOWS = (
+    "sliding_window",
+    "sliding_window_size",
+    "attention_window_size",
+    "attention_chunk_size",
+)
+_WINDOW = 2
 
 
 def skeleton(config: Config, dtype: mx.Dtype, forms: Forms | None = None) -> nn.Module:
@@ -56,18 +70,61 @@ def skeleton(config: Config, dtype: mx.Dtype, forms: Forms | None = None) -> nn.
 def tiny_twin(config: Config) -> nn.Module:
     """A small model of the same architecture, random and in float32, to try what it can do.
 
-    It has as many blocks as show every kind that the config names.
+    It has as many blocks as show every kind that the model has, and the model's rotation and
+    windows at small sizes: what a twin does not have is not tried.
 
     Raises:
         ModelError: none can be made.
     """
     has_head_dim = any(field.name == "head_dim" for field in fields(model_classes(config)[1]))
+    kinds = block_kinds(built(config))
+    # Those that have the keys of earlier ones come by themselves (`_small`).
+    shared = int(config.get("text_config", config).get("num_kv_shared_layers") or 0)
+    least = max(2, _blocks_to_show(kinds[: len(kinds) - shared]))
     try:
-        model = built(_small(config, has_head_dim))
+        model = built(_small(config, has_head_dim, least))
     except ModelError:  # an architecture whose blocks take turns, of four mostly
-        model = built(_small(config, has_head_dim, least=4))
+        model = built(_small(config, has_head_dim, max(4, least)))
+    if not set(kinds) <= set(block_kinds(model)):
+        raise ModelError("no small model has every kind of its blocks", where="config.json")
+    _stir(model)
     mx.eval(model.parameters())
     return model
+
+
+def block_kinds(model: nn.Module) -> list[Kind]:
+    """What each block of a model is built of; blocks alike but for sizes are of one kind."""
+    return [_kind(block) for block in model.layers]
+
+
+def _kind(module: nn.Module) -> Kind:
+    """The class of a module, its switches, and the same of its parts."""
+    switches = {
+        name: value if isinstance(value, str | None) else bool(value)
+        for name, value in vars(module).items()
+        if isinstance(value, str | int | float | None)
+    }
+    parts: dict[str, Any] = {}
+    for name, part in module.children().items():
+        leaves: Any = tree_flatten(part, is_leaf=lambda leaf: isinstance(leaf, nn.Module))
+        parts[name] = frozenset(_kind(leaf) for _, leaf in leaves if isinstance(leaf, nn.Module))
+    return type(module), frozenset(switches.items()), frozenset(parts.items())
+
+
+def _blocks_to_show(kinds: list[Kind]) -> int:
+    """The first so many are of every kind that there is."""
+    return max((kinds.index(kind) + 1 for kind in set(kinds)), default=0)
+
+
+def _stir(model: nn.Module) -> None:
+    """Noise on all weights: one that is zero at first would hide what it has an effect on."""
+
+    def stirred(array: Any) -> Any:
+        if not isinstance(array, mx.array) or not mx.issubdtype(array.dtype, mx.floating):
+            return array
+        return array + 0.1 * mx.random.normal(array.shape).astype(array.dtype)
+
+    model.update(tree_map(stirred, model.parameters()))
 
 
 def _small(config: Config, has_head_dim: bool, least: int = 2) -> Config:
@@ -91,6 +148,10 @@ def _small(config: Config, has_head_dim: bool, least: int = 2) -> Config:
     for key, value in config.items():
         if isinstance(value, list) and len(value) == blocks:
             config[key] = turns * value[:count]
+    before = config.get("head_dim") or max(1, int(config.get("hidden_size", 0)) // heads)
+    for key in _ROTATIONS:
+        if isinstance(config.get(key), dict):
+            config[key] = _small_rotation(config[key], _TINY / before)
     if has_head_dim or "head_dim" in config:
         config["head_dim"] = _TINY
     small = {
@@ -103,9 +164,22 @@ def _small(config: Config, has_head_dim: bool, least: int = 2) -> Config:
         "num_experts_per_tok": 2,
         "vocab_size": 4 * _TINY,
         "vocab_size_per_layer_input": 4 * _TINY,
-        "rope_scaling": None,
     }
+    small |= {key: _WINDOW for key in _WINDOWS if isinstance(config.get(key), int)}
     return config | {key: value for key, value in small.items() if key in config}
+
+
+def _small_rotation(scaling: dict[str, Any], share: float) -> dict[str, Any]:
+    """A rotation of fewer dimensions, such a share of them: factors of each are as few."""
+    small: dict[str, Any] = {}
+    for key, value in scaling.items():
+        if isinstance(value, dict):  # of one of several kinds of blocks
+            small[key] = _small_rotation(value, share)
+        elif isinstance(value, list) and key.endswith("_factor"):
+            small[key] = value[: max(1, round(share * len(value)))]
+        else:
+            small[key] = value
+    return small
 
 
 def hollow(model: nn.Module, dtype: mx.Dtype | None = None) -> None:
@@ -144,6 +218,7 @@ def built(config: Config) -> nn.Module:
             where="config.json",
             remedy="a size may be missing, such as hidden_size or num_hidden_layers",
         ) from None
+    take_positions(model)
     with suppress(Exception):  # whatever it makes of having none
         # Where a model learns from its weights that its head is tied.
         getattr(model, "sanitize", dict)({})

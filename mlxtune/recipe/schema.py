@@ -117,12 +117,14 @@ Columns = Annotated[dict[str, str], Field(strict=False)]
 class DataSource(Section):
     """`[[data]]`: a source of records, and what of them is trained.
 
-    `path` is a file, a folder, a pattern or `hub:OWNER/NAME`; `split` and `subset` are a
-    hub dataset's. `columns` says what the fields of the format are called in it.
+    `path` is a file, a folder, a pattern or `hub:OWNER/NAME`; `split`, `train` by default,
+    and `subset` are a folder's or a hub dataset's. `columns` says what the fields of the
+    format are called in it. `system` is a system prompt for records that have none.
     `max_samples` takes the first so many records. In each epoch of the run every record
     is seen `epochs` times; with `weight` instead, on all sources, a source fills that
     part of the epoch. `truncate` says what becomes of a record over
-    `train.max_seq_length`, `on_empty` of one that trains no token.
+    `train.max_seq_length`, `unusable` of one that cannot be trained on: damaged, of no known
+    shape, refused by the chat template, or without a token that is trained.
     """
 
     path: str = Field(min_length=1)
@@ -130,6 +132,7 @@ class DataSource(Section):
     columns: Columns = Field(default={})
     split: str | None = None
     subset: str | None = None
+    system: str | None = Field(default=None, min_length=1)
     max_samples: PositiveInt | None = None
     epochs: float | None = Field(default=None, gt=0)
     weight: float | None = Field(default=None, gt=0)
@@ -139,7 +142,7 @@ class DataSource(Section):
     ] = ("assistant",)
     train_on_inputs: bool = False
     truncate: Literal["error", "left", "right", "drop"] = "error"
-    on_empty: Literal["error", "skip"] = "error"
+    unusable: Literal["error", "skip"] = "error"
 
     @model_validator(mode="after")
     def _one_share(self) -> DataSource:
@@ -263,7 +266,10 @@ class EvalSection(Section):
     The loss on them is measured every `steps` steps, and at the end of each epoch when
     `steps` is left out; training stops after `patience` measurements without a better one.
     `format`, `columns`, `split`, `subset` and `max_samples` of the
-    file are as in `[[data]]`; what becomes of a record is what the first source says.
+    file are as in `[[data]]`, but that a folder's or hub dataset's `split` is its validation
+    split by default, or its test split; what becomes of a record, and its `system` prompt, is
+    what the first source says. `max_overlap` is the share of held-out records that may be
+    among those trained on as well: with more of them nothing is trained.
     `suite` is the file that says what `mlxtune eval` measures.
     """
 
@@ -274,6 +280,7 @@ class EvalSection(Section):
     subset: str | None = None
     max_samples: PositiveInt | None = None
     val_size: float = Field(default=0.0, ge=0)
+    max_overlap: float = Field(default=0.1, ge=0, le=1)
     steps: PositiveInt | None = None
     patience: PositiveInt | None = None
     suite: str | None = Field(default=None, min_length=1)
@@ -380,3 +387,16 @@ class Recipe(Section):
         if any(weighted) and not all(weighted):
             raise ValueError("with weight on one [[data]] source, all need one")
         return self
+
+    @property
+    def system_prompt(self) -> str | None:
+        """The system prompt that all sources put before records without one, if it is one."""
+        prompts = {source.system for source in self.data}
+        return prompts.pop() if len(prompts) == 1 else None
+
+    @property
+    def shipping(self) -> ExportSection:
+        """`[export]`; where it has no system prompt, that of the data is asked with in use."""
+        if self.export.system is not None:
+            return self.export
+        return self.export.model_copy(update={"system": self.system_prompt})

@@ -56,6 +56,7 @@ class Chart:
         key: a short name.
         title: what it shows.
         unit: of the values, once divided by `scale`.
+        meaning: what that is, for who sees it for the first time.
         curves: of all runs.
         levels: lines across.
         scale: values are divided by it.
@@ -68,6 +69,7 @@ class Chart:
     key: str
     title: str
     unit: str
+    meaning: str
     curves: tuple[Curve, ...]
     levels: tuple[Level, ...] = ()
     scale: float = 1.0
@@ -88,17 +90,26 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
         Chart(
             "loss",
             "Loss",
-            "nats a token",
-            _curves(runs, "loss", "train") + _curves(runs, "held_out_loss", "held-out"),
+            "mean cross-entropy per token, in nats; lower is better",
+            "How badly the model predicts the answers, token by token; 0 is perfect. Training: "
+            "on the records it learns from, while it does. Held-out: on records it never learns "
+            "from, which shows whether what it learned holds for others too.",
+            _curves(runs, "loss", "training") + _curves(runs, "held_out_loss", "held-out"),
             smooth=True,
         ),
         Chart(
-            "learning_rate", "Learning rate", "", _curves(runs, "learning_rate", "learning rate")
+            "learning_rate",
+            "Learning rate",
+            "",
+            "How far each step may move the adapter.",
+            _curves(runs, "learning_rate", "learning rate"),
         ),
         Chart(
             "grad_norm",
             "Gradient norm",
-            "before clipping",
+            "before it is clipped",
+            "How strongly the records of a step pull at the adapter. Sudden jumps are a sign of "
+            "unstable training.",
             norms,
             logarithmic=_is_spread(norms),
             from_zero=not _is_spread(norms),
@@ -107,7 +118,8 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
         Chart(
             "tokens_per_second",
             "Throughput",
-            "tokens a second",
+            "tokens per second",
+            "How fast training went.",
             _curves(runs, "tokens_per_second", "throughput"),
             from_zero=True,
             smooth=True,
@@ -116,7 +128,8 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
             "peak_memory_bytes",
             "Peak memory",
             "GB",
-            _curves(runs, "peak_memory_bytes", "peak"),
+            "The most memory that MLX had in use up to each step.",
+            _curves(runs, "peak_memory_bytes", "measured"),
             _plans(runs),
             scale=GB,
             from_zero=True,
@@ -156,7 +169,9 @@ def _curves(runs: Sequence[RunRecord], key: str, name: str) -> tuple[Curve, ...]
 
 def _plans(runs: Sequence[RunRecord]) -> tuple[Level, ...]:
     key = "peak_memory_bytes"
-    return tuple(Level("plan", n, run.plan[key]) for n, run in enumerate(runs) if key in run.plan)
+    return tuple(
+        Level("planned", n, run.plan[key]) for n, run in enumerate(runs) if key in run.plan
+    )
 
 
 def _is_spread(curves: Sequence[Curve]) -> bool:

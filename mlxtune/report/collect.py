@@ -12,6 +12,7 @@ from typing import Any
 
 from mlxtune.errors import RunError
 from mlxtune.evaluate.results import LM_EVAL, Stored, read_results
+from mlxtune.train.outcome import Outcome, outcome
 from mlxtune.train.run import METRICS, RECIPE, Run
 
 Entry = dict[str, Any]
@@ -68,9 +69,9 @@ class RunRecord:
         return self.reports[-1] if self.reports else None
 
     @property
-    def best(self) -> Entry | None:
-        """The lowest held-out loss."""
-        return min(self.held_out, key=lambda entry: float(entry["held_out_loss"]), default=None)
+    def outcome(self) -> Outcome:
+        """Whether training helped."""
+        return outcome((*self.held_out, *self.reports))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 
 import mlxtune
-from mlxtune.evaluate.results import task_rows
+from mlxtune.evaluate.results import share, task_rows
 from mlxtune.report.charts import charts
 from mlxtune.report.collect import Lengths, Lost, RunRecord, differences
 from mlxtune.report.results import Results, results
@@ -26,20 +26,29 @@ from mlxtune.report.summary import (
     rate_text,
     share_text,
     summarize,
+    time_text,
 )
 from mlxtune.report.svg import bars, draw
 
+# What people call some of the facts.
+_FACT_NAMES = {
+    "seed": "seed of all that is random",
+    "workers": "processes that trained together",
+    "checkpointed_blocks": "blocks computed twice, to save memory",
+    "quantized_matmul": "how products with quantized weights were computed",
+}
 # Facts that have a place of their own on the page.
 _SHOWN_ELSEWHERE = ("status", "plan", "lengths", "hashes")
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure that is seen first, and what is to be said of it."""
+    """A figure that is seen first, what is to be said of it, and whether it is a bad one."""
 
     label: str
     value: str
     note: str = ""
+    bad: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,35 +91,62 @@ def page(runs: Sequence[RunRecord], lost: Sequence[Lost] = ()) -> str:
         results=found,
         tasks=[(run.name, run.tasks, task_rows(run.tasks["results"])) for run in runs if run.tasks],
         facts=_facts(runs),
+        contents=_contents(runs, found),
         style=style,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
+def _contents(runs: Sequence[RunRecord], found: Sequence[Results]) -> list[tuple[str, str]]:
+    """Sections of the page: id and name of each."""
+    several = [("differences", "What differs")] if len(runs) > 1 and differences(runs) else []
+    evaluations = [(result.id, f"Evaluation: {result.suite}") for result in found]
+    tasks = [("tasks", "lm-eval")] if any(run.tasks for run in runs) else []
+    gaps = [("gaps", "What is missing")] if any(run.gaps for run in runs) else []
+    return [
+        *several,
+        ("training", "Training"),
+        *evaluations,
+        *tasks,
+        *gaps,
+        ("recipe", "Recipe and environment"),
+    ]
+
+
 def _tiles(run: RunRecord, summary: Summary, found: Sequence[Results]) -> list[Tile]:
+    """Figures of `adapter/`, which is what eval, fuse and export take."""
     tiles = []
     if summary.held_out_loss is not None:
-        before = loss_text(summary.first_held_out_loss)
-        note = f"from {before}, best at step {summary.best_step:,}"
-        tiles.append(Tile("held-out loss", loss_text(summary.held_out_loss), note))
+        step, bad = max(run.outcome.losses), summary.warning is not None
+        tiles.append(Tile(f"held-out loss after step {step:,}", *_loss_tile(summary), bad=bad))
     if run.last is not None:
-        note = f"step {summary.steps:,}"
+        note = f"on the records it learns from, at step {summary.steps:,}"
         if summary.epochs is not None:
-            note += f", {summary.epochs:.3g} epochs"
+            note += f" ({summary.epochs:.3g} epochs)"
         tiles.append(Tile("training loss", loss_text(summary.loss), note))
     tiles += _score_tiles(found)
+    if summary.seconds is not None:
+        note = f"{summary.examples or 0:,} records, {summary.tokens or 0:,} tokens"
+        tiles.append(Tile("time in training steps", clock(summary.seconds), note))
     if summary.tokens_per_second is not None:
-        note = f"{rate_text(summary.examples_per_second)} examples a second"
-        tiles.append(Tile("throughput", f"{rate_text(summary.tokens_per_second)} tok/s", note))
+        note = f"tokens per second; {rate_text(summary.examples_per_second)} records per second"
+        tiles.append(Tile("speed", rate_text(summary.tokens_per_second), note))
     if summary.peak_memory_bytes is not None:
         planned = summary.planned_memory_bytes
-        note = f"planned {gigabytes(planned)}" if planned is not None else "MLX's peak"
+        note = f"planned {gigabytes(planned)}" if planned is not None else "that MLX had in use"
         tiles.append(Tile("peak memory", gigabytes(summary.peak_memory_bytes), note))
-    if summary.seconds is not None:
-        note = f"{summary.examples or 0:,} examples, {summary.tokens or 0:,} tokens"
-        tiles.append(Tile("in training steps", clock(summary.seconds), note))
     return tiles
+
+
+def _loss_tile(summary: Summary) -> tuple[str, str]:
+    """The held-out loss of `adapter/`, and those before."""
+    note = f"{loss_text(summary.first_held_out_loss)} before training"
+    if summary.best_step and summary.best_held_out_loss != summary.held_out_loss:
+        note += (
+            f"; lowest after step {summary.best_step:,}: {loss_text(summary.best_held_out_loss)}"
+        )
+    return loss_text(summary.held_out_loss), note
 
 
 def _score_tiles(found: Sequence[Results]) -> list[Tile]:
@@ -125,7 +161,7 @@ def _score_tiles(found: Sequence[Results]) -> list[Tile]:
         note = result.records if result.short else f"{tuned['count']} records"
         if "base" in names:
             base = result.columns[names.index("base")].figures["metrics"].get("exact")
-            note = f"base {share_text(base['mean'] if base else None)}, {note}"
+            note = f"{share_text(base['mean'] if base else None)} before training; {note}"
         return [Tile("exact match", share_text(tuned["mean"]), note)]
     return []
 
@@ -141,9 +177,13 @@ def _plans(runs: Sequence[RunRecord], summaries: Sequence[Summary]) -> list[tupl
         for label, planned, came, form in pairs:
             if planned and came is not None:
                 rows.append(
-                    (run.name, label, form(planned), form(came), f"{came / planned - 1:+.0%}")
+                    (run.name, label, form(planned), form(came), _difference(came / planned - 1))
                 )
     return rows
+
+
+def _difference(change: float) -> str:
+    return share(change, digits=0, signed=True)
 
 
 def _histograms(runs: Sequence[RunRecord]) -> list[Histogram]:
@@ -155,7 +195,7 @@ def _histograms(runs: Sequence[RunRecord]) -> list[Histogram]:
     found = []
     for lengths, numbers in groups.items():
         path, x_ticks, y_ticks = bars(lengths)
-        title = "Length of samples"
+        title = "Length of the training records"
         own = numbers[0] if len(groups) > 1 or len(runs) == 1 else None
         if len(groups) > 1:
             title += ": " + ", ".join(runs[n].name for n in numbers)
@@ -167,18 +207,20 @@ def _facts(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     """Circumstances, a row each, and each run's."""
     tables = []
     for run in runs:
-        facts = {"folder": str(run.path), "status": run.status}
-        for key, value in run.facts.items():
+        facts = {"folder of the run": str(run.path), "status": run.status}
+        first = {key: run.facts.get(key) for key in ("command", "started", "ended")}
+        for key, value in (first | run.facts).items():
             if key == "versions" and isinstance(value, dict):
-                facts |= {str(package): str(version) for package, version in value.items()}
-            elif key not in _SHOWN_ELSEWHERE:
-                facts[key] = value if isinstance(value, str) else json.dumps(value)
+                facts |= {f"version of {name}": str(version) for name, version in value.items()}
+            elif key not in _SHOWN_ELSEWHERE and value not in (None, "", [], {}):
+                told = value if isinstance(value, str) else json.dumps(value)
+                facts[_FACT_NAMES.get(key, key.replace("_", " "))] = told
         hashes = run.facts.get("hashes")
         if isinstance(hashes, dict):
-            facts |= {f"hash of {name}": str(value) for name, value in hashes.items()}
+            facts |= {f"SHA-256 of {name}": str(value) for name, value in hashes.items()}
         tables.append(facts)
     keys = dict.fromkeys(key for table in tables for key in table)
-    return {key: [table.get(key, "–") for table in tables] for key in keys}
+    return {key: [table.get(key) or "–" for table in tables] for key in keys}
 
 
 @cache
@@ -191,6 +233,8 @@ def _template() -> Template:
         "gigabytes": gigabytes,
         "rate": rate_text,
         "clock": clock,
+        "time": time_text,
+        "capital": lambda text: text[:1].upper() + text[1:],
         "count": lambda count: "–" if count is None else f"{count:,}",
     }
     return environment.from_string(_text("page.html"))

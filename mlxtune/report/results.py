@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
-from mlxtune.evaluate.results import METRIC_NAMES, Stored, described, is_short, judge_line
+from mlxtune.evaluate.results import (
+    FIGURE_MEANINGS,
+    METRIC_NAMES,
+    Stored,
+    described,
+    first_words,
+    is_short,
+    judge_line,
+    share,
+    which_models,
+)
 from mlxtune.report.collect import RunRecord
 
 SAMPLES = 8
@@ -49,10 +60,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A figure of all models."""
+    """A figure of all models, and what it means."""
 
     label: str
     cells: tuple[Cell, ...]
+    meaning: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,9 +90,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Results:
-    """One suite over all runs that were evaluated on it."""
+    """One suite over all runs that were evaluated on it.
 
+    `words` is what to read first, a line each, and whether it is a warning; `models` says what
+    the columns are.
+    """
+
+    id: str
     suite: str
+    words: tuple[tuple[str, bool], ...]
+    models: tuple[str, ...]
     records: str
     short: bool
     columns: tuple[Column, ...]
@@ -114,7 +133,10 @@ def _suite(suite: str, runs: Sequence[RunRecord]) -> Results:
     notes = [str(n) for c in columns for n in c.stored.figures.get("notes") or ()]
     notes += _judges(suite, runs)
     return Results(
+        id=f"evaluation-{quote(suite, safe='')}",
         suite=suite,
+        words=tuple(_said(suite, runs, first_words)),
+        models=tuple(text for text, _ in _said(suite, runs, _models)),
         records=" or ".join(sorted(records)),
         short=any(is_short(column.stored.figures) for column in columns),
         columns=columns,
@@ -128,13 +150,30 @@ def _suite(suite: str, runs: Sequence[RunRecord]) -> Results:
 
 def _judges(suite: str, runs: Sequence[RunRecord]) -> list[str]:
     """What the judge of each run's evaluation did and cost."""
-    lines = []
+    return [text for text, _ in _said(suite, runs, _judge)]
+
+
+Lines = Sequence[tuple[str, bool]]
+
+
+def _said(
+    suite: str, runs: Sequence[RunRecord], tell: Callable[[dict[str, Any]], Lines]
+) -> Iterator[tuple[str, bool]]:
+    """What there is to say of each run's evaluation, with its name where there are several."""
     for run in runs:
-        stored = run.evaluations.get(suite)
-        judge = stored.figures.get("judge") if stored is not None else None
-        if isinstance(judge, dict):
-            lines.append((f"{run.name}: " if len(runs) > 1 else "") + judge_line(judge))
-    return lines
+        if (stored := run.evaluations.get(suite)) is not None:
+            for text, warns in tell(stored.figures):
+                yield (f"{run.name}: {text}" if len(runs) > 1 else text), warns
+
+
+def _judge(figures: dict[str, Any]) -> Lines:
+    judge = figures.get("judge")
+    return [(judge_line(judge), False)] if isinstance(judge, dict) else []
+
+
+def _models(figures: dict[str, Any]) -> Lines:
+    text = which_models(figures)
+    return [(text, False)] if text else []
 
 
 def _columns(suite: str, runs: Sequence[RunRecord]) -> tuple[Column, ...]:
@@ -163,7 +202,7 @@ def _loss_row(key: str, columns: Sequence[Column]) -> Row:
         if spread:
             text += f" ±{(spread['high'] - spread['low']) / 2:.2g}"
         cells.append(Cell(text))
-    return Row(label, tuple(cells))
+    return Row(label, tuple(cells), FIGURE_MEANINGS[key])
 
 
 def _row(metric: str, columns: Sequence[Column]) -> Row:
@@ -171,21 +210,25 @@ def _row(metric: str, columns: Sequence[Column]) -> Row:
     most = max((interval["count"] for interval in found if interval), default=0)
     label = METRIC_NAMES.get(metric, metric)
     if most < max(len(column.stored.answers) for column in columns):
-        label += f", of {most}"  # the others could not be told
+        label += f", of {most}"  # the others could not be judged
     gains = [(column.figures.get("gains") or {}).get(metric) for column in columns]
-    return Row(label, tuple(_cell(i, gain) for i, gain in zip(found, gains, strict=True)))
+    cells = tuple(_cell(i, gain) for i, gain in zip(found, gains, strict=True))
+    return Row(label, cells, FIGURE_MEANINGS.get(metric, ""))
 
 
 def _cell(interval: dict[str, Any] | None, gain: dict[str, Any] | None) -> Cell:
     if not interval:
         return Cell("–")
     mean, low, high = (float(interval[key]) for key in ("mean", "low", "high"))
-    text = f"{mean:.1%} ±{50 * (high - low):.0f}"
-    if not gain:
+    text = f"{share(mean)} ±{50 * (high - low):.0f}"
+    if not gain or gain["low"] == gain["high"] == 0:
         return Cell(text, (mean, low, high))
     # Where it has to be in two lines, the interval is one of them.
-    span = f"({gain['low']:+.1%} to {gain['high']:+.1%})".replace(" ", "\N{NO-BREAK SPACE}")
-    change = f"{gain['mean']:+.1%} {span}"
+    mean_gain, *ends = (
+        share(gain[key], signed=True).removesuffix("%") for key in ("mean", "low", "high")
+    )
+    span = f"({' to '.join(ends)})".replace(" ", "\N{NO-BREAK SPACE}")
+    change = f"{mean_gain} {span}"
     sure = gain["low"] > 0 or gain["high"] < 0
     return Cell(text, (mean, low, high), change, gain["mean"] > 0 if sure else None)
 
@@ -200,7 +243,7 @@ def _categories(metric: str, columns: Sequence[Column]) -> tuple[Row, ...]:
         found = [table.get(name) or {} for table in tables]
         count = next((entry["records"] for entry in found if "records" in entry), "?")
         means = [entry.get(c.target) for entry, c in zip(found, columns, strict=True)]
-        cells = [Cell("–") if m is None else Cell(f"{m:.0%}", (m, m, m)) for m in means]
+        cells = [Cell("–") if m is None else Cell(share(m, digits=0), (m, m, m)) for m in means]
         rows.append(Row(name, (Cell(str(count)), *cells)))
     return tuple(rows)
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any
 
+from mlxtune.evaluate.results import share
 from mlxtune.report.charts import GB
 from mlxtune.report.collect import RunRecord
+from mlxtune.train.outcome import advice_of
+from mlxtune.train.run import Run
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,13 @@ class Summary:
         steps, epochs: done.
         loss: of the last report.
         first_held_out_loss: before training, or the first there is.
-        held_out_loss, best_step: the lowest, and where it was measured.
+        held_out_loss: the last one, which is that of `adapter/`.
+        best_held_out_loss, best_step: the lowest, and after how many steps; unless that is 0,
+            `adapter-best/` is of then.
+        warning: what to say first of `adapter/` where training did not help.
+        advice: what to do about that, or where another adapter is better.
+        command: that the run was started with.
+        started, ended: when, as ISO 8601.
         tokens, examples: seen.
         seconds: spent in training steps.
         seconds_per_step, tokens_per_second, examples_per_second: over the whole run.
@@ -33,6 +43,7 @@ class Summary:
     loss: float | None
     first_held_out_loss: float | None
     held_out_loss: float | None
+    best_held_out_loss: float | None
     best_step: int | None
     tokens: int | None
     examples: int | None
@@ -43,6 +54,11 @@ class Summary:
     peak_memory_bytes: int | None
     planned_memory_bytes: float | None
     planned_seconds_per_step: float | None
+    warning: str | None
+    advice: str | None
+    command: str | None
+    started: str | None
+    ended: str | None
     gaps: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -52,7 +68,7 @@ class Summary:
 
 def summarize(run: RunRecord) -> Summary:
     """A run in short."""
-    last, best = run.last or {}, run.best or {}
+    last, found = run.last or {}, run.outcome
     seconds = last.get("seconds")
     return Summary(
         name=run.name,
@@ -62,8 +78,9 @@ def summarize(run: RunRecord) -> Summary:
         epochs=last.get("epoch"),
         loss=last.get("loss"),
         first_held_out_loss=run.held_out[0]["held_out_loss"] if run.held_out else None,
-        held_out_loss=best.get("held_out_loss"),
-        best_step=best.get("step"),
+        held_out_loss=found.after,
+        best_held_out_loss=min(found.losses.values(), default=None),
+        best_step=found.best_step,
         tokens=last.get("tokens"),
         examples=last.get("examples"),
         seconds=seconds,
@@ -73,6 +90,11 @@ def summarize(run: RunRecord) -> Summary:
         peak_memory_bytes=last.get("peak_memory_bytes"),
         planned_memory_bytes=run.plan.get("peak_memory_bytes"),
         planned_seconds_per_step=run.plan.get("seconds_per_step"),
+        warning=found.warning,
+        advice=advice_of(Run(run.path)),
+        command=_text(run.facts.get("command")),
+        started=_text(run.facts.get("started")),
+        ended=_text(run.facts.get("ended")),
         gaps=run.gaps,
     )
 
@@ -84,7 +106,18 @@ def loss_text(value: float | None) -> str:
 
 def share_text(value: float | None) -> str:
     """A share in percent."""
-    return "–" if value is None else f"{value:.1%}"
+    return "–" if value is None else share(value)
+
+
+def time_text(started: str | None, ended: str | None) -> str:
+    """When a run was trained, such as `2026-11-30, 15:20 to 15:24`; empty if not known."""
+    begin, end = _time(started), _time(ended)
+    if begin is None:
+        return ""
+    text = f"{begin:%Y-%m-%d, %H:%M}"
+    if end is None or end.replace(second=0) == begin.replace(second=0):
+        return text
+    return f"{text} to {end:{'%H:%M' if end.date() == begin.date() else '%Y-%m-%d, %H:%M'}}"
 
 
 def gigabytes(value: float | None) -> str:
@@ -112,6 +145,17 @@ def clock(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d} h" if hours else f"{minutes}:{rest:02d} min"
+
+
+def _time(text: str | None) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text or "")
+    except ValueError:
+        return None
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
 
 
 def _ratio(above: Any, below: Any) -> float | None:

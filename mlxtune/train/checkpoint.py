@@ -13,12 +13,14 @@ import mlx.nn as nn
 import mlx.optimizers
 from mlx.utils import tree_unflatten
 
-from mlxtune.adapters.saved import load_arrays, save_arrays
+from mlxtune.adapters.saved import SavedAdapter, load_arrays, save_arrays
 from mlxtune.adapters.store import adapter_arrays, set_adapter_arrays
 from mlxtune.arrays import flat, random_key, set_random_key
 from mlxtune.errors import RunError
 from mlxtune.files import atomic_folder, sha256, write_json
+from mlxtune.recipe.schema import LoraSection
 from mlxtune.train.distributed import Workers
+from mlxtune.train.run import checkpoints
 
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
 
@@ -130,6 +132,30 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: mlx.optimizers.Opti
     return progress
 
 
+def checkpoint_adapter(path: Path, lora: LoraSection, base: str) -> SavedAdapter:
+    """The adapter that a checkpoint holds.
+
+    Args:
+        path: its folder.
+        lora: `[lora]` of its run.
+        base: name of the model that it belongs to.
+
+    Raises:
+        DamagedCheckpoint: a file is missing, or is not what was written.
+    """
+    try:
+        hashes = json.loads((path / STATE).read_text(encoding="utf-8"))["hashes"]
+        whole = sha256(path / ADAPTER) == hashes[ADAPTER]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DamagedCheckpoint(
+            f"this checkpoint cannot be read: {error}", where=str(path)
+        ) from None
+    if not whole:
+        raise DamagedCheckpoint(f"its {ADAPTER} is not what was written", where=str(path))
+    kind, arrays = "dora" if lora.dora else "lora", load_arrays(path / ADAPTER)
+    return SavedAdapter(kind, lora.rank, lora.scale, arrays, base, None, str(path))
+
+
 def share_state(
     workers: Workers,
     model: nn.Module,
@@ -164,9 +190,3 @@ def _put(new: Any, tree: Any) -> None:
             _put(value, tree[key])
         else:
             tree[key] = value
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, oldest first."""
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]))

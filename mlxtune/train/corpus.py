@@ -1,24 +1,24 @@
-"""What a recipe trains on and holds out: its sources as samples, and as conversations."""
+"""What a recipe trains on and holds out: its sources as samples."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 
 from mlxtune.data.batches import Part
-from mlxtune.data.masking import Masking, NothingTrained
-from mlxtune.data.records import Conversation
+from mlxtune.data.masking import Masking
 from mlxtune.data.render import Renderer, Sample
 from mlxtune.data.rules import Rules, Tally
-from mlxtune.data.sources import Source
-from mlxtune.data.store import Progress, Subset, TokenStore
+from mlxtune.data.sources import HUB, Source
+from mlxtune.data.splits import TRAIN
+from mlxtune.data.store import Progress, Subset, TokenStore, fingerprints_of, records_of
 from mlxtune.data.tokens import tokenize
 from mlxtune.errors import DataError
-from mlxtune.recipe.schema import DataSource, EvalSection, Recipe
+from mlxtune.recipe.schema import DataSource, Recipe
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,37 @@ class Corpus:
         parts: what is trained on, a part a source.
         held_out: what is not.
         tallies: the path of each source, and what became of its records.
+        unread: what there is to say of files beside those that were read.
     """
 
     parts: tuple[Part, ...]
     held_out: Sequence[Sample]
     tallies: tuple[tuple[str, Tally], ...]
+    unread: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
         """Samples that are trained on."""
         return sum(len(part.samples) for part in self.parts)
 
+    def trained_fingerprints(self) -> npt.NDArray[np.uint64]:
+        """The fingerprints of all records that are trained on, in order, each once."""
+        return np.unique(np.concatenate([fingerprints_of(part.samples) for part in self.parts]))
+
+    def overlap(self) -> Overlap:
+        """The held-out records that are trained on as well."""
+        if not len(self.held_out):
+            return Overlap(0, 0)
+        records = records_of(self.held_out)
+        both = np.isin(fingerprints_of(self.held_out), self.trained_fingerprints())
+        first = self.held_out[int(np.argmax(both))].where if both.any() else ""
+        return Overlap(len(np.unique(records[both])), len(np.unique(records)), first)
+
     def notes(self) -> Iterator[str]:
         """What became of records otherwise than that they are trained on as they are."""
+        yield from self.unread
+        if overlap := self.overlap():
+            yield str(overlap)
         for path, tally in self.tallies:
             for reason, count in tally.dropped.items():
                 yield f"{path}: {count} of {tally.rows} records left out: {reason}"
@@ -52,6 +70,49 @@ class Corpus:
                     f"{path}: the chat template rewrites earlier turns, so each answer is a "
                     f"sample of its own: {extra} more than records"
                 )
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Held-out records that are trained on as well, which makes a held-out loss too low.
+
+    Attributes:
+        shared: how many of them say the same as a record that is trained on.
+        held_out: how many there are.
+        example: where one of them stands.
+    """
+
+    shared: int
+    held_out: int
+    example: str = ""
+
+    def __bool__(self) -> bool:
+        return self.shared > 0
+
+    def __str__(self) -> str:
+        example = f", such as {self.example}" if self.example else ""
+        return (
+            f"{self.shared} of {self.held_out} held-out records are also among those that are "
+            f"trained on{example}"
+        )
+
+    def require_below(self, share: float) -> None:
+        """Refuse records whose loss would say nothing about new ones.
+
+        Args:
+            share: of the held-out records that may be trained on as well.
+
+        Raises:
+            DataError: there are more.
+        """
+        if self.shared > share * self.held_out:
+            raise DataError(
+                str(self),
+                where="eval",
+                remedy="hold out others (`mlxtune data prep --against` removes the shared ones "
+                f"from the training data), or allow it: eval.max_overlap = "
+                f"{math.ceil(100 * self.shared / self.held_out) / 100}",
+            )
 
 
 def read_corpus(
@@ -74,95 +135,84 @@ def read_corpus(
         source = source_of(section)
         stores.append(tokenize(source, renderer, rules, first=first, progress=progress))
         first += stores[-1].tally.rows
-    tallies = [(s.path, store.tally) for s, store in zip(recipe.data, stores, strict=True)]
+    sources = [source_of(section) for section in recipe.data]
+    tallies = [(s.name, store.tally) for s, store in zip(sources, stores, strict=True)]
     held_out: Sequence[Sample] = ()
     trained: list[Sequence[Sample]] = list(stores)
     if (store := _held_out_store(recipe, renderer, progress)) is not None:
         held_out = store
-        tallies.append((str(recipe.eval.path), store.tally))
+        given = held_out_source(recipe)
+        tallies.append((given.name if given is not None else "", store.tally))
     elif recipe.eval.val_size:
         chosen = _held_out_numbers(recipe, first)
         out = [np.isin(store.records(), chosen) for store in stores]
         held_out = [s for store, o in zip(stores, out, strict=True) for s in _where(store, o)]
         trained = [_where(store, ~o) for store, o in zip(stores, out, strict=True)]
-    return Corpus(_parts(recipe.data, trained), held_out, tuple(tallies))
-
-
-def read_held_out(recipe: Recipe, renderer: Renderer) -> Sequence[Sample]:
-    """The samples that a recipe holds out; none if it holds out none.
-
-    Raises:
-        DataError: a file is missing or wrong.
-    """
-    store = _held_out_store(recipe, renderer, lambda _path, _rows: None)
-    if store is not None or not recipe.eval.val_size:
-        return store or ()
-    return read_corpus(recipe, renderer).held_out
+    unread = tuple(unread_files(recipe))
+    return Corpus(_parts(recipe.data, trained), held_out, tuple(tallies), unread)
 
 
 def _held_out_store(recipe: Recipe, renderer: Renderer, progress: Progress) -> TokenStore | None:
-    source = held_out_source(recipe.eval)
+    source = held_out_source(recipe)
     if source is None:
         return None
     rules = rules_of(recipe.data[0], recipe.train.max_seq_length)
     return tokenize(source, renderer, rules, progress=progress)
 
 
-def check_sources(recipe: Recipe, *, rows: int | None = None) -> list[tuple[str, int]]:
-    """Read every record, or the first so many of each source, without a tokenizer.
-
-    Returns:
-        The path of each source and how many records it has; the held-out file is the last.
-
-    Raises:
-        DataError: a file is missing or wrong, or a record can train nothing.
-    """
-    sources = [(source_of(s), masking_of(s), s.on_empty == "error") for s in recipe.data]
-    if (held_out := held_out_source(recipe.eval)) is not None:
-        first = recipe.data[0]
-        sources.append((held_out, masking_of(first), first.on_empty == "error"))
-    counts = []
-    for source, masking, strict in sources:
-        count = 0
-        for conversation in islice(source, rows):
-            count += 1
-            try:
-                masking.require_target(conversation)
-            except NothingTrained:
-                if strict:
-                    raise
-        counts.append((source.path, count))
-    return counts
+def unread_files(recipe: Recipe) -> Iterator[str]:
+    """What is to be said of files in a source's folder that are not trained on."""
+    for section in recipe.data:
+        if section.path.startswith(HUB):
+            continue
+        split = source_of(section).local_split()
+        strays = split.others.get("", ())
+        others = [name for name in split.others if name]
+        if others:
+            use = ""
+            if recipe.eval.path is None and not recipe.eval.val_size and split.name == TRAIN:
+                use = f'; [eval] path = "{section.path}" measures on what is held out there'
+            yield (
+                f"{section.path}: its {split.name or 'other'} files are trained on, not its "
+                f"{' and '.join(others)} split{'s' if len(others) > 1 else ''}{use}"
+            )
+        if strays:
+            some = ", ".join(file.name for file in strays[:3])
+            more = f" and {len(strays) - 3} more" if len(strays) > 3 else ""
+            yield (
+                f"{section.path}: not trained on: {some}{more}, named after no split, unlike the "
+                f"files of the {split.name} split"
+            )
 
 
-def conversations_of(recipe: Recipe, samples: Sequence[Sample]) -> list[Conversation]:
-    """The records that held-out samples were made of, as they are.
-
-    Raises:
-        DataError: a file is missing or wrong.
-    """
-    numbers = {sample.record for sample in samples}
-    given = held_out_source(recipe.eval)
-    sources = [given] if given is not None else [source_of(section) for section in recipe.data]
-    rows = ((source, row) for source in sources for row in source.rows())
-    return [s.parse(row) for number, (s, row) in enumerate(rows, start=1) if number in numbers]
-
-
-def source_of(section: DataSource | EvalSection) -> Source:
-    """The records that a table names."""
+def source_of(section: DataSource) -> Source:
+    """The records that `[[data]]` names."""
     return Source(
-        str(section.path),
+        section.path,
         section.format,
         section.columns,
         section.split,
         section.subset,
         section.max_samples,
+        section.system,
     )
 
 
-def held_out_source(section: EvalSection) -> Source | None:
-    """The records of `[eval]`, if it names a file of them."""
-    return None if section.path is None else source_of(section)
+def held_out_source(recipe: Recipe) -> Source | None:
+    """The records that `[eval]` names, if it names a file of them."""
+    section = recipe.eval
+    if section.path is None:
+        return None
+    return Source(
+        section.path,
+        section.format,
+        section.columns,
+        section.split,
+        section.subset,
+        section.max_samples,
+        recipe.data[0].system,
+        held_out=True,
+    )
 
 
 def masking_of(section: DataSource) -> Masking:
@@ -172,7 +222,7 @@ def masking_of(section: DataSource) -> Masking:
 
 def rules_of(section: DataSource, max_seq_length: int) -> Rules:
     """What becomes of a source's records."""
-    return Rules(masking_of(section), max_seq_length, section.truncate, section.on_empty)
+    return Rules(masking_of(section), max_seq_length, section.truncate, section.unusable)
 
 
 def _held_out_numbers(recipe: Recipe, total: int) -> npt.NDArray[np.int64]:

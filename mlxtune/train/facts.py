@@ -14,6 +14,7 @@ from mlxtune.device import device_name
 from mlxtune.errors import RunError
 from mlxtune.files import sha256
 from mlxtune.models.resolve import ModelSource
+from mlxtune.models.weights import weight_files
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.corpus import held_out_source, source_of
 from mlxtune.train.distributed import Workers
@@ -27,7 +28,7 @@ def facts_of(
 ) -> dict[str, Any]:
     """What run.json says of the circumstances."""
     sources = [source_of(section) for section in recipe.data]
-    if (held_out := held_out_source(recipe.eval)) is not None:
+    if (held_out := held_out_source(recipe)) is not None:
         sources.append(held_out)
     files = [file for s in sources for file in s.files()]
     if recipe.model.chat_template is not None:
@@ -48,7 +49,7 @@ def facts_of(
             "model": _fingerprint(source),
             "tokenizer": hashlib.sha256(renderer.identity().encode()).hexdigest(),
             **{str(path): sha256(path) for path in files},
-            **{s.path: s.fingerprint() for s in sources if s.path.startswith(HUB)},
+            **{s.name: s.fingerprint() for s in sources if s.path.startswith(HUB)},
         },
     }
 
@@ -72,7 +73,7 @@ def _fingerprint(source: ModelSource) -> str:
     """
     if source.is_gguf:
         return sha256(source.path)
-    files = sorted(source.path.glob("*.safetensors"))
+    files = weight_files(source.path)
     weights = ",".join(f"{file.name}:{_sampled(file)}" for file in files)
     return f"{sha256(source.path / 'config.json')} {weights}"
 

@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 
 from mlxtune.data.inspect import Bin, SharedPrefix, histogram, shared_prefix, spread, stretches
-from mlxtune.data.render import Renderer, Sample
+from mlxtune.data.render import Sample
 from mlxtune.data.rules import Tally, record_samples
 from mlxtune.data.store import Progress, TokenStore
 from mlxtune.data.tokens import tokenize
 from mlxtune.errors import DataError
+from mlxtune.models.load import model_config
+from mlxtune.models.resolve import resolve_model
 from mlxtune.recipe.schema import Recipe
-from mlxtune.train.corpus import rules_of, source_of
-from mlxtune.train.model import tokenizer_of
+from mlxtune.train.corpus import read_corpus, rules_of, source_of
+from mlxtune.train.model import renderer_of
+from mlxtune.train.notes import context_notes
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,12 @@ class Shown:
 class Inspection:
     """All that `mlxtune data inspect` tells.
 
-    `tallies` has the path of each source, `left_out` the reasons of records that were to
-    be shown and are not trained on.
+    `tallies` has each source and what became of its records, `notes` what else there is to
+    say of them, `left_out` the reasons of records that were to be shown and are not trained on.
     """
 
     tallies: tuple[tuple[str, Tally], ...]
+    notes: tuple[str, ...]
     lengths: tuple[Bin, ...]
     prefix: SharedPrefix
     max_seq_length: int
@@ -46,6 +50,7 @@ class Inspection:
         """As JSON."""
         return {
             "sources": [{"path": path} | asdict(tally) for path, tally in self.tallies],
+            "notes": list(self.notes),
             "max_seq_length": self.max_seq_length,
             "lengths": [asdict(bin) for bin in self.lengths],
             "shared_prefix": asdict(self.prefix),
@@ -81,7 +86,7 @@ def inspect_recipe(
     Raises:
         DataError: a record is wrong, or there is none of that number.
     """
-    renderer = Renderer(tokenizer_of(recipe.model))
+    renderer = renderer_of(recipe.model)
     stores: list[TokenStore] = []
     samples: list[Sample] = []
     left_out: dict[int, str] = {}
@@ -99,9 +104,14 @@ def inspect_recipe(
         first += stores[-1].tally.rows
     if chosen is not None and chosen > first:
         raise DataError(f"there is no record {chosen}: there are {first}")
-    lengths = np.concatenate([store.lengths() for store in stores])
+    corpus = read_corpus(recipe, renderer, progress)
+    each = [store.lengths() for store in stores]
+    lengths = np.concatenate(each)
+    model = resolve_model(recipe.model.path, revision=recipe.model.revision, weights=False)
+    beyond = context_notes(each, model_config(model))
     return Inspection(
-        tallies=tuple((s.path, t.tally) for s, t in zip(recipe.data, stores, strict=True)),
+        tallies=corpus.tallies,
+        notes=(*corpus.notes(), *beyond),
         lengths=tuple(histogram(lengths)),
         prefix=shared_prefix([sample for store in stores for sample in spread(store)]),
         max_seq_length=recipe.train.max_seq_length,

@@ -25,7 +25,6 @@ from mlxtune.recipe.schema import CheckpointSection, EvalSection, LogSection, Tr
 from mlxtune.train.checkpoint import (
     DamagedCheckpoint,
     Progress,
-    checkpoints,
     load_checkpoint,
     save_checkpoint,
     share_state,
@@ -34,8 +33,9 @@ from mlxtune.train.distributed import Stopped, Workers
 from mlxtune.train.heldout import held_out_loss
 from mlxtune.train.memory import keep_freed_buffers
 from mlxtune.train.metrics import Report, Reporter
+from mlxtune.train.notes import warmup_steps
 from mlxtune.train.optim import optimizer_of
-from mlxtune.train.run import Run
+from mlxtune.train.run import Run, checkpoints
 from mlxtune.train.schedule import learning_rate
 from mlxtune.train.signals import stop_on_signals
 from mlxtune.train.step import StepResult, TrainStep
@@ -224,14 +224,11 @@ class Trainer:
         return patience is not None and self._progress.no_better >= patience
 
     def _rate(self, step: int) -> float:
-        warmup = self._train.warmup_steps
-        if warmup is None:
-            warmup = round((self._train.warmup_ratio or 0.0) * self.total_steps)
         return learning_rate(
             step,
             peak=self._train.learning_rate,
             total_steps=self.total_steps,
-            warmup_steps=warmup,
+            warmup_steps=warmup_steps(self._train, self.total_steps),
             kind=self._train.lr_scheduler,
             decay_steps=round(self._train.decay_ratio * self.total_steps),
             min_ratio=self._train.min_lr_ratio,

@@ -14,6 +14,7 @@ from mlxtune.adapters.store import start_from
 from mlxtune.arrays import flat
 from mlxtune.data.batches import Plan
 from mlxtune.data.passes import Layout
+from mlxtune.data.render import Renderer
 from mlxtune.device import on_cpu
 from mlxtune.errors import ModelError
 from mlxtune.layers.gated import use_gated_activations
@@ -27,10 +28,19 @@ from mlxtune.layers.inject import (
 from mlxtune.layers.quantized import packing_named
 from mlxtune.layers.routes import Routes, choose_routes, fix_routes
 from mlxtune.models.enable import enable_packs_by, pack_kind
-from mlxtune.models.load import DTYPES, LoadedModel, load_model, load_tokenizer
+from mlxtune.models.load import (
+    DTYPES,
+    LoadedModel,
+    embedding_rows,
+    load_model,
+    load_tokenizer,
+    model_classes,
+    model_config,
+)
 from mlxtune.models.packed import PackCache
-from mlxtune.models.resolve import resolve_model
+from mlxtune.models.resolve import is_hub_id, resolve_model
 from mlxtune.models.targets import find_targets
+from mlxtune.models.weights import stored_tensors
 from mlxtune.recipe.schema import LoraSection, ModelSection, Recipe, TrainSection
 from mlxtune.train.memory import GB, blocks_to_checkpoint
 from mlxtune.train.optim import optimizer_of
@@ -197,6 +207,36 @@ def put_own_layers(
         dequantize_layers(model, dtype, evaluate=evaluate)
     if section.quantized_matmul != "auto":
         fix_routes(model, section.quantized_matmul == "expand")
+
+
+def check_model(section: ModelSection) -> None:
+    """See that a model on this machine can be loaded, as far as its headers say.
+
+    A hub id is not asked for.
+
+    Raises:
+        ModelError: it is not there, damaged, quantized in a way that is not read here, or of an
+            architecture that mlx-lm does not have.
+    """
+    if is_hub_id(section.path):
+        return
+    source = resolve_model(section.path, revision=section.revision)
+    config = model_config(source)
+    model_classes(config, where=str(source.path))
+    if not source.is_gguf:
+        stored_tensors(source.path)
+
+
+def renderer_of(section: ModelSection) -> Renderer:
+    """What turns conversations into the tokens of a recipe's model; no weights are loaded."""
+    rows = rows_of(section)  # first: what is no model has no tokenizer either
+    return Renderer(tokenizer_of(section), rows=rows)
+
+
+def rows_of(section: ModelSection) -> int | None:
+    """How many tokens the model of a recipe has rows for; None where its config says nothing."""
+    source = resolve_model(section.path, revision=section.revision, weights=False)
+    return embedding_rows(model_config(source))
 
 
 def tokenizer_of(section: ModelSection) -> Any:

@@ -3,6 +3,8 @@
 recipe.toml     the recipe as it was resolved
 run.json        status, versions, device, hashes, seed
 metrics.jsonl   one object a report
+held-out.jsonl  the records that were held out, as they are
+trained-rows.u64  fingerprints of the records that are trained on
 checkpoints/    step-N/, the latest few
 adapter/        the final adapter
 adapter-best/   the adapter with the lowest held-out loss
@@ -13,10 +15,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from mlxtune.errors import OutputExists, RecipeError, RunError
@@ -29,6 +33,7 @@ from mlxtune.files import (
 )
 from mlxtune.recipe.load import dump_recipe, load_recipe
 from mlxtune.recipe.schema import Recipe
+from mlxtune.train.places import moved_places, places_of, relocated, with_paths
 
 RECIPE = "recipe.toml"
 STATUS = "run.json"
@@ -50,8 +55,23 @@ class Run:
     path: Path
 
     @classmethod
-    def create(cls, path: Path, recipe: Recipe, facts: dict[str, Any], *, overwrite: bool) -> Run:
+    def create(
+        cls,
+        path: Path,
+        recipe: Recipe,
+        facts: dict[str, Any],
+        *,
+        overwrite: bool,
+        fill: Callable[[Path], None] = lambda _folder: None,
+    ) -> Run:
         """Make the folder of a new run.
+
+        Args:
+            path: of the folder.
+            recipe: of the run.
+            facts: entries of run.json.
+            overwrite: replace a run that is there.
+            fill: writes more into the folder; it appears whole or not at all.
 
         Raises:
             OutputExists: the folder exists and `overwrite` is false, or it exists and is
@@ -64,7 +84,8 @@ class Run:
                 pass  # nobody trains in what is replaced
         with atomic_folder(path, overwrite=overwrite, marker=STATUS) as folder:
             write_text(folder / RECIPE, dump_recipe(recipe))
-            cls(folder).write_status(status="running", **facts)
+            cls(folder).write_status(status="running", places=places_of(recipe, path), **facts)
+            fill(folder)
         return cls(path)
 
     @staticmethod
@@ -102,7 +123,7 @@ class Run:
             raise RunError(
                 "there is no run in this folder" if path.is_dir() else "there is no such run",
                 where=str(path),
-                remedy="`mlxtune lora recipe.toml` makes one, in runs/<name>",
+                remedy=meant(path) or "`mlxtune lora recipe.toml` makes one, in runs/<name>",
             )
         return cls(path)
 
@@ -152,29 +173,68 @@ class Run:
             RunError: the run has not come to its end.
         """
         if not self.adapter.is_dir():
+            remedy = f"finish it: mlxtune lora {quote(str(self.path))} --resume"
+            if steps := self.checkpoint_names():
+                remedy += f"; or take it as it is: {self.path}@{steps[-1]}"
             raise RunError(
                 f"this run has no adapter yet; its status is {self.status()['status']!r}",
                 where=str(self.path),
-                remedy=f"finish it: mlxtune lora {self.path / RECIPE} -o {self.path} --resume",
+                remedy=remedy,
             )
         return self.adapter
 
-    def recipe(self) -> Recipe:
-        """The recipe as it was resolved.
+    def checkpoint_names(self) -> list[str]:
+        """`step-N` of each checkpoint, oldest first."""
+        return [path.name for path in checkpoints(self.checkpoints)]
+
+    def checkpoint(self, name: str) -> Path:
+        """The folder of a checkpoint.
+
+        Args:
+            name: `step-N`.
+
+        Raises:
+            RunError: there is none of that name.
+        """
+        names = self.checkpoint_names()
+        if name not in names:
+            have = f"it has: {', '.join(names)}" if names else "it has none"
+            raise RunError(f"this run has no checkpoint {name}", where=str(self.path), remedy=have)
+        return self.checkpoints / name
+
+    def recipe(self, overrides: Iterable[str] = ()) -> Recipe:
+        """The recipe as it was resolved; what was moved together with the run is found there.
+
+        Args:
+            overrides: `section.key=value`, as in `load_recipe`.
 
         Raises:
             RunError: the file is missing or was damaged.
+            RecipeError: an override is wrong.
         """
         try:
-            return load_recipe(self.path / RECIPE)
+            load_recipe(self.path / RECIPE)
         except RecipeError as error:
             raise RunError(
                 f"the run's recipe cannot be read: {error}", where=str(self.path / RECIPE)
             ) from None
+        recipe = load_recipe(self.path / RECIPE, overrides)
+        moved = self.moved()
+        return with_paths(recipe, lambda path: moved.get(path, path)) if moved else recipe
+
+    def moved(self) -> dict[str, str]:
+        """Absolute paths of the recipe where nothing is any more, and where it is now."""
+        try:
+            places = self._written_status().get("places")
+        except RunError:
+            return {}
+        return moved_places(places, self.path) if isinstance(places, dict) else {}
 
     def write_recipe(self, recipe: Recipe) -> None:
-        """Keep another recipe with the run."""
+        """Keep another recipe with the run, or the same with its paths as they are now."""
+        kept = {k: v for k, v in self.status().items() if k == "hashes"}
         write_text(self.path / RECIPE, dump_recipe(recipe))
+        self.write_status(places=places_of(recipe, self.path), **kept)
 
     def status(self) -> dict[str, Any]:
         """What run.json says; a run that nobody trains any more is not `running`.
@@ -185,6 +245,8 @@ class Run:
         value = self._written_status()
         if value["status"] == "running" and not self._is_held():
             value["status"] = "interrupted"  # it was killed before it could say so
+        if (hashes := value.get("hashes")) and (moved := self.moved()):
+            value["hashes"] = {relocated(name, moved): known for name, known in hashes.items()}
         return value
 
     def _is_held(self) -> bool:
@@ -231,18 +293,11 @@ class Run:
         """Objects of metrics.jsonl; a line cut off by a crash is passed over."""
         if not (self.path / METRICS).is_file():
             return
-        for line in (self.path / METRICS).read_text(encoding="utf-8").splitlines():
+        text = (self.path / METRICS).read_text(encoding="utf-8", errors="replace")
+        for line in text.splitlines():
             with suppress(ValueError):
-                yield json.loads(line)
-
-    def better_before(self) -> int | None:
-        """The step after which the held-out loss was lowest, if the last one is worse.
-
-        `adapter-best/` is of that step.
-        """
-        losses = {e["step"]: e["held_out_loss"] for e in self.metrics() if "held_out_loss" in e}
-        best = min(losses, key=lambda step: losses[step], default=0)
-        return best if best and best != max(losses) and self.best_adapter.is_dir() else None
+                if isinstance(entry := json.loads(line), dict):
+                    yield entry
 
     def forget_after(self, step: int) -> None:
         """Drop what metrics.jsonl says of steps after `step`, which will be run again."""
@@ -250,10 +305,50 @@ class Run:
         write_text(self.path / METRICS, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
 def adapter_folder(path: Path) -> Path:
-    """The folder of an adapter: that of a finished run, or the one given.
+    """The folder of an adapter: of a finished run, of a checkpoint (`RUN@step-N`), or as given.
 
     Raises:
-        RunError: it is a run that has not come to its end.
+        RunError: it is a run that has not come to its end, or has no such checkpoint.
     """
-    return Run(path).finished_adapter() if (path / STATUS).is_file() else path
+    if (path / STATUS).is_file():
+        return Run(path).finished_adapter()
+    return checkpoint_named(path) or path
+
+
+def checkpoint_named(path: Path) -> Path | None:
+    """The folder of what `RUN@step-N` names; None where that is not meant.
+
+    Raises:
+        RunError: there is no such run, or it has no such checkpoint.
+    """
+    run, at, name = path.name.rpartition("@")
+    if not at or not run or not name.startswith("step-") or path.exists():
+        return None
+    return Run.open(path.with_name(run)).checkpoint(name)
+
+
+def meant(path: Path) -> str | None:
+    """What lies beside a path where nothing is, and may be meant: a remedy, or None."""
+    if path.exists():
+        return None
+    folders = [path.parent]
+    if path.parent == Path():
+        folders.append(Path("runs"))
+    beside: dict[str, Path] = {}
+    for folder in folders:
+        with suppress(OSError):
+            for entry in sorted(folder.iterdir()):
+                if entry.is_dir() or entry.suffix.lower() == ".gguf":
+                    beside.setdefault(entry.name, entry)
+    near = get_close_matches(path.name, beside, n=3)
+    if near:
+        return f"did you mean {' or '.join(str(beside[name]) for name in near)}?"
+    runs = [str(entry) for entry in beside.values() if (entry / STATUS).is_file()]
+    return f"runs there are: {', '.join(runs[:8])}" if runs else None

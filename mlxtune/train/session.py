@@ -10,31 +10,31 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 import numpy as np
 
-from mlxtune.adapters.store import load_adapter, read_adapter
 from mlxtune.arrays import flat
 from mlxtune.data.batches import Plan
 from mlxtune.data.inspect import histogram
-from mlxtune.data.render import Renderer
-from mlxtune.data.sources import HUB
 from mlxtune.data.store import lengths_of
 from mlxtune.device import device_name
-from mlxtune.errors import RecipeError, RunError
 from mlxtune.layers.dense import dense_tensors
 from mlxtune.models.heads import split_head
 from mlxtune.models.load import LoadedModel
 from mlxtune.recipe.load import dump_recipe
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.blocks import checkpoint_blocks
-from mlxtune.train.checkpoint import checkpoints
-from mlxtune.train.corpus import Corpus, check_sources, read_corpus
+from mlxtune.train.check import check_sources
+from mlxtune.train.corpus import Corpus, read_corpus
 from mlxtune.train.distributed import Workers, end_in_peace, join
+from mlxtune.train.ending import trained_ending_notes
 from mlxtune.train.facts import facts_of, require_same, shared_facts
+from mlxtune.train.kept import keep_rows
 from mlxtune.train.loop import Interrupted, Trainer
 from mlxtune.train.memory import keep_within, memory_budget
 from mlxtune.train.metrics import Outline, Reporter, Several, Silent
@@ -43,11 +43,14 @@ from mlxtune.train.model import (
     adapted_model,
     blocks_computed_twice,
     layout_for,
-    load_base,
-    tokenizer_of,
+    renderer_of,
 )
 from mlxtune.train.neftune import add_embedding_noise
-from mlxtune.train.run import RECIPE, Run, adapter_folder
+from mlxtune.train.notes import context_notes, part_lengths, warmup_notes
+from mlxtune.train.places import with_absolute_paths
+from mlxtune.train.resume import flat_keys, resumable
+from mlxtune.train.run import Run, checkpoints
+from mlxtune.train.subject import find_subject, saved_adapter
 from mlxtune.train.trackers import Trackers, require_trackers
 
 # Is told the recipe, its records and how many workers train, and says what the run will take, in
@@ -64,6 +67,7 @@ def fine_tune(
     overwrite: bool = False,
     workers: Workers | None = None,
     forecast: Forecast | None = None,
+    command: str = "",
 ) -> Run:
     """Train what a recipe says, in the run folder `path`.
 
@@ -77,6 +81,7 @@ def fine_tune(
             together with this process, if any. The first one alone writes.
         forecast: is asked before a new run loads its model; what it says is kept in
             run.json as `plan`.
+        command: that training was started with, kept in run.json for the report.
 
     Raises:
         MlxtuneError: whatever is wrong with the recipe's model, data or targets, before
@@ -87,8 +92,8 @@ def fine_tune(
     with workers:
         workers.require_same({"recipe": dump_recipe(recipe)})
         reporter = reporter if workers.first else Silent()
-        recipe = _with_absolute_paths(recipe)
-        return _fine_tune(recipe, path, reporter, resume, overwrite, workers, forecast)
+        recipe = with_absolute_paths(recipe)
+        return _fine_tune(recipe, path, reporter, resume, overwrite, workers, forecast, command)
 
 
 def _fine_tune(
@@ -99,8 +104,10 @@ def _fine_tune(
     overwrite: bool,
     workers: Workers,
     forecast: Forecast | None,
+    command: str,
 ) -> Run:
-    run = _resumable(path, recipe) if resume and workers.first else None
+    resumption = resumable(path, recipe) if resume and workers.first else None
+    run = None if resumption is None else resumption.run
     if run is None and workers.first:
         Run.require_free(path, overwrite=overwrite)
     if workers.first:
@@ -110,13 +117,14 @@ def _fine_tune(
     # A checkpoint is further on; what other workers begin with is then the first one's.
     further = resume and (run is None or bool(checkpoints(run.checkpoints)))
     if (path_of_initial := recipe.lora.init_from) is not None and not further:
-        initial = read_adapter(adapter_folder(Path(path_of_initial)))
-    check_sources(recipe, rows=100)
+        initial = saved_adapter(Path(path_of_initial))
+    check_sources(recipe, rows=100).require_usable()
     workers.barrier()
-    renderer = Renderer(tokenizer_of(recipe.model))
+    renderer = renderer_of(recipe.model)
     corpus = read_corpus(recipe, renderer, reporter.tokenized)
+    corpus.overlap().require_below(recipe.eval.max_overlap)
     workers.barrier()
-    before = run.status() if run is not None else {}
+    before = resumption.status() if resumption is not None else {}
     said: tuple[str, ...] = ()
     expected = before.get("plan")
     if forecast is not None and workers.first and not resume:
@@ -126,6 +134,7 @@ def _fine_tune(
     routes = json.loads(workers.texts(json.dumps(before.get("quantized_matmul")))[0])
     adapted = adapted_model(recipe, initial, routes)
     base, notes = adapted.base, [*corpus.notes(), *adapted.notes]
+    notes += trained_ending_notes(corpus, adapted.base.tokenizer)
     plan = Plan(
         corpus.parts,
         recipe.train.batch_size,
@@ -135,6 +144,9 @@ def _fine_tune(
         workers.rank,
         workers.size,
     )
+    steps = plan.total_steps(epochs=recipe.train.epochs, max_steps=recipe.train.max_steps)
+    notes += context_notes(part_lengths(corpus.parts), base.config)
+    notes += warmup_notes(recipe.train, steps)
     if split_head(base.model) is None:
         notes.append(
             "logits of all tokens: this architecture's head does not come apart in a known way, "
@@ -164,7 +176,9 @@ def _fine_tune(
     if not workers.first:
         run = Run(path)  # which it neither reads nor writes
     elif run is None:
-        run = Run.create(path, recipe, facts, overwrite=overwrite)
+        facts = {"command": command, "started": _now(), **facts}
+        keep = partial(keep_rows, recipe=recipe, corpus=corpus)
+        run = Run.create(path, recipe, facts, overwrite=overwrite, fill=keep)
     else:
         notes += require_same(before, facts)
         run.write_status(checkpointed_blocks=twice)
@@ -187,6 +201,8 @@ def _fine_tune(
         if resume:
             first, damaged = trainer.resume()
             notes += damaged
+        if resumption is not None:
+            notes += resumption.begin(first, trainer.total_steps)
         outline = _outline(recipe, run, adapted, corpus, notes, first, trainer.total_steps, workers)
         outline = replace(outline, plan=said)
         with _status_kept(run, trackers, workers) if workers.first else nullcontext():
@@ -200,20 +216,25 @@ def _fine_tune(
 def _status_kept(run: Run, trackers: Trackers, workers: Workers) -> Iterator[None]:
     """run.json says how it went, and the trackers are told."""
     with trackers.closed() as tell:
-        run.write_status(status="running")
+        run.write_status(status="running", ended=None)
         try:
             yield
         except (Interrupted, KeyboardInterrupt, BrokenPipeError):
-            run.write_status(status="interrupted")
+            run.write_status(status="interrupted", ended=_now())
             tell("interrupted")
             raise
         except Exception:
             if workers.size > 1:
                 end_in_peace()
-            run.write_status(status="failed")
+            run.write_status(status="failed", ended=_now())
             raise
-        run.write_status(status="finished")
+        run.write_status(status="finished", ended=_now())
         tell("finished")
+
+
+def _now() -> str:
+    """ISO 8601, in the zone of this machine."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def open_run(
@@ -230,90 +251,12 @@ def open_run(
         RunError: there is no run, it has not finished, or the adapter does not fit.
     """
     run = Run.open(path)
-    adapter = adapter_folder(adapter) if adapter is not None else run.finished_adapter()
-    base = load_base(run.recipe().model, for_inference=for_inference)
-    load_adapter(adapter, base.model)
-    base.model.eval()
-    return run, base
-
-
-def _with_absolute_paths(recipe: Recipe) -> Recipe:
-    """The recipe as it will be kept with the run, usable from any folder."""
-
-    def absolute(path: str) -> str:
-        return path if path.startswith(HUB) else str(Path(path).expanduser().absolute())
-
-    data = tuple(s.model_copy(update={"path": absolute(s.path)}) for s in recipe.data)
-    named = {"path": recipe.eval.path, "suite": recipe.eval.suite}
-    evaluation = recipe.eval.model_copy(
-        update={key: absolute(path) if path is not None else None for key, path in named.items()}
-    )
-    model = recipe.model
-    if Path(model.path).expanduser().exists():
-        model = model.model_copy(update={"path": absolute(model.path)})
-    if model.chat_template is not None:
-        model = model.model_copy(update={"chat_template": absolute(model.chat_template)})
-    lora = recipe.lora
-    if lora.init_from is not None:
-        lora = lora.model_copy(update={"init_from": absolute(lora.init_from)})
-    export = recipe.export
-    if export.license is not None:
-        export = export.model_copy(update={"license": absolute(export.license)})
-    changes = {"data": data, "eval": evaluation, "model": model, "lora": lora, "export": export}
-    return recipe.model_copy(update=changes)
-
-
-def _resumable(path: Path, recipe: Recipe) -> Run:
-    run = Run.open(path)
-    with run.held():
-        pass  # nobody else trains in it
-    if run.adapter.is_dir():
-        if run.status()["status"] != "finished":  # it was killed before it could say so
-            run.write_status(status="finished")
-        raise RunError(
-            "this run has finished; there is nothing to go on with",
-            where=str(path),
-            remedy="start anew with --overwrite, or under another name",
-        )
-    before, now = (_flat(r.model_dump(exclude_none=True)) for r in (run.recipe(), recipe))
-    changed = sorted(key for key, _ in before.items() ^ now.items())
-    if fixed := [key for key in dict.fromkeys(changed) if not key.startswith(_FREE)]:
-        told = (f"{key} was {before.get(key)} and is {now.get(key)}" for key in fixed)
-        raise RecipeError(
-            f"the recipe has changed since the run began: {', '.join(told)}",
-            where=str(path),
-            remedy=f"resume with the recipe as it was ({path / RECIPE}), or start anew with "
-            "--overwrite",
-        )
-    if changed:
-        run.write_recipe(recipe)
-    if any(key in _MEMORY for key in changed):
-        run.write_status(checkpointed_blocks=None)  # to be chosen anew
-    return run
-
-
-# How much memory training may take: a run that had too little goes on with less of it.
-_MEMORY = ("train.memory_limit", "train.gradient_checkpointing")
-# What may change while a run is interrupted: nothing of it reaches the weights, but for
-# rounding where blocks are computed twice.
-_FREE = ("checkpoint.", "log.", "export.", "prep.", "judge.", "eval.suite", *_MEMORY)
-
-
-def _flat(values: dict[str, Any], form: Callable[[object], str] = repr) -> dict[str, str]:
-    """Dotted key to value as text."""
-    parts: dict[str, str] = {}
-    for key, value in values.items():
-        inner = dict(enumerate(value)) if isinstance(value, tuple) else value
-        if isinstance(inner, dict):
-            parts |= {f"{key}.{k}": v for k, v in _flat(inner, form).items()}
-        else:
-            parts[key] = form(value)
-    return parts
+    return run, find_subject(str(path), adapter=adapter).load(for_inference=for_inference)
 
 
 def _flat_texts(recipe: Recipe) -> dict[str, str]:
     """The recipe's keys that have a value, dotted, as trackers take them."""
-    return _flat(recipe.model_dump(exclude_none=True), form=str)
+    return flat_keys(recipe.model_dump(exclude_none=True), form=str)
 
 
 def _lengths(corpus: Corpus) -> dict[str, list[int]]:

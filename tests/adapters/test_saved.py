@@ -31,8 +31,9 @@ from mlxtune.errors import RunError
 from mlxtune.layers.inject import add_lora, lora_layers, own_quantized_layers, projections
 from mlxtune.models.enable import enable_packs
 from mlxtune.models.targets import find_targets
-from mlxtune.train.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint
+from mlxtune.train.checkpoint import Progress, load_checkpoint, save_checkpoint
 from mlxtune.train.optim import make_optimizer
+from mlxtune.train.run import checkpoints
 from mlxtune.train.step import TrainStep
 from support.compare import distance, random_samples, trainable
 from support.models import tiny_llama, with_adapters
@@ -293,6 +294,26 @@ def test_a_folder_without_a_readable_config_is_refused(tmp_path, damage):
     with pytest.raises(RunError) as caught:
         load_adapter(tmp_path, tiny_llama())
     assert caught.value.where == str(tmp_path)
+
+
+@pytest.mark.parametrize("value", [mx.nan, mx.inf, -mx.inf])
+@pytest.mark.parametrize("layout", ["own", "mlx-lm", "peft"])
+def test_values_that_are_no_numbers_are_refused_by_their_tensor(tmp_path, layout, value):
+    model = adapted(tiny_llama())
+    save_adapter(tmp_path, model, base="base")
+    if layout != "own":
+        adapter = read_adapter(tmp_path)
+        (tmp_path / "adapters.safetensors").unlink()
+        (write_peft if layout == "peft" else write_mlx_lm)(tmp_path, adapter)
+    [file] = tmp_path.glob("*.safetensors")
+    arrays = mx.load(str(file))
+    name = next(name for name in sorted(arrays) if "layers.1.mlp.up_proj" in name)
+    arrays[name][1, 1] = value
+    mx.save_safetensors(str(file), arrays)
+    with pytest.raises(RunError) as told:
+        read_adapter(tmp_path)
+    assert "1 of its" in told.value.what and "layers.1.mlp.up_proj" in told.value.what
+    assert told.value.where == str(tmp_path)
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, 0.5, 0.99])

@@ -38,7 +38,7 @@ def test_inspect_shows_what_is_trained_and_what_is_left_out(folder):
     assert "⟦ls<|im_end|>⟧" in done.stdout
     assert "⟦ls -a<|im_end|>⟧" in done.stdout
     assert "3 records, 2 samples" in done.stdout
-    assert "left out: 1 longer than max_seq_length" in done.stdout
+    assert "rows.jsonl: 1 of 3 records left out: longer than max_seq_length" in done.stdout
     assert "begin with the same" in done.stdout
 
 

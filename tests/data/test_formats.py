@@ -177,8 +177,8 @@ def test_several_calls_stand_in_one_list():
     [
         ({"from": "alien", "value": "x"}, "unknown role 'alien'"),
         ({"value": "x"}, "unknown role None"),
-        ({"from": "gpt"}, "'content' is missing; it must be a string"),
-        ({"from": "gpt", "value": None}, "'value' is null; it must be a string"),
+        ({"from": "gpt"}, "'value' is missing; it must be a string"),
+        ({"from": "gpt", "value": None}, "'value' is missing; it must be a string"),
         (
             {"from": "function_call", "value": "{weather"},
             "a tool call needs a function with a name",
@@ -345,6 +345,91 @@ def test_half_a_character_in_a_tool_is_told():
     assert what.startswith("'tools' holds half a character")
 
 
+OLDER = {
+    "functions": [TOOL["function"]],
+    "messages": [
+        QUESTION,
+        {"role": "assistant", "content": None, "function_call": CALLED},
+        {"role": "function", "name": "weather", "content": "rain"},
+        {"role": "assistant", "content": "It rains."},
+    ],
+}
+NEWER = {
+    "tools": [TOOL],
+    "messages": [
+        QUESTION,
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": CALLED}]},
+        {"role": "tool", "name": "weather", "content": "rain"},
+        {"role": "assistant", "content": "It rains."},
+    ],
+}
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_openais_older_function_calls_are_the_newer_tool_calls(text):
+    """Both forms of https://platform.openai.com/docs/api-reference/chat/create"""
+    older = json.loads(json.dumps(OLDER))
+    if text:
+        called = older["messages"][1]["function_call"]
+        called["arguments"] = json.dumps(called["arguments"])
+        older["functions"] = json.dumps(older["functions"])
+    assert parse_record(older) == parse_record(NEWER)
+    assert "functions" not in parse_record(older).tags
+
+
+def test_calls_may_be_json_text():
+    calls = json.dumps([{"type": "function", "function": CALLED}])
+    assert assistant(tool_calls=calls).tool_calls == (CALL,)
+
+
+def with_nulls(value):
+    """What a table makes of a record among others: all fields of all of them."""
+    if isinstance(value, dict):
+        return {k: with_nulls(v) for k, v in value.items()} | {"zone": None, "enum": None}
+    return [with_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("format", ["messages", "sharegpt"])
+def test_a_field_that_is_null_is_not_there_in_calls_and_schemas_too(format):
+    record = NEWER if format == "messages" else SHAREGPT
+    assert parse_record(with_nulls(record)) == parse_record(record)
+
+
+def test_null_in_json_text_and_in_lists_stays():
+    call = {"name": "f", "arguments": '{"zone": null}'}
+    assert assistant(tool_calls=[call]).tool_calls[0].arguments == {"zone": None}
+    call = {"name": "f", "arguments": {"zones": [None, 1]}}
+    assert assistant(tool_calls=[call]).tool_calls[0].arguments == {"zones": [None, 1]}
+
+
+@pytest.mark.parametrize("nothing", ["", "{}", {}])
+def test_a_call_without_arguments_has_an_empty_object_of_them(nothing):
+    call = {"name": "f", "arguments": nothing}
+    assert assistant(tool_calls=[call]).tool_calls == (ToolCall("f", {}),)
+
+
+@pytest.mark.parametrize("format", ["messages", "prompt_completion", "preference", "alpaca"])
+def test_a_system_prompt_may_stand_beside_the_turns(format):
+    conversation = parse_record(OF_EACH[format] | {"system": "Be brief."})
+    plain = parse_record(OF_EACH[format])
+    assert conversation.turns == (Turn("system", "Be brief."), *plain.turns)
+    assert conversation.tags == {}
+
+
+def test_a_system_prompt_that_stands_beside_the_turns_too_is_said_once():
+    system = {"role": "system", "content": "Be brief."}
+    record = {"messages": [system, QUESTION, REPLY]}
+    assert parse_record(record | {"system": "Be brief."}) == parse_record(record)
+
+
+def test_a_system_prompt_for_all_is_for_records_without_one():
+    assert parse_record(PAIR, system="Be brief.").turns[0] == Turn("system", "Be brief.")
+    own = PAIR | {"system": "Be long."}
+    assert parse_record(own, system="Be brief.") == parse_record(own)
+    with pytest.raises(DataError, match="plain text, which has no system prompt"):
+        parse_record({"text": "x"}, system="Be brief.")
+
+
 # Prompt and completion
 
 
@@ -394,7 +479,11 @@ def test_segments_stand_as_they_are():
 @pytest.mark.parametrize(
     ("record", "where", "what"),
     [
-        ({"text": None}, "f:7", "'text' is null; it must be a string"),
+        (
+            {"text": None},
+            "f:7",
+            "a record with the keys (none), and null in text, has no known shape",
+        ),
         ({"text": " \n"}, "f:7", "the text is empty"),
         ({"segments": []}, "f:7", "'segments' must be a list with something in it"),
         ({"segments": "x"}, "f:7", "'segments' must be a list with something in it"),
@@ -462,7 +551,10 @@ def test_a_shared_beginning_may_be_long_and_the_ends_of_different_length():
         ({"rejected": "ls"}, "'chosen' and 'rejected' are the same"),
         ({"rejected": [REPLY]}, "'chosen' and 'rejected' are the same"),
         ({"rejected": " "}, "turn 3, the assistant's, is empty"),
-        ({"chosen": None}, "'chosen' is null; it must be a string"),
+        (
+            {"chosen": None},
+            "a record with the keys prompt, rejected, and null in chosen, has no known shape",
+        ),
         ({"prompt": ""}, "nothing is asked: the prompt is empty"),
     ],
 )
@@ -503,6 +595,21 @@ def test_columns_may_change_places():
     record = {"prompt": "ls", "completion": "list files"}
     columns = {"prompt": "completion", "completion": "prompt"}
     assert parse_record(record, columns=columns).turns == (ASK, ANSWER)
+
+
+@pytest.mark.parametrize(
+    ("record", "format"),
+    [
+        ({" Prompt ": "a", "Expected Command": "b"}, "shell"),
+        ({"Instruction": "a", "OUTPUT": "b", "Input": ""}, "alpaca"),
+        ({"Prompt": "a", "Completion": "b", "Topic": "c"}, "prompt_completion"),
+    ],
+)
+def test_names_of_a_spreadsheet_are_recognised(record, format):
+    conversation = parse_record(record)
+    assert [turn.content for turn in conversation.turns] == ["a", "b"]
+    plain = {k.strip().lower().replace(" ", "_"): v for k, v in record.items()}
+    assert conversation == parse_record(plain, format=format)
 
 
 def test_dots_go_into_objects_unless_a_column_is_called_so():

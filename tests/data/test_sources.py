@@ -88,6 +88,7 @@ KINDS = {
     # A row's line is that on which it ends.
     "comma.csv": (lambda: table(","), [":2", ":5", ":6"]),
     "semicolon.csv": (lambda: b"\xef\xbb\xbf" + table(";"), [":2", ":5", ":6"]),
+    "excel.csv": (lambda: b"\xef\xbb\xbfsep=;\r\n" + table(";"), [":3", ":6", ":7"]),
     "tab.csv": (lambda: table("\t"), [":2", ":5", ":6"]),
     "bar.csv": (lambda: table("|"), [":2", ":5", ":6"]),
     "a.tsv": (lambda: table("\t"), [":2", ":5", ":6"]),

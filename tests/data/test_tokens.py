@@ -80,7 +80,7 @@ def test_whatever_they_depend_on_makes_them_anew(renderer, cache, tmp_path, smol
         Rules(Masking(("user",))),
         Rules(max_seq_length=64),
         Rules(max_seq_length=64, truncate="left"),
-        Rules(on_empty="skip"),
+        Rules(unusable="skip"),
     ):
         tokenize(source, renderer, changed)
         count += 1
@@ -146,7 +146,7 @@ def test_long_records_may_be_dropped(renderer, cache, tmp_path):
 def test_long_records_may_be_cut(renderer, cache, tmp_path, side, kept):
     source = long_and_short(tmp_path)
     whole = tokenize(source, renderer, Rules())
-    rules = Rules(max_seq_length=100, truncate=side, on_empty="skip")
+    rules = Rules(max_seq_length=100, truncate=side, unusable="skip")
     store = tokenize(source, renderer, rules)
     by_record = {sample.record: sample for sample in store}
     for number, sample in by_record.items():
@@ -170,11 +170,11 @@ def test_records_that_train_nothing_are_an_error_or_left_out(renderer, cache, tm
     with pytest.raises(NothingTrained) as raised:
         tokenize(Source(str(path)), renderer, Rules())
     assert raised.value.where == f"{path}:2"
-    store = tokenize(Source(str(path)), renderer, Rules(on_empty="skip"))
+    store = tokenize(Source(str(path)), renderer, Rules(unusable="skip"))
     assert len(store) == 1 and store.tally.dropped == {UNTRAINED: 1}
     write_jsonl(path, [quiet])
     with pytest.raises(DataError, match="none of its 1 records is left"):
-        tokenize(Source(str(path)), renderer, Rules(on_empty="skip"))
+        tokenize(Source(str(path)), renderer, Rules(unusable="skip"))
 
 
 def test_a_cache_that_takes_no_files_is_told(renderer, tmp_path, monkeypatch):

@@ -233,7 +233,7 @@ def test_a_recipe_names_its_suite_and_its_judge(endpoint, tmp_path, monkeypatch)
         "model": {"path": "model"},
         "data": [{"path": str(data)}],
         "train": {"max_steps": 1, "batch_size": 2},
-        "eval": {"val_size": 1, "suite": "mine.toml"},
+        "eval": {"val_size": 1, "max_overlap": 1.0, "suite": "mine.toml"},
         "judge": judge,
     }
     fine_tune(parse_recipe(recipe, where="-"), tmp_path / "runs/judged", Silent())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import mlx.core as mx
 import mlx_lm.utils
@@ -18,7 +19,7 @@ from mlxtune.evaluate.compare import compare_run
 from mlxtune.export.adapter import export_adapter
 from mlxtune.fuse import fuse_run
 from mlxtune.recipe.load import parse_recipe
-from mlxtune.train.corpus import read_held_out
+from mlxtune.train.corpus import read_corpus
 from mlxtune.train.metrics import Silent
 from mlxtune.train.run import Run
 from mlxtune.train.session import fine_tune, open_run
@@ -108,10 +109,11 @@ def test_what_is_there_is_kept_unless_it_is_an_adapter_and_told(run, tmp_path):
 
 
 def test_a_folder_without_a_place_to_go_or_without_an_adapter_is_told(run, tiny_folder, tmp_path):
+    shutil.copytree(run / "adapter", tmp_path / "alone")
     with pytest.raises(ExportError) as caught:
-        export_adapter(run / "adapter", "peft")
+        export_adapter(tmp_path / "alone", "peft")
     assert "--output" in (caught.value.remedy or "")
-    with pytest.raises(RunError, match="no readable adapter"):
+    with pytest.raises(RunError, match="there is no adapter here"):
         export_adapter(tiny_folder, "peft", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -169,7 +171,7 @@ def test_another_adapter_is_evaluated_with_the_data_of_a_run(run, foreign):
     assert other.tuned.held_out_loss != own.tuned.held_out_loss
     recipe = Run.open(run).recipe()
     _, loaded = open_run(run)
-    samples = read_held_out(recipe, Renderer(loaded.tokenizer))
+    samples = read_corpus(recipe, Renderer(loaded.tokenizer)).held_out
     total = weight = 0.0
     for sample in samples:
         with torch.no_grad():

@@ -40,6 +40,7 @@ from mlxtune.models.resolve import ModelSource
 from mlxtune.recipe.load import parse_recipe
 from mlxtune.train.metrics import Silent
 from mlxtune.train.session import fine_tune
+from mlxtune.train.subject import find_subject
 from support.files import SHELL_TRAIN, listing, write_jsonl
 from support.models import save_real_vocabulary, tiny
 from support.process import HANGS
@@ -87,7 +88,7 @@ def test_llama_cpp_is_believed_when_it_disagrees(written, model):
     with pytest.raises(ExportError, match="other tokens than MLX"):
         check_in_llamacpp(written, model, ROWS, "f32")
     model.update(tree_map(lambda a: a * mx.nan, model.parameters()))
-    with pytest.raises(ExportError, match="divergence nan"):
+    with pytest.raises(ExportError, match="the model itself gives no numbers"):
         check_in_llamacpp(written, model, ROWS, "q4_k_m")
 
 
@@ -210,10 +211,13 @@ def test_a_run_outlives_its_data(folder, tmp_path):
     pytest.importorskip("xllamacpp")
     data = tmp_path / "rows.jsonl"
     write_jsonl(data, [json.loads(line) for line in SHELL_TRAIN.read_text().splitlines()[:8]])
-    recipe = {"name": "r", "model": {"path": str(folder)}, "data": [{"path": str(data)}]}
+    source = {"path": str(data), "system": "Be brief."}
+    recipe = {"name": "r", "model": {"path": str(folder)}, "data": [source]}
     recipe |= {"train": {"max_steps": 1, "batch_size": 2}}
     run = fine_tune(parse_recipe(recipe, where="test"), tmp_path / "run", Silent()).path
     with_data = export_run(run, output=tmp_path / "with", file_type="f32").verified
+    # Asked in use as it was trained.
+    assert "SYSTEM Be brief.\n" in (tmp_path / "with/Modelfile").read_text().replace('"', "")
     adapter = export_adapter(run, "gguf").folder / "adapter.gguf"
     assert GGUFReader(adapter).fields["general.base_model.0.name"].contents() == folder.name
     assert str(folder.parent).encode() not in adapter.read_bytes()
@@ -385,15 +389,15 @@ def test_options_without_effect_are_refused(tmp_path, arguments, words):
             ("convert", "s.gguf", "m.gguf"),
             "of which the first stands for all: s-00001-of-00002.gguf",
         ),
-        (("convert", "export", "m.gguf"), "did you mean export/model.gguf?"),
+        (("convert", "two", "m.gguf"), "did you mean two/a.gguf?"),
         (("convert", "small", "m.gguf", "--pre", "smolm"), "did you mean smollm? one of: "),
         (("export", "small"), "mlxtune convert small model.gguf"),
     ],
 )
 def test_what_may_be_meant_is_told(folder, tmp_path, arguments, words):
     shutil.copytree(folder, tmp_path / "small")
-    (tmp_path / "export").mkdir()
-    for file in ("export/model.gguf", "s-00001-of-00002.gguf", "s-00002-of-00002.gguf"):
+    (tmp_path / "two").mkdir()
+    for file in ("two/a.gguf", "two/b.gguf", "s-00001-of-00002.gguf", "s-00002-of-00002.gguf"):
         (tmp_path / file).touch()
     done = mlxtune(*arguments, cwd=tmp_path)
     assert done.returncode == 1 and words in done.stderr, done.stderr
@@ -427,6 +431,23 @@ def test_another_adapter_of_a_run_is_exported_and_handed_over(run, tmp_path, mon
     arguments = ("--to=ollama", "--quantize=f16", "--no-verify", "-o", "other")
     done = mlxtune("export", str(run), f"--adapter={best}", *arguments, cwd=tmp_path)
     assert "written before" in done.stdout and "Ollama does not answer" in done.stderr
+
+
+def test_a_checkpoint_and_a_model_with_an_adapter_are_exported(run, tmp_path):
+    how = {"file_type": "f16", "verify": False}
+    shutil.copytree(run, tmp_path / "run")
+    step = export_run(f"{tmp_path / 'run'}@step-1", **how)
+    assert step.folder == tmp_path / "run/export/f16-step-1"
+    with pytest.raises(ExportError, match="no place to be written to"):
+        export_run(str(run.parent / "base"), adapter=run, **how)
+    other = export_run(str(run.parent / "base"), adapter=run, output=tmp_path / "out", **how)
+    files = [GGUFFile(made.folder / "model.gguf") for made in (step, other)]
+    for name in files[0].tensors:
+        assert np.array_equal(*(file.data(name) for file in files))
+    # What was written is a model by its folder's name.
+    again, live = find_subject(str(other.folder)).load(), find_subject(str(run)).load()
+    wanted = live.model(mx.array(ROWS))
+    assert mx.allclose(again.model(mx.array(ROWS)), wanted, atol=2e-2)
 
 
 def test_an_importance_of_some_matrices_is_told(folder, run, tmp_path):

@@ -24,8 +24,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlxtune.data.records import Turn
 from mlxtune.data.render import Renderer
 from mlxtune.errors import ExportError
-from mlxtune.export.gotemplate import CONVERSATIONS, end_of_turn, go_template
+from mlxtune.export.gotemplate import CONVERSATIONS, go_template
 from mlxtune.export.modelfile import Modelfile, modelfile, quoted, writable
+from mlxtune.gguf.ends import end_of_turn
 from mlxtune.models.load import load_tokenizer
 from mlxtune.models.resolve import resolve_model
 from mlxtune.recipe.schema import ExportSection
@@ -342,7 +343,7 @@ def test_ollama_is_told_what_the_jinja_template_says(name, family):
     known = TEMPLATES[name]
     assert known.end in stops and tokenizer.eos_token in stops
     assert len(stops) == len(set(stops))
-    end = end_of_turn(renderer, tokenizer)
+    end = end_of_turn(tokenizer)
     assert tokenizer.convert_ids_to_tokens(end) == known.end
 
 

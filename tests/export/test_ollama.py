@@ -437,7 +437,7 @@ def cli(monkeypatch, folder):
 
         def export_run(path, **options):
             asked.update(options)
-            return bundle.Bundle(folder, "q8_0", 4, None, {"Ollama": "ollama …"}, MADE)
+            return bundle.Bundle(folder, "q8_0", 4, None, {"Ollama": "ollama …"}, MADE, "adapter")
 
         monkeypatch.setattr(verb, "prepare", lambda **_: None)
         monkeypatch.setattr(Run, "open", classmethod(lambda cls, path: cls(path)))

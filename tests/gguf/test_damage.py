@@ -14,10 +14,13 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from mlxtune.errors import ModelError
-from mlxtune.gguf.model import read_model
+from mlxtune.gguf.architectures import for_gguf
+from mlxtune.gguf.metadata import config_from_metadata
+from mlxtune.gguf.model import read_config, read_model
 from mlxtune.gguf.reader import GGUFFile, Numbers
 from mlxtune.gguf.tokenizer import read_tokenizer
 from support.gguf_files import write_gguf_with_package, write_small_gguf
+from support.llama_vocab import LlamaVocab
 
 
 def read_bytes(path: Path) -> dict[str, bytes]:
@@ -141,6 +144,47 @@ def test_the_small_tokenizer_is_sound_when_it_is_not_damaged():
     assert tokenizer.eos_token == "<end>"
 
 
+@pytest.mark.parametrize("number", [4, 2**31, 2**32 - 1])
+@pytest.mark.parametrize("role", ["eos", "bos", "unknown", "padding", "eot"])
+def test_a_special_id_of_no_token_is_none_as_in_llama_cpp(role, number, tmp_path):
+    """Files for want of such a token have 2³² - 1 there."""
+    meta = TOKENIZER | {f"tokenizer.ggml.{role}_token_id": number}
+    theirs, ours = LlamaVocab(meta, tmp_path), read_tokenizer(meta, where="x.gguf")
+    for text in ("abba<end>", "ab"):
+        assert ours(text).input_ids == theirs(text)
+    assert ours.eos_token == (None if role == "eos" else "<end>")
+    sizes = {
+        f"llama.{key}": value
+        for key, value in {
+            "block_count": 1,
+            "context_length": 64,
+            "embedding_length": 32,
+            "feed_forward_length": 32,
+            "attention.head_count": 1,
+            "attention.layer_norm_rms_epsilon": 1e-5,
+        }.items()
+    }
+    config = config_from_metadata(for_gguf("llama"), meta | sizes, tied=True)
+    assert config["bos_token_id"] is None
+    assert config["eos_token_id"] == (None if role == "eos" else 3)
+
+
+def test_a_gguf_that_is_no_model_is_named(tmp_path):
+    write_small_gguf(tmp_path / "a.gguf", {"general.type": "adapter", "adapter.type": "lora"})
+    write_small_gguf(tmp_path / "b.gguf", {"general.type": "mmproj"}, arch="clip")
+    for name, words in (("a.gguf", "holds an adapter, not a model"), ("b.gguf", "sees or hears")):
+        with pytest.raises(ModelError, match=words) as told:
+            read_config(GGUFFile(tmp_path / name))
+        assert told.value.where == str(tmp_path / name)
+
+
+def test_architectures_are_listed_once():
+    with pytest.raises(ModelError) as told:
+        for_gguf("unheard-of")
+    names = told.value.remedy.partition("supported: ")[2].partition(";")[0].split(", ")
+    assert "gemma3" in names and len({*names}) == len(names)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -152,8 +196,6 @@ def test_the_small_tokenizer_is_sound_when_it_is_not_damaged():
         {"merges": None},
         {"merges": ["ab"]},
         {"merges": ["a z"]},
-        {"eos_token_id": 4},
-        {"eos_token_id": 2**31},
     ],
 )
 def test_a_damaged_vocabulary_is_refused_with_its_place(damage):

@@ -19,7 +19,7 @@ from mlxtune.models.known import known_config
 from mlxtune.models.load import model_classes
 from mlxtune.models.skeleton import skeleton
 from mlxtune.recipe.load import load_recipe
-from mlxtune.train.corpus import check_sources
+from mlxtune.train.check import check_sources
 from support.files import ROOT
 
 FILES = sorted((ROOT / "recipes").glob("*.toml"))
@@ -72,7 +72,9 @@ def test_a_recipe_is_valid_with_its_data(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     recipe = load_recipe(path)
     assert recipe.name == path.stem
-    assert all(count > 10 for _, count in check_sources(recipe))
+    check = check_sources(recipe)
+    check.require_usable()
+    assert all(source.records > 10 for source in check.sources) and not check.overlap
 
 
 @EVERY

@@ -20,10 +20,9 @@ from mlxtune.data.passes import Layout
 from mlxtune.device import find_blas, worker_rank
 from mlxtune.errors import RunError
 from mlxtune.recipe.load import dump_recipe, parse_recipe
-from mlxtune.train.checkpoint import checkpoints
 from mlxtune.train.distributed import Workers, join
 from mlxtune.train.metrics import Silent
-from mlxtune.train.run import Run
+from mlxtune.train.run import Run, checkpoints
 from mlxtune.train.session import fine_tune
 from support import program
 from support.compare import distance, random_samples

@@ -10,10 +10,10 @@ import pytest
 
 from mlxtune.errors import RecipeError, RunError, StorageError, TrainingDiverged
 from mlxtune.train import loop
-from mlxtune.train.checkpoint import checkpoints
 from mlxtune.train.loop import Interrupted
 from mlxtune.train.metrics import Silent
-from mlxtune.train.run import Run
+from mlxtune.train.outcome import outcome
+from mlxtune.train.run import Run, checkpoints
 from mlxtune.train.session import fine_tune
 
 
@@ -107,7 +107,11 @@ def test_with_no_whole_checkpoint_the_way_out_is_told(begun, recipe, few):
 def test_the_checkpoint_of_the_lowest_held_out_loss_stays(recipe, few, tmp_path, monkeypatch):
     losses = iter([4.0, 3.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     monkeypatch.setattr(loop, "held_out_loss", lambda *_, **__: next(losses))
-    settings = recipe(few, eval={"path": str(few), "steps": 1}, checkpoint={"steps": 1, "keep": 1})
+    settings = recipe(
+        few,
+        eval={"path": str(few), "max_overlap": 1.0, "steps": 1},
+        checkpoint={"steps": 1, "keep": 1},
+    )
     run = fine_tune(settings, tmp_path / "run", Silent())
     assert [path.name for path in checkpoints(run.checkpoints)] == ["step-2", "step-6"]
     assert run.best_adapter.is_dir()
@@ -116,17 +120,25 @@ def test_the_checkpoint_of_the_lowest_held_out_loss_stays(recipe, few, tmp_path,
 def test_a_best_loss_between_checkpoints_gets_one_of_its_own(recipe, few, tmp_path, monkeypatch):
     losses = iter([4.0, 3.0, 5.0, 6.0])
     monkeypatch.setattr(loop, "held_out_loss", lambda *_, **__: next(losses))
-    settings = recipe(few, eval={"path": str(few), "steps": 2}, checkpoint={"steps": 5, "keep": 1})
+    settings = recipe(
+        few,
+        eval={"path": str(few), "max_overlap": 1.0, "steps": 2},
+        checkpoint={"steps": 5, "keep": 1},
+    )
     run = fine_tune(settings, tmp_path / "run", Silent())
     assert [path.name for path in checkpoints(run.checkpoints)] == ["step-2", "step-6"]
-    assert run.better_before() == 2
+    assert outcome(run.metrics()).better_before == 2
 
 
 def test_a_run_that_ends_at_its_best_has_none_before(recipe, few, tmp_path, monkeypatch):
     losses = iter([4.0, 3.0, 2.0, 1.0])
     monkeypatch.setattr(loop, "held_out_loss", lambda *_, **__: next(losses))
-    run = fine_tune(recipe(few, eval={"path": str(few), "steps": 2}), tmp_path / "run", Silent())
-    assert run.better_before() is None
+    run = fine_tune(
+        recipe(few, eval={"path": str(few), "max_overlap": 1.0, "steps": 2}),
+        tmp_path / "run",
+        Silent(),
+    )
+    assert outcome(run.metrics()).better_before is None
 
 
 def test_a_run_that_had_too_little_memory_goes_on_with_less_of_it(begun, recipe, few):
@@ -176,7 +188,9 @@ def test_a_damaged_line_of_metrics_takes_no_other_with_it(begun):
 def test_a_held_out_loss_that_is_no_number_ends_the_run(recipe, few, tmp_path, monkeypatch, loss):
     monkeypatch.setattr(loop, "held_out_loss", lambda *_, **__: loss)
     with pytest.raises(TrainingDiverged, match="the held-out loss is"):
-        fine_tune(recipe(few, eval={"path": str(few)}), tmp_path / "run", Silent())
+        fine_tune(
+            recipe(few, eval={"path": str(few), "max_overlap": 1.0}), tmp_path / "run", Silent()
+        )
 
 
 def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(recipe, few, tmp_path):
