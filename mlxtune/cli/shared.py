@@ -19,10 +19,8 @@ from mlxtune.files import cache_folder
 from mlxtune.install import program
 
 
-class Words(click.ParamType[str]):
+class Words(click.types.StringParamType):
     """A text for a model: bytes that the locale could not read are taken for UTF-8."""
-
-    name = "text"
 
     def convert(self, value: Any, _param: click.Parameter | None, _ctx: Any) -> str:
         """Text without the surrogates that stand for such bytes."""

@@ -18,6 +18,7 @@ from mlxtune.data.convert import convert_file
 from mlxtune.data.files import find_files
 from mlxtune.data.sources import Source, read_conversations
 from mlxtune.errors import DataError
+from mlxtune.install import install_extra
 from support.files import write_jsonl
 from support.program import mlxtune
 
@@ -429,7 +430,7 @@ def test_a_package_that_is_not_there_is_told_with_its_extra(
     with pytest.raises(DataError, match="need another package") as raised:
         read_conversations(path)
     assert raised.value.where == path
-    assert f'"mlxtune[{extra}]"' in raised.value.remedy
+    assert raised.value.remedy == install_extra(extra)
 
 
 # The hub

@@ -391,7 +391,7 @@ def test_options_without_effect_are_refused(tmp_path, arguments, words):
         ),
         (("convert", "two", "m.gguf"), "did you mean two/a.gguf?"),
         (("convert", "small", "m.gguf", "--pre", "smolm"), "did you mean smollm? one of: "),
-        (("export", "small"), "this is a model: mlxtune convert small model.gguf"),
+        (("export", "small"), "mlxtune convert small model.gguf"),
     ],
 )
 def test_what_may_be_meant_is_told(folder, tmp_path, arguments, words):

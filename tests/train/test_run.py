@@ -585,7 +585,7 @@ def test_the_cli_stops_when_asked_to_and_says_how_to_go_on(recipe, few, tmp_path
     assert "Traceback" not in errors
     [how] = [line for line in errors.splitlines() if "go on:" in line]
     again = shlex.split(how.partition(": ")[2])  # it can be pasted
-    assert again == ["mlxtune", "lora", str(tmp_path / "a run"), "--resume"]
+    assert again[-3:] == ["lora", str(tmp_path / "a run"), "--resume"]
 
 
 def test_max_samples_takes_the_first_so_many(recipe, few, tmp_path):
