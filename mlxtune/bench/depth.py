@@ -162,19 +162,29 @@ def _combined(each: Sequence[StepTotals], line: Callable[[Sequence[float]], floa
 
 def _depths(config: Config) -> tuple[int, ...]:
     """How many blocks to build: all of them, or two smaller numbers of whole patterns."""
-    count = _block_count(config)
-    if "num_hidden_layers" not in config:
+    count, counted = _block_count(config), _counted(config)
+    # The last blocks of some have the keys of earlier ones: the first few are no such model.
+    if counted is None or counted.get("num_kv_shared_layers"):
         return (count,)
-    period = _period(config)
+    period = _period(counted)
     few = -(-_LEAST // period) * period
     more = few + -(-_MORE // period) * period
     return (few, more) if more < count else (count,)
 
 
-def _block_count(config: Config) -> int:
+def _counted(config: Config) -> Config | None:
+    """The part of a config that counts blocks: of a model that also sees, its language model's.
+
+    None where its architecture has another name for them.
+    """
+    if "num_hidden_layers" in config:
+        return config
     text = config.get("text_config")
-    inner = text if isinstance(text, dict) else {}
-    count = config.get("num_hidden_layers", inner.get("num_hidden_layers"))
+    return text if isinstance(text, dict) and "num_hidden_layers" in text else None
+
+
+def _block_count(config: Config) -> int:
+    count = (_counted(config) or {}).get("num_hidden_layers")
     if isinstance(count, int) and count > 0:
         return count
     if count is not None:
@@ -211,12 +221,17 @@ def _period(config: Config) -> int:
 
 def shallow(config: Config, depth: int) -> Config:
     """The config of a model with the first so many blocks."""
+    counted = _counted(config)
+    if counted is None:
+        return config
+    if counted is not config:
+        return config | {"text_config": shallow(counted, depth)}
     count = config["num_hidden_layers"]
-    shallow = {
+    fewer = {
         key: value[:depth] if isinstance(value, list) and len(value) == count else value
         for key, value in config.items()
     }
-    return shallow | {"num_hidden_layers": depth}
+    return fewer | {"num_hidden_layers": depth}
 
 
 def _of_blocks(forms: Forms | None, depth: int) -> Forms | None:

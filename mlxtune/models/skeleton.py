@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlxtune.errors import ModelError
 from mlxtune.gguf.unpack import GROUP_SIZE
+from mlxtune.models.heads import language_model
 from mlxtune.models.load import model_classes
 from mlxtune.models.rotation import take_positions
 
@@ -219,7 +220,8 @@ def built(config: Config) -> nn.Module:
             remedy="a size may be missing, such as hidden_size or num_hidden_layers",
         ) from None
     take_positions(model)
-    with suppress(Exception):  # whatever it makes of having none
-        # Where a model learns from its weights that its head is tied.
-        getattr(model, "sanitize", dict)({})
+    for part in (model, language_model(model)):
+        with suppress(Exception):  # whatever it makes of having none
+            # Where a model learns from its weights that its head is tied.
+            getattr(part, "sanitize", dict)({})
     return model

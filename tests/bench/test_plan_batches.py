@@ -90,7 +90,7 @@ def batches(draw: st.DrawFn) -> list[Sample]:
     return samples_behind(prompt, tails, trained=draw(st.integers(1, 2)))
 
 
-@examples(40, few=6)
+@examples(16, few=6)
 @given(batches(), st.booleans(), st.booleans())
 def test_any_small_batch_has_the_peak_that_is_planned(samples, packing, twice):
     batch = (pack if packing else pad)(samples)
@@ -98,7 +98,7 @@ def test_any_small_batch_has_the_peak_that_is_planned(samples, packing, twice):
     assert planned == pytest.approx(measured, rel=0.1)
 
 
-@examples(60, few=10)
+@examples(40, few=10)
 @given(batches(), st.booleans())
 def test_any_small_batch_is_planned_as_on_a_gpu_too(samples, packing):
     from mlxtune.device import as_on_gpu

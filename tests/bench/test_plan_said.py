@@ -17,6 +17,7 @@ from mlxtune.bench.machine import Machine, mac
 from mlxtune.bench.plan import Planner
 from mlxtune.bench.words import plan_lines
 from mlxtune.data.batches import Part
+from mlxtune.data.pack import pack
 from mlxtune.errors import NoPlan, TargetError, TooLarge
 from mlxtune.models.known import known_config
 from mlxtune.train.corpus import Corpus
@@ -213,6 +214,48 @@ def test_a_record_that_seems_too_long_is_told_without_a_tokenizer(tmp_path):
     plan = Planner(recipe, mac("M2", 16), facts=facts)()
     [note] = [note for note in plan.notes if "max_seq_length" in note]
     assert note.startswith("about 1 records are longer") and "refuses" in note
+
+
+def test_data_that_is_not_there_yet_is_no_fault_and_a_broken_row_is(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "ls", "completion": "ls"}\n{"prompt": \n')
+    facts = ModelFacts(models_config(), None, None, "a test")
+    for name, broken in (("bad.jsonl", True), ("none.jsonl", False)):
+        recipe = recipe_of(data=[{"path": str(tmp_path / name)}])
+        planner = Planner(recipe, mac("M2", 16), facts=facts)
+        assert (planner.problem is not None) is broken
+        assert (planner().held_back is not None) is broken
+        if broken:
+            assert "bad.jsonl:2" in str(planner.problem)
+
+
+def test_blocks_are_counted_where_an_architecture_has_its_own_name_for_them():
+    sizes = {"n_embd": 64, "n_head": 4, "n_layer": 3, "n_positions": 64, "rotary_dim": 16}
+    config = {"model_type": "gptj", "vocab_size": 128, "layer_norm_epsilon": 1e-5} | sizes
+    assert depth._block_count(config) == 3 and depth.shallow(config, 3) == config
+    with pytest.raises(NoPlan, match="how many blocks"):
+        depth._block_count({"model_type": "llama"})
+
+
+def test_a_model_that_also_sees_is_planned_by_its_language_model():
+    text = models_config() | {"model_type": "gemma3_text", "num_hidden_layers": 12, "head_dim": 16}
+    text |= {"sliding_window": 16, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16}
+    text |= {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "max_position_embeddings": 512}
+    whole = {"model_type": "gemma3", "text_config": text, "vocab_size": text["vocab_size"]}
+    recipe, batch = recipe_of(), pack(samples_of([20, 30]))
+    found, alone = (depth.StepEstimator(recipe, c, None, "float32") for c in (whole, text))
+    assert found.blocks == 12 and found.packing
+    assert found.sizes.weights == pytest.approx(alone.sizes.weights, rel=0.01)
+    assert found.step(batch).peak == pytest.approx(alone.step(batch).peak, rel=0.02)
+
+
+def test_a_model_whose_last_blocks_have_the_keys_of_others_is_planned():
+    """As Gemma 4's small ones: the first few blocks by themselves are none."""
+    config = {k: v for k, v in vars(models.tiny("gemma4_text", **models.GEMMA4).args).items() if v}
+    config |= {"num_hidden_layers": 15, "num_kv_shared_layers": 5}
+    config |= {"layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 3}
+    estimator = depth.StepEstimator(recipe_of(), config, None, "float32")
+    assert estimator.blocks == 15 and estimator.packing
+    assert estimator.step(pack(samples_of([20, 30]))).peak > estimator.sizes.floor
 
 
 def models_config():
