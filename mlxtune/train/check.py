@@ -122,16 +122,11 @@ def _usable(
             usable += 1
             yield conversation.fingerprint(), conversation.where
     except DataError as error:
-        checked.add(error)  # the file itself: what comes after it cannot be read
+        checked.problems.append(error)  # of the file: what comes after it cannot be read
         return
     if not checked.records:
-        checked.add(DataError("it has no records", where=checked.name))
+        checked.problems.append(DataError("it has no records", where=checked.name))
     elif not usable and not strict:
         reason, count = checked.skipped.most_common(1)[0]
-        checked.add(
-            DataError(
-                f"none of its {checked.records} records can be trained on; of {count} the reason "
-                f"is: {reason}",
-                where=checked.name,
-            )
-        )
+        what = f"none of its {checked.records} records can be trained on: of {count}, {reason}"
+        checked.problems.append(DataError(what, where=checked.name))

@@ -41,7 +41,7 @@ def run(tiny_folder, tmp_path_factory):
         "model": {"path": str(tiny_folder)},
         "lora": {"rank": 4, "rslora": True, "dora": True, "exclude_modules": ["o_proj"]},
         "data": [{"path": str(data)}],
-        "eval": {"path": str(data)},
+        "eval": {"path": str(data), "max_overlap": 1.0},
         "train": {"max_steps": 3, "learning_rate": 1e-2, "lr_scheduler": "constant"},
     }
     fine_tune(parse_recipe(values, where="test"), folder / "run", Silent())

@@ -15,7 +15,7 @@ from mlxtune.layers.dense import dense_tensors
 from mlxtune.layers.inject import own_quantized_layers
 from mlxtune.models.load import load_model
 from mlxtune.models.resolve import ModelSource
-from support.models import GEMMA4, QWEN3_5, tiny
+from support.models import GEMMA4, QWEN3_5, no_tokenizer, tiny
 
 GPT_OSS = {"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 8}
 
@@ -26,7 +26,7 @@ def compare_with_mlx_lm(
     """Every tensor read one by one is the parameter of the model that mlx-lm loads."""
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     (folder / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr("mlx_lm.utils.load_tokenizer", lambda *_, **__: None)
+    monkeypatch.setattr("mlx_lm.utils.load_tokenizer", lambda *_, **__: no_tokenizer())
     loaded = load_model(ModelSource("published", folder))
     own_quantized_layers(loaded.model, mx.float32)
     want = {tensor.name: tensor.source().load() for tensor in dense_tensors(loaded.model)}

@@ -22,7 +22,7 @@ from mlxtune.models.quantization import readable
 from mlxtune.models.resolve import ModelSource
 from support.compare import distance
 from support.files import SHELL_TRAIN, write_jsonl
-from support.models import QWEN3_MOE, save_real_vocabulary, tiny
+from support.models import QWEN3_MOE, no_tokenizer, save_real_vocabulary, tiny
 from support.program import mlxtune
 from support.quantized import GROUP, quantized_weights, save_quantized
 
@@ -78,7 +78,7 @@ def test_experts_that_awq_packed_one_by_one_are_put_together(tmp_path, monkeypat
     config = {k: v for k, v in vars(model.args).items() if v is not None}
     config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": GROUP}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr("mlx_lm.utils.load_tokenizer", lambda *_, **__: None)
+    monkeypatch.setattr("mlx_lm.utils.load_tokenizer", lambda *_, **__: no_tokenizer())
     source = ModelSource("m", tmp_path)
     loaded = load_model(source, dtype="float32")
     own_quantized_layers(loaded.model, mx.float32)

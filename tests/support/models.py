@@ -8,6 +8,7 @@ from dataclasses import asdict
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -195,3 +196,8 @@ def trained_tiny():
     model = tiny_llama()
     add_lora(model, [p for p in projections(model) if ".layers." in p], rank=4, scale=2.0)
     return model, make_optimizer("adamw", model, weight_decay=0.0)
+
+
+def no_tokenizer() -> SimpleNamespace:
+    """What stands for the tokenizer of a model that has none and needs none."""
+    return SimpleNamespace(chat_template=None, has_chat_template=False, eos_token_ids={0})

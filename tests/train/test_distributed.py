@@ -97,7 +97,7 @@ def values(tiny_folder):
             "lora": {"rank": 4},
             "data": [{"path": "few.jsonl"}],
             "train": TWO | {"max_steps": 4, "learning_rate": 1e-2},
-            "eval": {"path": "few.jsonl", "max_samples": 5, "steps": 2},
+            "eval": {"path": "few.jsonl", "max_samples": 5, "max_overlap": 1.0, "steps": 2},
             "log": {"steps": 1},
         }
         return made | {name: made.get(name, {}) | new for name, new in sections.items()}

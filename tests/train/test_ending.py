@@ -157,7 +157,7 @@ def test_answers_without_an_end_are_told_of(alpaca, data, recipe, tmp_path):
     run = fine_tune(settings, tmp_path / "run", told)
     [note] = [note for note in told.notes if "generation stops" in note]
     assert r'"\n\n"' in note and "{{ eos_token }}" in note
-    [note] = compare_run(run.path, data=data, max_tokens=2).notes
+    _trained_on, note = compare_run(run.path, data=data, max_tokens=2).notes
     assert r'"\n\n"' in note
     done = mlxtune("chat", str(run.path), "-p", QUESTION, "--max-tokens=2", cwd=tmp_path)
     assert done.stderr.count("note: the chat template ends an answer with") == 1

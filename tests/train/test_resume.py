@@ -35,13 +35,21 @@ def longer(run, **train):
 
 
 def test_a_finished_run_of_a_constant_rate_goes_on_as_the_longer_run(recipe, few, tmp_path):
-    steady = recipe(few, train={**STEADY, "max_steps": 3}, eval={"path": str(few), "steps": 2})
+    steady = recipe(
+        few,
+        train={**STEADY, "max_steps": 3},
+        eval={"path": str(few), "max_overlap": 1.0, "steps": 2},
+    )
     run = fine_tune(steady, tmp_path / "run", Silent())
     short = adapter(run)
     (run.path / "eval").mkdir()
     told = Notes()
     again = fine_tune(longer(run.path, max_steps=6), run.path, told, resume=True)
-    whole = recipe(few, train={**STEADY, "max_steps": 6}, eval={"path": str(few), "steps": 2})
+    whole = recipe(
+        few,
+        train={**STEADY, "max_steps": 6},
+        eval={"path": str(few), "max_overlap": 1.0, "steps": 2},
+    )
     once = fine_tune(whole, tmp_path / "once", Silent())
     assert same_arrays(adapter(again), adapter(once))
     assert losses(again) == losses(once)
@@ -110,7 +118,7 @@ def test_a_steady_run_that_has_finished_says_how_it_is_made_longer(recipe, few, 
 def test_what_patience_has_ended_is_not_made_longer(recipe, few, tmp_path, monkeypatch):
     values = iter([1.0, 2.0, 3.0, 4.0])
     monkeypatch.setattr("mlxtune.train.loop.held_out_loss", lambda *_, **__: next(values))
-    held_out = {"path": str(few), "steps": 1, "patience": 2}
+    held_out = {"path": str(few), "max_overlap": 1.0, "steps": 1, "patience": 2}
     settings = recipe(few, train={**STEADY, "max_steps": 5}, eval=held_out)
     run = fine_tune(settings, tmp_path / "run", Silent())
     with pytest.raises(RunError, match="ended early"):
@@ -212,7 +220,9 @@ def test_a_run_whose_data_is_gone_is_fused_all_the_same(project, tmp_path):
     fine_tune(settings_of(project), project / "runs/t", Silent())
     shutil.rmtree(project / "data")
     (project / "held-out.jsonl").unlink()
-    assert fuse_run(project / "runs/t", tmp_path / "fused").tried_on == "texts"
+    assert fuse_run(project / "runs/t", tmp_path / "fused").tried_on == "records"
+    (project / "runs/t/held-out.jsonl").unlink()  # of a run that held nothing out
+    assert fuse_run(project / "runs/t", tmp_path / "other").tried_on == "texts"
 
 
 def test_a_changed_recipe_is_refused_as_before(project):

@@ -165,7 +165,7 @@ def world(tiny_run, tmp_path):
         (["chat", "runs/nothing-like", "-p", "x"], "runs there are: runs/shell, runs/story"),
         (["chat", "runs/shell@step-7", "-p", "x"], "it has: step-6"),
         (["lora", "runs/shel", "--resume"], "did you mean runs/shell?"),
-        (["lora", "runs/shell"], "go on with the run: mlxtune lora runs/shell --resume"),
+        (["lora", "runs/shell"], "mlxtune lora runs/shell --resume"),
     ],
 )
 def test_a_slip_in_a_runs_name_is_no_model_of_the_hub(world, arguments, told):
