@@ -26,7 +26,7 @@ Config = dict[str, Any]
 _MODELOPT = "hf_quant_config.json"
 _REMEDY = (
     "take the original model that was quantized, which its card names; model.quantize = 4 "
-    "packs that one for training"
+    "quantizes that one for training"
 )
 _GROUPS = (32, 64, 128)
 # MLX packs codes into 32 bits as GPTQ does only where these hold a whole number of them.
