@@ -96,23 +96,28 @@ class Overlap:
             f"trained on{example}"
         )
 
-    def require_below(self, share: float) -> None:
+    def require_below(self, share: float, *, chosen: bool = False) -> None:
         """Refuse records whose loss would say nothing about new ones.
 
         Args:
             share: of the held-out records that may be trained on as well.
+            chosen: the held-out records were chosen among all (`val_size`), so those that are
+                shared have copies in the data.
 
         Raises:
             DataError: there are more.
         """
-        if self.shared > share * self.held_out:
-            raise DataError(
-                str(self),
-                where="eval",
-                remedy="hold out others (`mlxtune data prep --against` removes the shared ones "
-                f"from the training data), or allow it: eval.max_overlap = "
-                f"{math.ceil(100 * self.shared / self.held_out) / 100}",
-            )
+        if self.shared <= share * self.held_out:
+            return
+        remove = "`mlxtune data prep` removes copies"
+        if not chosen:
+            remove = "`mlxtune data prep --against` removes them from the training data"
+        allowed = math.ceil(100 * self.shared / self.held_out) / 100
+        raise DataError(
+            str(self),
+            where="eval",
+            remedy=f"{remove}; eval.max_overlap = {allowed:g} allows them",
+        )
 
 
 def read_corpus(

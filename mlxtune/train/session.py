@@ -122,7 +122,8 @@ def _fine_tune(
     workers.barrier()
     renderer = renderer_of(recipe.model)
     corpus = read_corpus(recipe, renderer, reporter.tokenized)
-    corpus.overlap().require_below(recipe.eval.max_overlap)
+    chosen = bool(recipe.eval.val_size)
+    corpus.overlap().require_below(recipe.eval.max_overlap, chosen=chosen)
     workers.barrier()
     before = resumption.status() if resumption is not None else {}
     said: tuple[str, ...] = ()

@@ -185,7 +185,8 @@ def test_records_that_are_trained_on_and_held_out_are_counted_and_refused(recipe
         assert (overlap.shared, overlap.held_out) == (count, count)
         with pytest.raises(DataError, match=f"{count} of {count} held-out records") as raised:
             overlap.require_below(settings.eval.max_overlap)
-        assert "eval.max_overlap = 1.0" in raised.value.remedy
+        assert "data prep --against" in raised.value.remedy
+        assert "eval.max_overlap = 1 allows" in raised.value.remedy
         overlap.require_below(1.0)
 
 
@@ -209,6 +210,9 @@ def test_copies_in_the_data_that_a_share_is_held_out_of_are_counted(recipe, tmp_
     shared = sum(said[s.record] in trained for s in corpus.held_out)
     assert 0 < shared < 20
     assert (corpus.overlap().shared, corpus.overlap().held_out) == (shared, 20)
+    with pytest.raises(DataError) as raised:
+        corpus.overlap().require_below(0.0, chosen=True)
+    assert raised.value.remedy.startswith("`mlxtune data prep` removes copies;")
 
 
 def test_a_folder_is_its_train_split_and_the_rest_is_told(recipe, tmp_path):

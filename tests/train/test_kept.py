@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from mlxtune.cli.talk import talk
 from mlxtune.data.formats import parse_record
 from mlxtune.data.sources import read_conversations
 from mlxtune.errors import DataError
@@ -95,6 +96,22 @@ def test_a_run_outlives_its_data(edited, tmp_path):
         assert fuse_run(edited / "run", tmp_path / "fused").tokens_compared > 20
     finally:
         away.rename(data)
+
+
+def test_a_chat_is_asked_under_the_system_prompt_of_the_run(edited, monkeypatch, capsys):
+    seen = []
+
+    def answer(model, tokenizer, prompt, **how):
+        seen.append(tokenizer.decode(prompt))
+        yield "ok"
+
+    monkeypatch.setattr("mlxtune.cli.talk.stream_answer", answer)
+    talk(str(edited / "run"), prompt="list files")
+    talk(str(edited / "run"), prompt="list files", system="Be long.")
+    assert capsys.readouterr().out == "ok\nok\n"
+    first, second = seen
+    assert "Be brief." in first and "list files" in first
+    assert "Be long." in second and "Be brief." not in second
 
 
 def test_a_run_that_held_nothing_out_says_so(recipe, few, tmp_path):
