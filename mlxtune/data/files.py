@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jsonlines
 
@@ -309,48 +309,49 @@ def _csv(path: Path) -> Iterator[Row]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    try:
-        import pyarrow as arrow
+    def batches(handle: IO[bytes]) -> Iterator[Any]:
         from pyarrow import parquet
-    except ImportError:
-        raise needs_extra("Parquet", path) from None
-    number = 0
-    try:
-        with path.open("rb") as handle, parquet.ParquetFile(handle) as file:
-            names = file.schema_arrow.names
-            if len({*names}) != len(names):
-                raise DataError("two columns have the same name", where=str(path))
-            for batch in file.iter_batches(batch_size=1024):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield Row(f"{path} row {number}", value)
-    except (arrow.ArrowException, ValueError, OverflowError) as error:
-        raise DataError(
-            f"this is no whole Parquet file: {error}", where=f"{path} row {number + 1}"
-        ) from None
+
+        with parquet.ParquetFile(handle) as file:
+            yield from file.iter_batches(batch_size=1024)
+
+    return _table(path, "Parquet", batches)
 
 
 def _arrow(path: Path) -> Iterator[Row]:
     """What `datasets` writes with `save_to_disk`: a stream of record batches."""
+
+    def batches(handle: IO[bytes]) -> Iterator[Any]:
+        from pyarrow import ArrowInvalid, ipc
+
+        try:
+            stream = ipc.open_stream(handle)
+        except ArrowInvalid:
+            file = ipc.open_file(handle)
+            yield from map(file.get_batch, range(file.num_record_batches))
+        else:
+            yield from stream
+
+    return _table(path, "Arrow", batches)
+
+
+def _table(path: Path, kind: str, batches: Callable[[IO[bytes]], Iterator[Any]]) -> Iterator[Row]:
     try:
         import pyarrow as arrow
     except ImportError:
-        raise needs_extra("Arrow", path) from None
+        raise needs_extra(kind, path) from None
     number = 0
     try:
         with path.open("rb") as handle:
-            try:
-                batches: Any = arrow.ipc.open_stream(handle)
-            except arrow.ArrowInvalid:
-                file = arrow.ipc.open_file(handle)
-                batches = (file.get_batch(i) for i in range(file.num_record_batches))
-            for batch in batches:
+            for batch in batches(handle):
+                if len({*batch.schema.names}) != len(batch.schema.names):
+                    raise DataError("two columns have the same name", where=str(path))
                 for value in batch.to_pylist():
                     number += 1
                     yield Row(f"{path} row {number}", value)
     except (arrow.ArrowException, ValueError, OverflowError) as error:
         raise DataError(
-            f"this is no whole Arrow file: {error}", where=f"{path} row {number + 1}"
+            f"this is no whole {kind} file: {error}", where=f"{path} row {number + 1}"
         ) from None
 
 

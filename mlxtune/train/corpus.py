@@ -18,7 +18,7 @@ from mlxtune.data.splits import TRAIN
 from mlxtune.data.store import Progress, Subset, TokenStore, fingerprints_of, records_of
 from mlxtune.data.tokens import tokenize
 from mlxtune.errors import DataError
-from mlxtune.recipe.schema import DataSource, Recipe
+from mlxtune.recipe.schema import DataSource, EvalSection, Recipe
 
 
 @dataclass(frozen=True)
@@ -192,31 +192,27 @@ def unread_files(recipe: Recipe) -> Iterator[str]:
 
 def source_of(section: DataSource) -> Source:
     """The records that `[[data]]` names."""
-    return Source(
-        section.path,
-        section.format,
-        section.columns,
-        section.split,
-        section.subset,
-        section.max_samples,
-        section.system,
-    )
+    return _source(section, section.system)
 
 
 def held_out_source(recipe: Recipe) -> Source | None:
     """The records that `[eval]` names, if it names a file of them."""
     section = recipe.eval
-    if section.path is None:
-        return None
+    return None if section.path is None else _source(section, recipe.data[0].system, held_out=True)
+
+
+def _source(
+    section: DataSource | EvalSection, system: str | None, *, held_out: bool = False
+) -> Source:
     return Source(
-        section.path,
+        str(section.path),
         section.format,
         section.columns,
         section.split,
         section.subset,
         section.max_samples,
-        recipe.data[0].system,
-        held_out=True,
+        system,
+        held_out,
     )
 
 
