@@ -6,9 +6,10 @@ import copy
 import importlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -325,9 +326,15 @@ def model_classes(
     model_type = str(config["model_type"])
     name = mlx_lm.utils.MODEL_REMAPPING.get(model_type, model_type)
     try:
-        module = importlib.import_module(f"mlx_lm.models.{name}")
+        with redirect_stdout(StringIO()) as said:
+            module = importlib.import_module(f"mlx_lm.models.{name}")
     except ImportError:
         raise ModelError(f"mlx-lm has no model of type {model_type!r}", where=where) from None
+    except SystemExit:  # how its module for olmo says that a package is missing
+        reason = said.getvalue().strip()
+        raise ModelError(
+            f"mlx-lm cannot load models of type {model_type!r}: {reason}", where=where
+        ) from None
     return module.Model, module.ModelArgs
 
 

@@ -19,7 +19,7 @@ from mlxtune.export.calibrate import calibrate
 from mlxtune.export.convert import convert_to_folder
 from mlxtune.fuse import model_places
 from mlxtune.models.folder import folder_tensors
-from mlxtune.models.load import load_model, load_tokenizer, model_config
+from mlxtune.models.load import load_model, load_tokenizer, model_classes, model_config
 from mlxtune.models.resolve import ModelSource, resolve_model
 from mlxtune.models.weights import INDEX
 from support.models import save_real_vocabulary, save_tiny_model
@@ -208,3 +208,9 @@ def test_an_adapters_folder_given_as_a_model_says_what_it_is(said, tmp_path):
     with pytest.raises(ModelError, match="holds an adapter, not a model") as told:
         resolve_model(str(tmp_path))
     assert "owner/base" in told.value.remedy and "lora.init_from" in told.value.remedy
+
+
+def test_a_model_whose_module_ends_the_process_is_refused():
+    """mlx-lm's module for olmo calls `exit` where its package is missing."""
+    with pytest.raises(ModelError, match="cannot load models of type 'olmo': .*ai2-olmo"):
+        model_classes({"model_type": "olmo"})
