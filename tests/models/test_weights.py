@@ -212,5 +212,5 @@ def test_an_adapters_folder_given_as_a_model_says_what_it_is(said, tmp_path):
 
 def test_a_model_whose_module_ends_the_process_is_refused():
     """mlx-lm's module for olmo calls `exit` where its package is missing."""
-    with pytest.raises(ModelError, match="cannot load models of type 'olmo': .*ai2-olmo"):
+    with pytest.raises(ModelError, match=r"cannot load models of type 'olmo': .*ai2-olmo"):
         model_classes({"model_type": "olmo"})
