@@ -109,9 +109,9 @@ def _to_sharegpt(conversation: Conversation) -> Record:
     turns = conversation.turns
     record: Record = {}
     # Its system prompt stands beside the turns; a second one, or one that says of itself
-    # whether it is trained, stays among them.
+    # whether it is trained, stays among them. One that is said twice is read once there.
     first = turns[0].content
-    if first and len(turns) > 1 and turns[0] == Turn("system", first):
+    if first and len(turns) > 1 and turns[0] == Turn("system", first) != turns[1]:
         record["system"], turns = first, turns[1:]
     record["conversations"] = [_sharegpt_turn(turn, conversation) for turn in turns]
     return record | _tools(conversation)

@@ -135,3 +135,9 @@ def test_a_file_is_converted_whole_or_not_at_all(tmp_path):
         "in.jsonl",
         "out.jsonl",
     }
+
+
+def test_a_system_prompt_that_is_said_twice_stays_so_in_sharegpt():
+    system = Turn("system", "Be brief.")
+    twice = Conversation((system, system, Turn("user", "a"), Turn("assistant", "b")))
+    assert parse_record(to_record(twice, "sharegpt")) == twice

@@ -331,7 +331,7 @@ def test_a_killed_worker_ends_the_others_with_an_error(folder, tmp_path, recipe_
     assert "--resume" in done.stderr and "Traceback" not in done.stderr
     assert "rank 1 exited with code -9" in done.stderr
     assert "workers  2," in done.stdout
-    assert done.stdout.count("step 3/4") == 1, "both workers wrote, or none did"
+    assert done.stdout.count("\nstep 3/4  ") == 1, "both workers wrote, or none did"
     assert Run(run).status()["status"] == "failed"
     assert [path.name for path in checkpoints(run / "checkpoints")] == ["step-2"]
 
