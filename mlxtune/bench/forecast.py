@@ -31,7 +31,7 @@ def forecast(
 ) -> Said:
     """What a run will take on this machine: figures for run.json, and lines for people.
 
-    Where no plan can be made the run may train, and is told that its memory was not checked.
+    Where no plan can be made the run may train, and a warning says that its memory was not checked.
     A plan that fails is a fault of ours and is called that.
 
     Args:
@@ -39,7 +39,7 @@ def forecast(
         corpus: its records.
         workers: that train together.
         force: train what does not fit, all the same.
-        tell: is told at once what takes a while, and what went wrong.
+        tell: called at once with what takes a while, and with what went wrong.
         planning: something that is told what is tried, while advice is looked for.
 
     Raises:

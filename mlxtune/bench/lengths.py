@@ -39,7 +39,7 @@ class Lengths:
             as `train.max_seq_length`.
         note: the same in a sentence.
         problem: for which training would refuse the records.
-        notes: what else there is to know of them.
+        notes: remarks on them.
     """
 
     parts: tuple[Part, ...]

@@ -75,7 +75,7 @@ def this_machine(
 
     Args:
         remembered: take the rates that were measured the last time, if they were.
-        progress: is told if they are measured now, which takes some seconds, and if other
+        progress: called with a line if they are measured now, which takes some seconds, or if other
             programs want the processors.
     """
     file, key = cache_folder() / CACHE, device_key()

@@ -72,7 +72,7 @@ class RunPlan:
         at_least: whether the peak is only what lies there all the time: that alone is over the
             budget, so no step was laid out, and activations and time are not known.
         held_back: what `mlxtune lora` will say instead of training, if anything.
-        notes: what else there is to know of the run.
+        notes: remarks on the run.
     """
 
     machine: str

@@ -29,7 +29,7 @@ class History:
     def lines(
         self, first: int, total: int, seconds: float, width: int, *, plain: bool
     ) -> list[str]:
-        """What there is to say at the end; nothing if no step was done.
+        """The summary at the end; nothing if no step was done.
 
         Args:
             first: the step that training began after.

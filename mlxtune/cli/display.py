@@ -170,7 +170,7 @@ def status_line(
 
     Args:
         first: what it says at first, on a terminal.
-        every: it changes at most once in so many seconds,
+        every: seconds between two changes, at least,
         rare: to lines for which this is true; the others are always shown.
     """
     console = Console(stderr=True)

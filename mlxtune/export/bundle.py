@@ -59,7 +59,7 @@ class Bundle:
         warnings: what its run's losses say against it.
         unweighed: how many matrices the importance that was given says nothing of.
         written_before: whether it was there already, and has only been looked at.
-        notes: what else there is to say.
+        notes: remarks.
     """
 
     folder: Path

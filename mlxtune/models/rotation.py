@@ -77,7 +77,7 @@ class DynamicRope(nn.Module):
         return self._turned(x, offset, freqs=mx.power(base, exponents))
 
     def _base(self, longest: Any) -> Any:
-        """Of the rotation of a text of so many tokens."""
+        """Of the rotation of a text of this many tokens."""
         stretch = self.factor * longest / self.max_position_embeddings - (self.factor - 1)
         return self.base * stretch ** (self.dims / (self.dims - 2))
 

@@ -113,7 +113,7 @@ def _kind(module: nn.Module) -> Kind:
 
 
 def _blocks_to_show(kinds: list[Kind]) -> int:
-    """The first so many are of every kind that there is."""
+    """The first of them are of every kind that there is."""
     return max((kinds.index(kind) + 1 for kind in set(kinds)), default=0)
 
 

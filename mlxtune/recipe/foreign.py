@@ -103,7 +103,7 @@ FOREIGN_VALUES = {
     },
 }
 
-# Keys by which a file is told, as each program documents them; two have to be there.
+# Keys by which a file is recognised, as each program documents them; two have to be there.
 _WHOSE = {
     "Axolotl": (
         "base_model",

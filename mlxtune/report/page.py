@@ -34,7 +34,7 @@ from mlxtune.report.svg import bars, draw
 _FACT_NAMES = {
     "seed": "seed of all that is random",
     "workers": "processes that trained together",
-    "checkpointed_blocks": "blocks computed twice, to save memory",
+    "checkpointed_blocks": "blocks with gradient checkpointing",
     "quantized_matmul": "how products with quantized weights were computed",
 }
 # Facts that have a place of their own on the page.
@@ -43,7 +43,7 @@ _SHOWN_ELSEWHERE = ("status", "plan", "lengths", "hashes")
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure that is seen first, what is to be said of it, and whether it is a bad one."""
+    """A figure that is seen first, its explanation, and whether it is a bad one."""
 
     label: str
     value: str

@@ -159,7 +159,7 @@ Lines = Sequence[tuple[str, bool]]
 def _said(
     suite: str, runs: Sequence[RunRecord], tell: Callable[[dict[str, Any]], Lines]
 ) -> Iterator[tuple[str, bool]]:
-    """What there is to say of each run's evaluation, with its name where there are several."""
+    """Remarks on each run's evaluation, with its name where there are several."""
     for run in runs:
         if (stored := run.evaluations.get(suite)) is not None:
             for text, warns in tell(stored.figures):

@@ -29,7 +29,7 @@ class Corpus:
         parts: what is trained on, a part a source.
         held_out: what is not.
         tallies: the path of each source, and what became of its records.
-        unread: what there is to say of files beside those that were read.
+        unread: remarks on files beside those that were read.
     """
 
     parts: tuple[Part, ...]
@@ -166,7 +166,7 @@ def _held_out_store(recipe: Recipe, renderer: Renderer, progress: Progress) -> T
 
 
 def unread_files(recipe: Recipe) -> Iterator[str]:
-    """What is to be said of files in a source's folder that are not trained on."""
+    """Remarks on files in a source's folder that are not trained on."""
     for section in recipe.data:
         if section.path.startswith(HUB):
             continue

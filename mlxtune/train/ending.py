@@ -17,7 +17,7 @@ _REMEDY = "let the chat template end an answer with {{ eos_token }} (model.chat_
 
 
 def ending_notes(tokenizer: Any) -> list[str]:
-    """What there is to say of a chat template at whose ends of answers nothing stops.
+    """A remark on a chat template at whose ends of answers nothing stops.
 
     Args:
         tokenizer: mlx-lm's wrapper.
@@ -32,7 +32,7 @@ def ending_notes(tokenizer: Any) -> list[str]:
 
 
 def trained_ending_notes(corpus: Corpus, tokenizer: Any) -> list[str]:
-    """What there is to say of sources whose samples train no token that ends an answer.
+    """Remarks on sources whose samples train no token that ends an answer.
 
     Args:
         corpus: what is trained on.

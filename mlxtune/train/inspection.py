@@ -34,8 +34,8 @@ class Shown:
 class Inspection:
     """All that `mlxtune data inspect` tells.
 
-    `tallies` has each source and what became of its records, `notes` what else there is to
-    say of them, `left_out` the reasons of records that were to be shown and are not trained on.
+    `tallies` has each source and what became of its records, `notes` remarks on them,
+    `left_out` the reasons of records that were to be shown and are not trained on.
     """
 
     tallies: tuple[tuple[str, Tally], ...]

@@ -1,4 +1,4 @@
-"""What there is to say of a run before it begins: nothing stops it, and somebody may mind."""
+"""Remarks on a run before it begins: they do not stop it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def part_lengths(parts: Sequence[Part]) -> list[np.ndarray[Any, Any]]:
 
 
 def warmup_steps(train: TrainSection, total_steps: int) -> int:
-    """Steps over which the learning rate rises, in a run of so many."""
+    """Steps over which the learning rate rises, in a run of this many."""
     if train.warmup_steps is not None:
         return train.warmup_steps
     return round((train.warmup_ratio or 0.0) * total_steps)

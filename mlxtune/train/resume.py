@@ -18,7 +18,7 @@ from mlxtune.train.run import RECIPE, STATUS, Run, meant
 # How much memory training may take: a run that had too little goes on with less of it.
 _MEMORY = ("train.memory_limit", "train.gradient_checkpointing")
 # What may change while a run is interrupted: nothing of it reaches the weights, but for
-# rounding where blocks are computed twice. That the model is the same is seen when it is loaded.
+# rounding where blocks are checkpointed. That the model is the same is seen when it is loaded.
 _FREE = (
     "checkpoint.",
     "log.",
@@ -60,7 +60,7 @@ class Resumption:
         return status
 
     def begin(self, step: int, total: int) -> list[str]:
-        """Keep the recipe that the run goes on with; what there is to say of that.
+        """Keep the recipe that the run goes on with, and return remarks on it.
 
         Args:
             step: how many steps are done.

@@ -211,7 +211,7 @@ def _base_of(folder: Path, base: str | None) -> ModelSection:
 
 
 def _model_named(name: str) -> str:
-    """What a recipe would call the model; a name that can only be a run's or a file's is told."""
+    """What a recipe would call the model; one that can only be a run's or a file's is refused."""
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
         return _exported_in(path) or name
