@@ -23,7 +23,6 @@ from mlxtune.files import atomic_folder, require_apart, write_json
 from mlxtune.gguf.ends import ends_of_answers
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.layers.dense import dense_tensors
-from mlxtune.models.fields import with_all_fields
 from mlxtune.models.folder import dense_pieces
 from mlxtune.models.load import LoadedModel, load_model
 from mlxtune.models.resolve import ModelSource
@@ -207,8 +206,6 @@ def write_configs(
         source: the folder or file that the model was read from; what a folder's own
             generation_config.json says of sampling is kept.
     """
-    if source.is_file():  # a GGUF, which says what computes and no more
-        config = with_all_fields(config)
     ends = ends_of_answers(tokenizer, config.get("eos_token_id"))
     said: dict[str, Any] = {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}
     kept = read_generation_config(source) or {
