@@ -135,7 +135,7 @@ def model_config(source: ModelSource) -> dict[str, Any]:
     """config.json of a model, or what a GGUF says in its place; no weights are read.
 
     As mlx-lm does, it takes the tokens that end an answer from generation_config.json, which
-    has more of them. The rotation is told by the keys that mlx-lm reads, and so is how the
+    has more of them. The rotation stands under the keys that mlx-lm reads, and so does how the
     weights are packed.
 
     Raises:
