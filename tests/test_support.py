@@ -13,7 +13,9 @@ from support.once import Once
 from support.program import environment
 
 
-def run_tests(folder: Path, plugin: str, setting: str, test: str) -> tuple[int, str]:
+def run_tests(
+    folder: Path, plugin: str, setting: str, test: str, tests: str = "fast"
+) -> tuple[int, str]:
     """Exit status and output of pytest on one test, with one of our plugins.
 
     Args:
@@ -21,6 +23,7 @@ def run_tests(folder: Path, plugin: str, setting: str, test: str) -> tuple[int, 
         plugin: a module of `support`.
         setting: what is set in it.
         test: Python code.
+        tests: which are run, as MLXTUNE_TESTS names them.
     """
     (folder / "conftest.py").write_text(
         f"import support.{plugin} as plugin\nplugin.{setting}\n"
@@ -28,7 +31,8 @@ def run_tests(folder: Path, plugin: str, setting: str, test: str) -> tuple[int, 
     )
     (folder / "test_it.py").write_text(test)
     command = [sys.executable, "-m", "pytest", "-q", "-p", f"support.{plugin}"]
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
+    env = environment() | {"MLXTUNE_TESTS": tests}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     return done.returncode, done.stdout
 
 
@@ -54,6 +58,23 @@ def test_more_processor_time_than_the_budget_fails_the_run_unless_marked_slow(tm
     slow = test.replace("def test_it", "@pytest.mark.slow\ndef test_it")
     status, said = run_tests(tmp_path, "budget", "LIMIT = 0.2", BURNS + slow)
     assert status == pytest.ExitCode.OK and "0.5 s  " in said
+
+
+def test_a_property_may_take_more_where_it_has_more_examples(tmp_path):
+    test = """
+from hypothesis import given, settings, strategies
+
+@settings(max_examples=1, deadline=None)
+@given(strategies.none())
+def test_it(nothing):
+    burn()
+"""
+    status, _ = run_tests(tmp_path, "budget", "LIMIT = 0.2", BURNS + test)
+    assert status == pytest.ExitCode.TESTS_FAILED
+    status, _ = run_tests(tmp_path, "budget", "LIMIT = 0.2", BURNS + test, tests="all")
+    assert status == pytest.ExitCode.OK
+    status, _ = run_tests(tmp_path, "budget", "LIMIT = 0.2", BURNS + IN_TEST, tests="all")
+    assert status == pytest.ExitCode.TESTS_FAILED
 
 
 def test_time_that_is_waited_is_not_counted(tmp_path):

@@ -90,7 +90,7 @@ def batches(draw: st.DrawFn) -> list[Sample]:
     return samples_behind(prompt, tails, trained=draw(st.integers(1, 2)))
 
 
-@examples(10, few=6)
+@examples(8, few=4)
 @given(batches(), st.booleans(), st.booleans())
 def test_any_small_batch_has_the_peak_that_is_planned(samples, packing, twice):
     batch = (pack if packing else pad)(samples)

@@ -2,7 +2,8 @@
 
 A test or fixture that takes more than `LIMIT` seconds fails the run, unless the test, or the
 one that asked for the fixture, is marked slow. Processor time, not wall time: a busy machine
-does not change the outcome.
+does not change the outcome. The budget of a property is for its few examples in `make test`:
+`make test-all` draws more, others each time.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import pytest
 
 from support.process import processor_seconds
+from support.properties import ALL
 
 LIMIT = 20.0
 SHOWN = 10
@@ -71,7 +73,8 @@ class Meter:
         # Attributes of a report reach the process that prints, as plain values.
         report.processor_seconds = self._phase
         report.fixtures, self._fixtures = self._fixtures, []
-        report.slow = item.get_closest_marker("slow") is not None
+        more_examples = ALL and getattr(item.obj, "is_hypothesis_test", False)
+        report.slow = more_examples or item.get_closest_marker("slow") is not None
         return report
 
 
