@@ -14,10 +14,12 @@ from mlxtune.data.records import Conversation
 from mlxtune.data.render import Renderer, Sample
 from mlxtune.data.sources import HUB
 from mlxtune.errors import DataError, MlxtuneError
-from mlxtune.models.load import embedding_rows, load_tokenizer, model_config
+from mlxtune.models.load import embedding_rows, model_config
 from mlxtune.models.resolve import ModelSource
 from mlxtune.recipe.schema import DataSource, Recipe
+from mlxtune.train.asking import settled
 from mlxtune.train.corpus import read_corpus, source_of
+from mlxtune.train.model import tokenizer_of
 
 # English text and code: a token is three to four characters in most vocabularies.
 _CHARACTERS_TO_TOKEN = 3.3
@@ -60,7 +62,9 @@ def lengths_of_recipe(recipe: Recipe, source: ModelSource | None) -> Lengths:
     if source is not None:
         try:
             rows = embedding_rows(model_config(source))
-            parts = read_corpus(recipe, Renderer(load_tokenizer(source), rows=rows)).parts
+            recipe = settled(recipe, source).recipe
+            tokenizer = tokenizer_of(recipe.model, source)
+            parts = read_corpus(recipe, Renderer(tokenizer, rows=rows)).parts
             count = sum(len(part.samples) for part in parts)
             return Lengths(parts, "tokenized", f"{count} records, tokenized")
         except DataError as error:

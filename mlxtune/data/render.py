@@ -1,36 +1,37 @@
 """Conversations to tokens with a loss weight each, through the model's chat template.
 
-What is trained is found by rendering prefixes of the conversation: the text that the
-template adds when an assistant turn is appended to everything before it (generation
-prompt included) is exactly what the model will have to produce there. A template that
-rewrites earlier turns, as those do that drop old reasoning, gives one sample for each
-answer, each rendered as it would be asked. So `{% generation %}` marks are not needed:
-they mark the rewritten form of earlier answers, which the model is never asked for, and
-some mark the line break after the end of a turn. What cannot be told is refused, never
-masked by guess, and so is what a template leaves out.
+What is trained of an answer is what the model has to write after the prompt that a server sends
+(`data.answers`), up to and with the token at which generation stops. Its tokens are those of the
+answer alone, after the prompt's own: that is how they are generated. Where the tokens of the whole
+conversation agree with all its answers, it is one sample. Where they do not, as with templates
+that leave out the reasoning of earlier turns, each answer is a sample of its own. So
+`{% generation %}` marks are not needed: they mark the rewritten form of earlier answers, which the
+model is never asked for, and some mark the line break after the end of a turn. What cannot be
+told is refused, never masked by guess.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mlxtune.data.answers import Answer, Answers, Note, Writing, left_out, unsaid
+from mlxtune.data.chat import ChatTemplate, Tools
 from mlxtune.data.masking import Masking, NothingTrained
-from mlxtune.data.records import Conversation, ToolCall, Turn
+from mlxtune.data.records import Conversation, Turn
+from mlxtune.data.thoughts import WORDS
 from mlxtune.errors import DataError, MlxtuneError, ModelError
-from mlxtune.gguf.ends import end_of_turn
+from mlxtune.gguf.ends import end_of_call, end_of_turn, stop_tokens
 
-Tools = Sequence[Any]
 Span = tuple[int, int]
-
-# Stands in a turn's place to find where the template would put its words.
-_PROBE = "\u2042probe\u2042"
+Weighted = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,24 @@ class Sample:
         return int(np.count_nonzero(self.weights))
 
 
-class _Rewritten(Exception):
-    """The template writes earlier turns otherwise once others follow."""
+@dataclass(frozen=True)
+class _Told:
+    """One answer in tokens.
+
+    Attributes:
+        prompt: tokens before it.
+        answer: its own, with its end.
+        whole: tokens of the text that both are from, with what the template writes after.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    whole: list[int]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Up to and with the end of the answer."""
+        return self.prompt + self.answer
 
 
 class Renderer:
@@ -87,27 +104,46 @@ class Renderer:
             core = copy.deepcopy(core)
             core.no_truncation()
             core.no_padding()
-        self._tokenizer = _unwrapped(tokenizer)
+        self._tokenizer = tokenizer
         self._core = core
         self.rows = rows
+        self.answers = Answers(ChatTemplate(tokenizer))
         self._bos: int | None = tokenizer.bos_token_id
         self._eos: int | None = tokenizer.eos_token_id
         # A tokenizer names few of its special tokens; Phi's end of turn is not among them.
         added = core.get_added_tokens_decoder().items()
         self._special = {*tokenizer.all_special_ids, *(i for i, t in added if t.special)}
-        if (end := end_of_turn(tokenizer)) is not None:
-            self._special.add(end)  # it may have been added without being called special
+        self._end = end_of_turn(tokenizer)
+        self._stops = stop_tokens(tokenizer)
+        if self._end is not None:
+            # It may have been added without being called special.
+            self._special.add(self._end)
+            self._stops.add(self._end)
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        """Whether the tokenizer writes a space before every text, as SentencePiece's do."""
+        return str(self._core.encode("a", add_special_tokens=False).tokens[0]).startswith("\u2581")
+
+    @cached_property
+    def _end_of_call(self) -> int | None:
+        return end_of_call(self._tokenizer)
 
     def identity(self) -> str:
         """All that decides which tokens a conversation becomes."""
         return "\n".join(
-            [self._core.to_str(), str(self._tokenizer.chat_template), str(sorted(self._special))]
+            [
+                self._core.to_str(),
+                self.answers.template.source,
+                str(sorted(self._special)),
+                str(sorted(self._stops)),
+            ]
         )
 
     @property
     def has_template(self) -> bool:
         """Whether it can render turns at all; a base model's may not."""
-        return bool(self._tokenizer.chat_template)
+        return bool(self.answers.template.source)
 
     def text(self, turns: Sequence[Turn], *, tools: Tools = (), ask: bool = False) -> str:
         """The turns as the template writes them; with `ask`, ready for an answer.
@@ -115,24 +151,13 @@ class Renderer:
         Raises:
             ModelError: the model has no chat template.
         """
-        if not self.has_template:
-            raise ModelError(
-                "the model has no chat template, so conversations cannot be rendered",
-                where="model.chat_template",
-                remedy="name a .jinja file there, or use the instruct variant of the model",
-            )
-        return str(
-            self._tokenizer.apply_chat_template(
-                [_message(turn) for turn in turns],
-                tools=list(tools) or None,
-                tokenize=False,
-                add_generation_prompt=ask,
-            )
-        )
+        return self.answers.text(turns, tools=tools, ask=ask)
 
-    def prompt(self, conversation: Conversation) -> list[int]:
+    def prompt(self, conversation: Conversation, writing: Writing | None = None) -> list[int]:
         """Token ids that ask for the conversation's last answer."""
-        turns = conversation.prompt_turns()
+        turns = self.answers.prepared(
+            conversation.prompt_turns(), writing or Writing(reasoning="drop")
+        )
         return self.encode(self.text(turns, tools=conversation.tools, ask=True))
 
     def encode(self, text: str) -> list[int]:
@@ -167,21 +192,34 @@ class Renderer:
         return str(self._core.decode([int(t) for t in tokens], skip_special_tokens=not special))
 
     def samples(
-        self, conversation: Conversation, record: int = 0, masking: Masking | None = None
+        self,
+        conversation: Conversation,
+        record: int = 0,
+        masking: Masking | None = None,
+        writing: Writing | None = None,
+        note: Note = lambda _: None,
     ) -> list[Sample]:
         """Tokens and weights of one conversation: one sample, if the template allows.
 
+        Args:
+            conversation: a record.
+            record: its number.
+            masking: which tokens carry weight; those of answers by default.
+            writing: what becomes of what the template has no place for.
+            note: is given remarks on the record, the same words for all that are alike.
+
         Raises:
             NothingTrained: no token carries weight.
-            DataError: the template cannot be rendered, or where a turn begins and ends
-                in its text cannot be told.
+            NoReasoning: see `Writing.missing_reasoning`.
+            DataError: the template cannot be rendered, leaves something out, or where a turn
+                begins and ends in its text cannot be told.
             ModelError: see `text`, or a token has no row in the embedding.
         """
-        masking = masking or Masking()
+        masking, writing = masking or Masking(), writing or Writing()
         where = conversation.where
         masking.require_target(conversation)
         try:
-            made = list(self._parts(conversation, masking))
+            made = list(self._parts(conversation, masking, writing, note))
         except MlxtuneError as error:
             if error.where or not isinstance(error, DataError):
                 raise
@@ -209,113 +247,142 @@ class Renderer:
         return [Sample(tokens, weights, record, where, said) for tokens, weights in made]
 
     def _parts(
-        self, conversation: Conversation, masking: Masking
-    ) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
+        self, conversation: Conversation, masking: Masking, writing: Writing, note: Note
+    ) -> Iterator[Weighted]:
         if conversation.segments:
             yield self._segments(conversation)
             return
-        turns, tools = conversation.turns, conversation.tools
-        trained = [i for i, turn in enumerate(turns) if masking.trains(turn) and not turn.empty]
-        try:
-            yield self._whole(turns, tools, trained, masking)
-        except _Rewritten as rewritten:
-            if any(turns[i].role != "assistant" for i in trained) or masking.train_on_inputs:
-                raise DataError(
-                    f"the chat template rewrites earlier turns ({rewritten}), so where others "
-                    "than the assistant's begin and end in its text cannot be told",
-                    remedy="train the assistant's turns alone, or set model.chat_template to a "
-                    "template that only appends",
-                ) from None
-            for i in trained:
-                yield self._whole(turns[: i + 1], tools, [i], masking)
-
-    def _whole(
-        self, turns: Sequence[Turn], tools: Tools, trained: Sequence[int], masking: Masking
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """All turns in one sample."""
+        turns, tools = self.answers.prepared(conversation.turns, writing), conversation.tools
         full = self.text(turns, tools=tools)
-        _require_written(turns, tools, full)
+        trained = [i for i, turn in enumerate(turns) if masking.trains(turn) and not turn.empty]
+        others = [i for i in trained if turns[i].role != "assistant"]
+        if others or masking.train_on_inputs:
+            _refuse_or_note(left_out(turns, tools, full), "this record", writing, note)
+        if masking.train_on_inputs:
+            kept = [i for i, turn in enumerate(turns) if not masking.trains(turn)]
+            yield self._all_but(turns, tools, kept, full, writing)
+            return
+        tell = _Teller(self, turns, tools, writing, note)
+        told = [tell(i) for i in trained if turns[i].role == "assistant"]
+        encoded = self._core.encode(full, add_special_tokens=False)
+        tokens = np.asarray(encoded.ids, np.int32)
+        weights = _weights(encoded.ids, told)
+        if weights is None and others:
+            raise _rewrites()
+        if weights is None:
+            yield from _apart(told)
+            return
+        offsets = np.asarray(encoded.offsets, np.int64).reshape(-1, 2)
+        for number in others:
+            start, end = self._span(turns, tools, number, full)
+            weights[self._ended(encoded.ids, offsets, full, start, end)] = 1
+        yield tokens, weights
+
+    def _all_but(
+        self,
+        turns: Sequence[Turn],
+        tools: Tools,
+        kept: Sequence[int],
+        full: str,
+        writing: Writing,
+    ) -> Weighted:
+        """All turns in one sample in which everything is trained but these turns."""
         encoded = self._core.encode(full, add_special_tokens=False)
         tokens = np.asarray(encoded.ids, np.int32)
         offsets = np.asarray(encoded.offsets, np.int64).reshape(-1, 2)
-        weights = np.zeros(len(tokens), np.float32)
-        if masking.train_on_inputs:
-            weights[:] = 1
-            kept = [i for i, turn in enumerate(turns) if not masking.trains(turn)]
-            for span in (self._span(turns, tools, i, full) for i in kept):
-                weights[_inside(offsets, *span)] = 0
-            return tokens, weights
-        for i in trained:
-            start, end = self._span(turns, tools, i, full)
-            _require_said(turns[i], i, full[start:end])
-            weights[self._targets(tokens, offsets, full, start, end)] = 1
+        weights = np.ones(len(tokens), np.float32)
+        tell = _Teller(self, turns, tools, writing, lambda _: None)
+        for number in kept:
+            if turns[number].role == "assistant":
+                answered = _weights(encoded.ids, [tell(number)])
+                if answered is None:
+                    raise _rewrites()
+                weights[answered > 0] = 0
+            else:
+                weights[_inside(offsets, *self._span(turns, tools, number, full))] = 0
         return tokens, weights
 
     def _span(self, turns: Sequence[Turn], tools: Tools, number: int, full: str) -> Span:
-        """Where the text of one turn begins and ends in the text of all of them."""
-        last = number + 1 == len(turns)
-        upto = full if last else self.text(turns[: number + 1], tools=tools)
+        """Where a turn that no prompt asks for begins and ends in the text of all of them."""
+        upto = full
+        if number + 1 < len(turns):
+            upto = self.text(turns[: number + 1], tools=tools)
         if not full.startswith(upto):
             # Some templates close a conversation that ends with an answer.
             upto = upto.removesuffix(str(self._tokenizer.eos_token))
         if not full.startswith(upto):
-            raise _Rewritten(f"turn {number + 1}")
+            raise _rewrites()
         turn = turns[number]
-        if turn.role != "assistant":
-            return self._words_of(turns, tools, number, upto), len(upto)
-        if number == 0:
-            raise DataError(
-                "the conversation begins with its answer: nothing was asked",
-                remedy="put a message of role 'user' or 'system' first",
-            )
-        before = self.text(turns[:number], tools=tools, ask=True)
-        if upto.startswith(before):
-            return len(before), len(upto)
-        if not last:
-            raise _Rewritten(f"turn {number + 1}")
-        raise DataError(
-            "the chat template asks for an answer in other words than it writes one "
-            f"(turn {number + 1}), so where the answer begins cannot be told",
-            remedy="set model.chat_template to a template whose generation prompt is the "
-            "beginning of an assistant turn",
-        )
-
-    def _words_of(self, turns: Sequence[Turn], tools: Tools, number: int, upto: str) -> int:
-        """Where the words of a turn that no prompt asks for begin, after the template's own."""
-        turn = turns[number]
-        probe = self.text([*turns[:number], replace(turn, content=_PROBE)], tools=tools)
-        start = probe.find(_PROBE)
+        probe = self.text([*turns[:number], replace(turn, content=WORDS)], tools=tools)
+        start = probe.find(WORDS)
         as_written = (turn.content, turn.content.strip())
         if start < 0 or upto[:start] != probe[:start] or not upto.startswith(as_written, start):
             raise DataError(
                 f"the chat template does not write turn {number + 1} as it stands, so its "
                 "place in the text cannot be told"
             )
-        return start
+        return start, len(upto)
 
-    def _targets(
+    def _ended(
         self,
-        tokens: npt.NDArray[np.int32],
+        tokens: Sequence[int],
         offsets: npt.NDArray[np.int64],
         full: str,
         start: int,
         end: int,
     ) -> npt.NDArray[np.int64]:
-        """Indices of the tokens of one span, up to and with its end-of-turn token.
-
-        Templates put a line break after the end of a turn. The model stops before it,
-        so it is no target.
-        """
+        """Indices of the tokens of a span, up to and with its end: no line break after it."""
         inside = _inside(offsets, start, end)
-        if len(inside) and offsets[inside[0], 0] < start:
-            raise DataError(
-                "the answer's first characters share a token with the template's text before it",
-                remedy="remove white space from the start of the answer",
-            )
-        ends = [i for i in inside if int(tokens[i]) in self._special]
+        ends = [i for i in inside if tokens[i] in self._special]
         if ends and not full[offsets[ends[-1], 1] : end].strip():
             inside = inside[inside <= ends[-1]]
         return inside
+
+    def answered(self, answer: Answer, *, calls: bool) -> tuple[list[int], list[int], list[int]]:
+        """Tokens of a prompt, of the answer with its end, and of the text of both.
+
+        The answer's tokens are those that it has alone where they would share one with the
+        prompt's text.
+
+        Args:
+            answer: its prompt and its text.
+            calls: whether it calls tools.
+        """
+        prompt = self._core.encode(answer.prompt, add_special_tokens=False).ids
+        whole = self._core.encode(answer.prompt + answer.text, add_special_tokens=False)
+        skipped, ids, offsets = len(answer.prompt), whole.ids, whole.offsets
+        if ids[: len(prompt)] == prompt:
+            ids, offsets = ids[len(prompt) :], offsets[len(prompt) :]
+        else:
+            # A line break before it: some tokenizers write a space before a text.
+            lead = "\n" if self._adds_space else ""
+            alone = self._core.encode(lead + answer.text, add_special_tokens=False)
+            first = next(
+                (i for i, (start, _) in enumerate(alone.offsets) if start >= len(lead)), len(alone)
+            )
+            skipped, ids, offsets = len(lead), alone.ids[first:], alone.offsets[first:]
+        spans = [(start - skipped, end - skipped) for start, end in offsets]
+        return prompt, self._with_end(answer, ids, spans, calls), whole.ids
+
+    def _with_end(
+        self, answer: Answer, ids: list[int], spans: list[Span], calls: bool
+    ) -> list[int]:
+        """The tokens of an answer up to and with the first at which generation stops.
+
+        Where the template writes none, the one that it writes before the next turn.
+        """
+        words = answer.text
+        for number, (start, end) in zip(ids, spans, strict=True):
+            if number in self._special:  # words are not looked for in the names of marks
+                words = words[:start] + "\0" * (end - start) + words[end:]
+        places = (text.rfind(answer.said) for text in (words, answer.text))
+        over = next((place + len(answer.said) for place in places if place >= 0), 0)
+        for index, (number, (_, end)) in enumerate(zip(ids, spans, strict=True)):
+            if number in self._stops and end > over:
+                return ids[: index + 1]
+        between = self._end_of_call if calls else None
+        mark = self._end if between is None else between
+        return ids if mark is None else [*ids, mark]
 
     def _segments(
         self, conversation: Conversation
@@ -333,77 +400,89 @@ class Renderer:
         return np.asarray(tokens, np.int32), np.asarray(weights, np.float32)
 
 
-def _unwrapped(tokenizer: Any) -> Any:
-    """The tokenizer in mlx-lm's wrapper, unless the wrapper renders chats in its own way."""
-    inner = vars(tokenizer).get("_tokenizer")
-    if vars(tokenizer).get("_chat_template") is not None:
-        return tokenizer
-    return inner if hasattr(inner, "apply_chat_template") else tokenizer
+class _Teller:
+    """Tells the answers of one conversation in tokens."""
 
+    def __init__(
+        self,
+        renderer: Renderer,
+        turns: Sequence[Turn],
+        tools: Tools,
+        writing: Writing,
+        note: Note,
+    ) -> None:
+        self._renderer, self._turns, self._tools = renderer, turns, tools
+        self._writing, self._note = writing, note
 
-def _message(turn: Turn) -> dict[str, Any]:
-    """A turn in the form that chat templates take."""
-    message: dict[str, Any] = {"role": turn.role, "content": turn.content}
-    if turn.reasoning:
-        message["reasoning_content"] = turn.reasoning
-    if turn.tool_calls:
-        message["tool_calls"] = [_call(call) for call in turn.tool_calls]
-    if turn.tool_call_id is not None:
-        message["tool_call_id"] = turn.tool_call_id
-    if turn.name is not None:
-        message["name"] = turn.name
-    return message
-
-
-def _call(call: ToolCall) -> dict[str, Any]:
-    made: dict[str, Any] = {
-        "type": "function",
-        "function": {"name": call.name, "arguments": call.arguments},
-    }
-    return made if call.id is None else {"id": call.id, **made}
-
-
-def _require_written(turns: Sequence[Turn], tools: Tools, full: str) -> None:
-    """See that the template leaves nothing out of what the model is given."""
-    for number, turn in enumerate(turns, start=1):
-        if turn.role != "assistant" and not _holds(full, turn.content):
+    def __call__(self, number: int) -> _Told:
+        turn = self._turns[number]
+        if number == 0:
             raise DataError(
-                f"the chat template leaves out turn {number}, of role {turn.role}",
-                remedy="leave such turns out of the data, or set model.chat_template to a "
-                "template that writes them",
+                "the conversation begins with its answer: nothing was asked",
+                remedy="put a message of role 'user' or 'system' first",
             )
-    for tool in tools:
-        name = tool.get("function", tool).get("name", "")
-        if not _holds(full, str(name)):
+        answer = self._renderer.answers.of(
+            self._turns, number, self._tools, self._writing, self._note
+        )
+        missing = chain(
+            left_out(self._turns[:number], self._tools, answer.prompt), unsaid(turn, answer.text)
+        )
+        _refuse_or_note(missing, f"turn {number + 1}", self._writing, self._note)
+        return _Told(*self._renderer.answered(answer, calls=bool(turn.tool_calls)))
+
+
+def _weights(tokens: list[int], told: Sequence[_Told]) -> npt.NDArray[np.float32] | None:
+    """Weights of answers in tokens that begin with each of them; None if those do not."""
+    weights = np.zeros(len(tokens), np.float32)
+    for one in told:
+        end = len(one.prompt) + len(one.answer)
+        if tokens[:end] != one.tokens:
+            return None
+        weights[len(one.prompt) : end] = 1
+    return weights
+
+
+def _apart(told: Sequence[_Told]) -> Iterator[Weighted]:
+    """Samples of answers: those that continue one another share one."""
+    groups: list[list[_Told]] = []
+    for one in told:
+        last = groups[-1][-1].tokens if groups else None
+        if last is not None and one.tokens[: len(last)] == last:
+            groups[-1].append(one)
+        else:
+            groups.append([one])
+    for group in groups:
+        end = group[-1]
+        # What the template writes after the last answer stays: it carries no weight.
+        tokens = end.whole if end.whole[: len(end.tokens)] == end.tokens else end.tokens
+        weights = _weights(tokens, group)
+        assert weights is not None
+        yield np.asarray(tokens, np.int32), weights
+
+
+def _rewrites() -> DataError:
+    return DataError(
+        "the chat template rewrites earlier turns once others follow, so where others than the "
+        "assistant's begin and end in its text cannot be told",
+        remedy="train the assistant's turns alone, or set model.chat_template to a template that "
+        "only appends",
+    )
+
+
+def _refuse_or_note(missing: Iterable[str], where: str, writing: Writing, note: Note) -> None:
+    """What becomes of what a template leaves out.
+
+    Raises:
+        DataError: it is refused.
+    """
+    for what in missing:
+        if writing.left_out == "refuse":
             raise DataError(
-                "the chat template does not write tools, so the model would call what it was "
-                "never told of",
-                remedy="set model.chat_template to a template that knows tools",
+                f"the chat template leaves out {what} ({where})",
+                remedy="set model.chat_template to a template that writes it, leave it out of the "
+                'data, or accept that with left_out = "warn"',
             )
-
-
-def _require_said(turn: Turn, number: int, text: str) -> None:
-    """See that the template leaves nothing out of what is trained."""
-    for what, said in [
-        ("reasoning", turn.reasoning),
-        *(("tool call", call.name) for call in turn.tool_calls),
-    ]:
-        if not _holds(text, said):
-            raise DataError(
-                f"the chat template leaves out the {what} of turn {number + 1}",
-                remedy="set model.chat_template to a template that writes it, or leave it out of "
-                "the data",
-            )
-
-
-def _holds(text: str, said: str) -> bool:
-    """Whether a text holds these words, be it as a JSON string."""
-    said = said.strip()
-    return said in text or json.dumps(said)[1:-1] in text or _json(said) in text
-
-
-def _json(said: str) -> str:
-    return json.dumps(said, ensure_ascii=False)[1:-1]
+        note(f"the chat template leaves out {what}")
 
 
 def _inside(offsets: npt.NDArray[np.int64], start: int, end: int) -> npt.NDArray[np.int64]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from mlxtune.data.answers import NoReasoning, Writing
 from mlxtune.data.files import Row
 from mlxtune.data.formats import NothingSaid
 from mlxtune.data.masking import Masking, NothingTrained
@@ -12,6 +13,7 @@ from mlxtune.data.render import Renderer, Sample
 from mlxtune.data.sources import Source
 from mlxtune.errors import DataError
 
+NOT_THOUGHT = "no reasoning, which the chat template asks for"
 TOO_LONG, UNTRAINED = "longer than max_seq_length", "no token trained"
 
 
@@ -27,12 +29,14 @@ class Rules:
         unusable: a record that cannot be trained on is an `error`, or left out (`skip`): one
             that is damaged, of no known shape, refused by the chat template, or of which no
             token is trained.
+        writing: how it is written where the chat template does not fit.
     """
 
     masking: Masking = field(default_factory=Masking)
     max_seq_length: int | None = None
     truncate: str = "error"
     unusable: str = "error"
+    writing: Writing = field(default_factory=Writing)
 
 
 @dataclass
@@ -46,6 +50,7 @@ class Tally:
         longest: tokens of the longest sample, before anything was cut off.
         truncated: samples that were cut.
         dropped: samples left out, by reason.
+        noted: records that are trained on otherwise than they stand, by what is said of them.
     """
 
     rows: int = 0
@@ -55,6 +60,7 @@ class Tally:
     longest: int = 0
     truncated: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    noted: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: Tally) -> None:
         """Count another one's records too."""
@@ -63,6 +69,8 @@ class Tally:
         self.longest = max(self.longest, other.longest)
         for reason, count in other.dropped.items():
             self.drop(reason, count)
+        for remark, count in other.noted.items():
+            self.noted[remark] = self.noted.get(remark, 0) + count
 
     def drop(self, reason: str, count: int = 1) -> None:
         """Count samples that were left out."""
@@ -78,13 +86,20 @@ def record_samples(
         DataError: the row is wrong, or too long or trains nothing and may not be.
     """
     tally.rows += 1
+    remarks: list[str] = []
     try:
-        made = renderer.samples(source.parse(row), number, rules.masking)
+        conversation = source.parse(row)
+        made = renderer.samples(conversation, number, rules.masking, rules.writing, remarks.append)
+    except NoReasoning:
+        tally.drop(NOT_THOUGHT)
+        return []
     except DataError as error:
         if rules.unusable == "error":
             raise
         tally.drop(reason_of(error))
         return []
+    for remark in dict.fromkeys(remarks):
+        tally.noted[remark] = tally.noted.get(remark, 0) + 1
     kept = []
     for sample in made:
         tally.longest = max(tally.longest, len(sample.tokens))

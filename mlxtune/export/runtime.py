@@ -165,6 +165,8 @@ class _Server:
                 remedy="--no-verify writes the file all the same. Please report this",
             ) from None
         self._client = httpx.Client(base_url=self._server.listening_address, timeout=600)
+        # A server that ends before its loop has begun is waited for without end.
+        self._client.get("/slots")
 
     def __enter__(self) -> _Server:
         return self

@@ -26,6 +26,7 @@ from mlx_lm.tokenizer_utils import (
 
 from mlxtune.arrays import flat
 from mlxtune.data.render import Renderer
+from mlxtune.data.template_values import TemplateValues
 from mlxtune.device import on_cpu
 from mlxtune.errors import ModelError
 from mlxtune.files import LFS_POINTER, LFS_REMEDY, is_lfs_pointer
@@ -77,6 +78,7 @@ def load_model(
     *,
     dtype: str = "auto",
     chat_template: str | None = None,
+    values: TemplateValues | None = None,
     tokenizer: TokenizerWrapper | None = None,
 ) -> LoadedModel:
     """Load a model; its weights stay lazy until they are first used.
@@ -86,6 +88,7 @@ def load_model(
         dtype: `float32`, `float16`, `bfloat16`, or `auto`: as stored on a GPU, and
             float32 on a CPU, where MLX multiplies nothing else fast.
         chat_template: Jinja text that replaces the model's own template.
+        values: that are written into the template.
         tokenizer: its own, where it is loaded already: a large one takes seconds.
 
     Raises:
@@ -98,7 +101,7 @@ def load_model(
     if dtype == "auto":
         dtype = "float32" if on_cpu() else stored
     _cast(model, DTYPES[dtype])
-    _with_template(tokenizer, chat_template)
+    _with_template(tokenizer, chat_template, values)
     model.eval()
     return LoadedModel(source, model, tokenizer, config, stored, dtype)
 
@@ -114,12 +117,18 @@ def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
     model.update(tree_map_with_path(cast, model.parameters()))
 
 
-def load_tokenizer(source: ModelSource, *, chat_template: str | None = None) -> TokenizerWrapper:
+def load_tokenizer(
+    source: ModelSource,
+    *,
+    chat_template: str | None = None,
+    values: TemplateValues | None = None,
+) -> TokenizerWrapper:
     """The tokenizer of a model alone; its weights are not touched.
 
     Args:
         source: from `resolve_model`.
         chat_template: Jinja text that replaces the model's own template.
+        values: that are written into the template.
 
     Raises:
         ModelError: the files are missing, damaged or of an unknown kind.
@@ -128,7 +137,7 @@ def load_tokenizer(source: ModelSource, *, chat_template: str | None = None) -> 
         tokenizer = _gguf_tokenizer(GGUFFile(source.path), source)
     else:
         tokenizer = _folder_tokenizer(source, model_config(source))
-    return _with_template(tokenizer, chat_template)
+    return _with_template(tokenizer, chat_template, values)
 
 
 def model_config(source: ModelSource) -> dict[str, Any]:
@@ -186,11 +195,18 @@ def _gguf_tokenizer(file: GGUFFile, source: ModelSource) -> TokenizerWrapper:
     return TokenizerWrapper(hf_tokenizer, detokenizer, eos_token_ids=end_tokens(file.metadata))
 
 
-def _with_template(tokenizer: TokenizerWrapper, chat_template: str | None) -> TokenizerWrapper:
-    """The tokenizer with this template, if any, which ends answers too where it does."""
+def _with_template(
+    tokenizer: TokenizerWrapper, chat_template: str | None, values: TemplateValues | None
+) -> TokenizerWrapper:
+    """The tokenizer with this template and these values, stopping where the template ends."""
     if chat_template is not None:
         tokenizer.chat_template = chat_template
         tokenizer.has_chat_template = True
+    own = tokenizer.chat_template
+    if values is not None and isinstance(own, str):
+        tokenizer.chat_template = values.written_into(own)
+    elif values is not None and isinstance(own, dict):
+        tokenizer.chat_template = {name: values.written_into(text) for name, text in own.items()}
     tokenizer.eos_token_ids = ends_of_answers(tokenizer)
     return tokenizer
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     PlainValidator,
@@ -41,6 +43,7 @@ def _blocks(value: object) -> object:
     return tuple(value)
 
 
+TemplateValue = bool | int | float | str | list[str]
 Blocks = Annotated[int | tuple[int | str, ...] | None, PlainValidator(_blocks)]
 
 
@@ -52,7 +55,10 @@ class ModelSection(Section):
     (QLoRA), and `double_quantization` the scales of `nf4`; `dequantize` does the opposite
     to a packed model: faster steps, more memory. `quantized_matmul` says whether products
     take packed weights as they are or expand them first. `chat_template` names a Jinja file
-    that replaces the model's own template.
+    that replaces the model's own template, and `chat_template_kwargs` are values for its
+    variables, such as `enable_thinking = false`; by default, whether the model is asked to think
+    is what the data has. `chat_template_date`, the day of the run by default, is the date that
+    templates write which write today's.
     """
 
     path: str = Field(min_length=1)
@@ -63,6 +69,24 @@ class ModelSection(Section):
     dequantize: bool = False
     quantized_matmul: Literal["auto", "packed", "expand"] = "auto"
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, TemplateValue] = Field(default={})
+    chat_template_date: str | None = None
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _names(cls, values: dict[str, Any]) -> dict[str, Any]:
+        for name in values:
+            if not name.isidentifier():
+                raise ValueError(f"{name!r} is no name of a template's variable")
+        return values
+
+    @field_validator("chat_template_date")
+    @classmethod
+    def _a_day(cls, value: str | None) -> str | None:
+        try:
+            return value if value is None else date.fromisoformat(value).isoformat()
+        except ValueError:
+            raise ValueError("should be a date such as 2026-01-31") from None
 
     @model_validator(mode="after")
     def _one_way(self) -> ModelSection:
@@ -114,6 +138,15 @@ FormatName = Literal[
 Columns = Annotated[dict[str, str], Field(strict=False)]
 
 
+def _two_tags(tags: tuple[str, ...]) -> tuple[str, ...]:
+    if len(tags) != 2 or not all(tag.strip() for tag in tags):
+        raise ValueError('should be the tags before and after reasoning: ["<think>", "</think>"]')
+    return tags
+
+
+Tags = Annotated[tuple[str, ...], Field(strict=False), AfterValidator(_two_tags)]
+
+
 class DataSource(Section):
     """`[[data]]`: a source of records, and what of them is trained.
 
@@ -125,6 +158,12 @@ class DataSource(Section):
     part of the epoch. `truncate` says what becomes of a record over
     `train.max_seq_length`, `unusable` of one that cannot be trained on: damaged, of no known
     shape, refused by the chat template, or without a token that is trained.
+    `missing_reasoning` says what becomes of an answer without reasoning where the chat template
+    asks the model to think: its thought is `empty`, the record is left out (`skip`) or refused.
+    `reasoning` says what becomes of the reasoning of an answer where the template has no place
+    for it: the record is refused, it is written into the answer between `reasoning_tags`
+    (`inline`), or left out (`drop`). With `left_out = "warn"` other things that the template
+    leaves out of a record are counted instead of refused.
     """
 
     path: str = Field(min_length=1)
@@ -143,6 +182,10 @@ class DataSource(Section):
     train_on_inputs: bool = False
     truncate: Literal["error", "left", "right", "drop"] = "error"
     unusable: Literal["error", "skip"] = "error"
+    missing_reasoning: Literal["empty", "skip", "refuse"] = "empty"
+    reasoning: Literal["refuse", "inline", "drop"] = "refuse"
+    reasoning_tags: Tags = ("<think>", "</think>")
+    left_out: Literal["refuse", "warn"] = "refuse"
 
     @model_validator(mode="after")
     def _one_share(self) -> DataSource:

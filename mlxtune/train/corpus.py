@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from mlxtune.data.answers import Writing
 from mlxtune.data.batches import Part
 from mlxtune.data.masking import Masking
 from mlxtune.data.render import Renderer, Sample
@@ -63,6 +64,8 @@ class Corpus:
         for path, tally in self.tallies:
             for reason, count in tally.dropped.items():
                 yield f"{path}: {count} of {tally.rows} records left out: {reason}"
+            for remark, count in tally.noted.items():
+                yield f"{path}: {count} of {tally.rows} records: {remark}"
             if tally.truncated:
                 yield f"{path}: {tally.truncated} records cut off at max_seq_length"
             if extra := tally.samples + sum(tally.dropped.values()) - tally.rows:
@@ -223,7 +226,11 @@ def masking_of(section: DataSource) -> Masking:
 
 def rules_of(section: DataSource, max_seq_length: int) -> Rules:
     """What becomes of a source's records."""
-    return Rules(masking_of(section), max_seq_length, section.truncate, section.unusable)
+    before, after = section.reasoning_tags
+    writing = Writing(
+        section.missing_reasoning, section.reasoning, (before, after), section.left_out
+    )
+    return Rules(masking_of(section), max_seq_length, section.truncate, section.unusable, writing)
 
 
 def _held_out_numbers(recipe: Recipe, total: int) -> npt.NDArray[np.int64]:

@@ -17,6 +17,7 @@ from mlxtune.errors import DataError
 from mlxtune.models.load import model_config
 from mlxtune.models.resolve import resolve_model
 from mlxtune.recipe.schema import Recipe
+from mlxtune.train.asking import settled
 from mlxtune.train.corpus import read_corpus, rules_of, source_of
 from mlxtune.train.model import renderer_of
 from mlxtune.train.notes import context_notes
@@ -86,6 +87,8 @@ def inspect_recipe(
     Raises:
         DataError: a record is wrong, or there is none of that number.
     """
+    asking = settled(recipe)
+    recipe = asking.recipe
     renderer = renderer_of(recipe.model)
     stores: list[TokenStore] = []
     samples: list[Sample] = []
@@ -111,7 +114,7 @@ def inspect_recipe(
     beyond = context_notes(each, model_config(model))
     return Inspection(
         tallies=corpus.tallies,
-        notes=(*corpus.notes(), *beyond),
+        notes=(*asking.notes, *corpus.notes(), *beyond),
         lengths=tuple(histogram(lengths)),
         prefix=shared_prefix([sample for store in stores for sample in spread(store)]),
         max_seq_length=recipe.train.max_seq_length,

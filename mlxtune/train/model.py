@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mlxtune.arrays import flat
 from mlxtune.data.batches import Plan
 from mlxtune.data.passes import Layout
 from mlxtune.data.render import Renderer
+from mlxtune.data.template_values import TemplateValues
 from mlxtune.device import on_cpu
 from mlxtune.errors import ModelError
 from mlxtune.layers.gated import use_gated_activations
@@ -38,7 +40,7 @@ from mlxtune.models.load import (
     model_config,
 )
 from mlxtune.models.packed import PackCache
-from mlxtune.models.resolve import is_hub_id, resolve_model
+from mlxtune.models.resolve import ModelSource, is_hub_id, resolve_model
 from mlxtune.models.targets import find_targets
 from mlxtune.models.weights import stored_tensors
 from mlxtune.recipe.schema import LoraSection, ModelSection, Recipe, TrainSection
@@ -180,7 +182,8 @@ def load_base(section: ModelSection, *, for_inference: bool = False) -> LoadedMo
     """
     template = _template_of(section)
     source = resolve_model(section.path, revision=section.revision)
-    base = load_model(source, dtype=section.dtype, chat_template=template)
+    values = template_values(section)
+    base = load_model(source, dtype=section.dtype, chat_template=template, values=values)
     put_own_layers(base.model, section, DTYPES[base.dtype])
     if for_inference and on_cpu():
         dequantize_layers(base.model, DTYPES[base.dtype])
@@ -239,11 +242,26 @@ def rows_of(section: ModelSection) -> int | None:
     return embedding_rows(model_config(source))
 
 
-def tokenizer_of(section: ModelSection) -> Any:
-    """The tokenizer of a recipe's model, which alone is fetched and loaded."""
+def tokenizer_of(section: ModelSection, source: ModelSource | None = None) -> Any:
+    """The tokenizer of a recipe's model, which alone is fetched and loaded.
+
+    Args:
+        section: `[model]`.
+        source: where the model is, if that is known.
+    """
     template = _template_of(section)
-    source = resolve_model(section.path, revision=section.revision, weights=False)
-    return load_tokenizer(source, chat_template=template)
+    if source is None:
+        source = resolve_model(section.path, revision=section.revision, weights=False)
+    return load_tokenizer(source, chat_template=template, values=template_values(section))
+
+
+def template_values(section: ModelSection) -> TemplateValues | None:
+    """What is written into the model's chat template; None if nothing is to be."""
+    today = section.chat_template_date
+    if today is None and not section.chat_template_kwargs:
+        return None
+    day = None if today is None else date.fromisoformat(today)
+    return TemplateValues(section.chat_template_kwargs, day)
 
 
 def _template_of(section: ModelSection) -> str | None:

@@ -28,6 +28,7 @@ from mlxtune.models.heads import split_head
 from mlxtune.models.load import LoadedModel
 from mlxtune.recipe.load import dump_recipe
 from mlxtune.recipe.schema import Recipe
+from mlxtune.train.asking import asked_as, settled
 from mlxtune.train.blocks import checkpoint_blocks
 from mlxtune.train.check import check_sources
 from mlxtune.train.corpus import Corpus, read_corpus
@@ -49,7 +50,7 @@ from mlxtune.train.neftune import add_embedding_noise
 from mlxtune.train.notes import context_notes, part_lengths, warmup_notes
 from mlxtune.train.places import with_absolute_paths
 from mlxtune.train.resume import flat_keys, resumable
-from mlxtune.train.run import Run, checkpoints
+from mlxtune.train.run import RECIPE, Run, checkpoints
 from mlxtune.train.subject import find_subject, saved_adapter
 from mlxtune.train.trackers import Trackers, require_trackers
 
@@ -106,6 +107,8 @@ def _fine_tune(
     forecast: Forecast | None,
     command: str,
 ) -> Run:
+    if resume and (path / RECIPE).is_file():
+        recipe = asked_as(recipe, Run(path).recipe())
     resumption = resumable(path, recipe) if resume and workers.first else None
     run = None if resumption is None else resumption.run
     if run is None and workers.first:
@@ -120,6 +123,8 @@ def _fine_tune(
         initial = saved_adapter(Path(path_of_initial))
     check_sources(recipe, rows=100).require_usable()
     workers.barrier()
+    asking = settled(recipe)
+    recipe = asking.recipe
     renderer = renderer_of(recipe.model)
     corpus = read_corpus(recipe, renderer, reporter.tokenized)
     chosen = bool(recipe.eval.val_size)
@@ -134,7 +139,7 @@ def _fine_tune(
     # Packed and expanded products round differently: all workers take the ways they took.
     routes = json.loads(workers.texts(json.dumps(before.get("quantized_matmul")))[0])
     adapted = adapted_model(recipe, initial, routes)
-    base, notes = adapted.base, [*corpus.notes(), *adapted.notes]
+    base, notes = adapted.base, [*asking.notes, *corpus.notes(), *adapted.notes]
     notes += trained_ending_notes(corpus, adapted.base.tokenizer)
     plan = Plan(
         corpus.parts,

@@ -68,7 +68,7 @@ IDS: dict[str, tuple[list[int], slice]] = {
         [2, 105, 2364, 107, 9259, 1902, 106, 107, 105, 4368, 107, 10979, 236888, 106, 107],
         slice(-4, -1)),
     "nemo": ([1, 3, 22177, 4304, 4, 37133, 1033, 2], slice(-3, None)),
-    "phi3.5": ([32010, 15043, 3186, 32007, 32001, 6324, 29991, 32007, 32000], slice(-4, None)),
+    "phi3.5": ([32010, 15043, 3186, 32007, 32001, 6324, 29991, 32007, 32000], slice(-4, -1)),
 }
 # fmt: on
 
@@ -264,7 +264,7 @@ GOLDEN = {
         "<|system|>\nBe brief.<|end|>\n<|user|>\nCapital of France?<|end|>\n"
         "<|assistant|>\nParis.<|end|>\n<|user|>\nAnd Italy?<|end|>\n"
         "<|assistant|>\nRome.<|end|>\n<|endoftext|>",
-        [["Paris.<|end|>", "Rome.<|end|><|endoftext|>"]],
+        [["Paris.<|end|>", "Rome.<|end|>"]],
     ),
 }
 
@@ -285,9 +285,9 @@ def test_golden_conversations(golden, request):
 
 
 def test_a_turn_that_says_so_is_not_trained(any_chat):
-    opens, end, close = any_chat.known.opens, any_chat.known.end, any_chat.known.close
+    opens, end = any_chat.known.opens, any_chat.known.end
     paris, rome = (Turn("assistant", t.content, train=False) for t in (PARIS, ROME))
-    assert any_chat.trained(FRANCE, paris, ITALY, ROME) == [[f"{opens}Rome.{end}{close}"]]
+    assert any_chat.trained(FRANCE, paris, ITALY, ROME) == [[f"{opens}Rome.{end}"]]
     assert any_chat.trained(FRANCE, PARIS, ITALY, rome) == [[f"{opens}Paris.{end}"]]
     with pytest.raises(DataError, match="nothing in this record is trained") as raised:
         any_chat.trained(FRANCE, paris, ITALY, rome)
@@ -330,14 +330,16 @@ def test_orders_of_roles_that_a_template_refuses_name_the_row(any_chat):
         any_chat.trained(PARIS, ITALY, ROME)
 
 
-def test_a_system_prompt_that_training_would_not_show_is_refused(request):
+def test_a_system_prompt_is_trained_where_it_stands_when_the_model_is_asked(request):
+    """Nemo's stands before the last question, and nowhere once that is answered."""
     nemo = chat("nemo", request)
-    for turns in ((SYSTEM, FRANCE, PARIS), TWO_ROUNDS):
-        assert SYSTEM.content not in nemo.renderer.text(turns)
-        assert SYSTEM.content in nemo.renderer.text(turns[:-1], ask=True)
-        with pytest.raises(DataError, match="leaves out turn 1, of role system") as raised:
-            nemo.trained(*turns)
-        assert raised.value.where == WHERE
+    assert SYSTEM.content not in nemo.renderer.text(TWO_ROUNDS)
+    samples = nemo.renderer.samples(Conversation(TWO_ROUNDS))
+    assert [nemo.tokenizer.decode(sample.tokens) for sample in samples] == [
+        "<s>[INST]Be brief.\n\nCapital of France?[/INST]Paris.</s>",
+        "<s>[INST]Capital of France?[/INST]Paris.</s>[INST]Be brief.\n\nAnd Italy?[/INST]Rome.</s>",
+    ]
+    assert nemo.trained(*TWO_ROUNDS) == [["Paris.</s>"], ["Rome.</s>"]]
 
 
 def test_a_call_that_the_template_does_not_write_is_refused(any_chat):

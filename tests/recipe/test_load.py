@@ -40,6 +40,8 @@ DEFAULTS = {
         "dequantize": False,
         "quantized_matmul": "auto",
         "chat_template": None,
+        "chat_template_kwargs": {},
+        "chat_template_date": None,
     },
     "lora": {
         "rank": 8,
@@ -67,6 +69,10 @@ DEFAULTS = {
             "train_on_inputs": False,
             "truncate": "error",
             "unusable": "error",
+            "missing_reasoning": "empty",
+            "reasoning": "refuse",
+            "reasoning_tags": ("<think>", "</think>"),
+            "left_out": "refuse",
         },
     ),
     "train": {
@@ -367,7 +373,7 @@ def lists(schema):
     for name, field in schema.model_fields.items():
         if (table := table_in(field.annotation)) is not None:
             yield from ((table, key) for table, key in lists(table))
-        elif get_origin(field.annotation) is tuple:
+        elif get_origin(field.annotation) is tuple and name != "reasoning_tags":  # a pair
             yield schema, name
 
 

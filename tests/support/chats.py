@@ -23,12 +23,11 @@ class Template:
     Attributes:
         folder: of its tokenizer in the cache.
         end: what an answer ends with.
-        close: what is written, and trained, after an answer that comes last.
         opens: what the template writes at the beginning of the last answer.
         file: of the template, where it is not the tokenizer's own.
         bos: the token every text begins with.
         rewrites: earlier answers are written otherwise than the last one.
-        system: conversations with a system prompt can be trained on.
+        system: a system prompt stands in one place, however long the conversation is.
         tools: it writes tool calls.
         alternates: it refuses two users or two answers in a row.
         form: the Unicode form that its tokenizer brings text to.
@@ -36,7 +35,6 @@ class Template:
 
     folder: str
     end: str
-    close: str = ""
     opens: str = ""
     file: str | None = None
     bos: str = ""
@@ -58,12 +56,11 @@ TEMPLATES = {
         "llama3_1", "<|eot_id|>", file="template.jinja", bos="<|begin_of_text|>", tools=True
     ),
     "gemma3": Template("gemma3", "<end_of_turn>", bos="<bos>", alternates=True),
-    # The system prompt goes before the last message if that is a user's: never before an
-    # answer that is written down, so what was asked and what is trained would differ.
+    # The system prompt goes before the last message if that is a user's.
     "nemo": Template("nemo", "</s>", bos="<s>", system=False, tools=True, alternates=True),
     # It marks answers itself. Its own tokenizer is not at hand; Qwen3's has the same marks.
     "lfm2.5": Template("qwen3", "<|im_end|>", file="lfm2.5.jinja", tools=True, form="NFC"),
-    "phi3.5": Template("phi3", "<|end|>", close="<|endoftext|>"),
+    "phi3.5": Template("phi3", "<|end|>"),
 }
 
 

@@ -190,7 +190,7 @@ def _body(
 ) -> dict[str, Any]:
     body: dict[str, Any] = {"messages": messages, "temperature": 0, "max_tokens": 1}
     if tools:
-        body["tools"] = tools
+        body |= {"tools": tools, "parallel_tool_calls": True}
     if kwargs:
         body["chat_template_kwargs"] = kwargs
     return body

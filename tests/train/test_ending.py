@@ -181,7 +181,7 @@ def test_text_that_is_trained_with_its_end_is_not_told_of(alpaca, recipe, tmp_pa
         ("{{ messages[-1].content + '\\n\\n' }}", None, "\n\n"),  # white space may be a token
         ("{{ messages[-1].content }}\n</s>", "</s>", None),
         ("{{ messages[-1].content }}</s>\n<|end|>", "</s>", None),
-        ("{{ messages[-1].content }}", None, ""),
+        ("{{ messages[-1].content }}", "</s>", None),  # which is put after it
         ("{{ raise_exception('no') }}", None, None),
         (None, None, None),
     ],

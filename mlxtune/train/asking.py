@@ -1,0 +1,197 @@
+"""How a run asks its model: the values of the chat template's variables, settled once.
+
+transformers leaves such variables undefined, and llama.cpp, with it Ollama, asks every model to
+think that can. A model that was tuned on plain answers would then meet a prompt that it never
+saw. So a run asks for what its data has: it lets the model think if any record has reasoning,
+and tells it not to if none has. The recipe that is kept with the run says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import date
+from typing import Any
+
+from mlxtune.data.answers import Answers, Writing
+from mlxtune.data.chat import ChatTemplate
+from mlxtune.data.records import Turn
+from mlxtune.data.template_values import (
+    SWITCHES,
+    TemplateValues,
+    variables_of,
+    without_values,
+    writes_today,
+)
+from mlxtune.errors import DataError, RecipeError
+from mlxtune.models.resolve import ModelSource
+from mlxtune.recipe.schema import ModelSection, Recipe
+from mlxtune.train.corpus import source_of
+from mlxtune.train.model import tokenizer_of
+
+_KWARGS = "model.chat_template_kwargs"
+# Other ways to ask for thoughts and for none, of templates whose switch does not.
+_EFFORT = "reasoning_effort"
+_LEVELS = {True: ("high",), False: ("none", "no_think")}
+# What llama.cpp's server tells templates otherwise than their publishers' default: to keep the
+# reasoning of earlier answers.
+_HISTORY = {
+    "clear_thinking": True,
+    "drop_thinking": True,
+    "truncate_history_thinking": True,
+    "preserve_thinking": False,
+}
+_QUESTION = Turn("user", "a question")
+_ANSWER = Turn("assistant", "an answer")
+
+
+@dataclass(frozen=True)
+class Asking:
+    """A recipe that says how its model is asked.
+
+    Attributes:
+        recipe: with `model.chat_template_kwargs` and `model.chat_template_date`.
+        notes: what was chosen, and why.
+    """
+
+    recipe: Recipe
+    notes: tuple[str, ...] = ()
+
+
+def settled(recipe: Recipe, source: ModelSource | None = None) -> Asking:
+    """The recipe with what it leaves open of the way in which the model is asked.
+
+    Args:
+        recipe: checked.
+        source: where its model is, if that is known.
+
+    Raises:
+        RecipeError: the chat template does not use a key of `model.chat_template_kwargs`.
+    """
+    tokenizer = tokenizer_of(recipe.model, source)
+    template = ChatTemplate(tokenizer)
+    if not template.source:
+        if recipe.model.chat_template_kwargs:
+            raise RecipeError("the model has no chat template", where=_KWARGS)
+        return Asking(recipe)
+    known = set().union(*(variables_of(text) for text in _texts(tokenizer)))
+    _require_known(recipe.model, known)
+    chosen: dict[str, Any] = {}
+    notes = []
+    if not known.isdisjoint({*SWITCHES, _EFFORT}) and known.isdisjoint(
+        {*SWITCHES, _EFFORT} & recipe.model.chat_template_kwargs.keys()
+    ):
+        thinking = has_reasoning(recipe)
+        chosen = values_for(tokenizer, thinking=thinking)
+        if chosen:
+            said = ", ".join(f"{name} = {_toml(value)}" for name, value in chosen.items())
+            why = "records have" if thinking else "no record has"
+            notes.append(f"the model is asked with {said}, as {why} reasoning ({_KWARGS})")
+    day = recipe.model.chat_template_date
+    if day is None and any(map(writes_today, _texts(tokenizer))):
+        day = date.today().isoformat()
+        notes.append(f"the chat template writes the date, here {day} (model.chat_template_date)")
+    section = recipe.model.model_copy(
+        update={
+            "chat_template_kwargs": {**recipe.model.chat_template_kwargs, **chosen},
+            "chat_template_date": day,
+        }
+    )
+    return Asking(recipe.model_copy(update={"model": section}), tuple(notes))
+
+
+def asked_as(recipe: Recipe, before: Recipe) -> Recipe:
+    """A recipe that asks as a run does, where it says nothing else.
+
+    Args:
+        recipe: that the run is to go on with.
+        before: of the run.
+    """
+    section = recipe.model
+    kept = before.model.chat_template_kwargs
+    section = section.model_copy(
+        update={
+            "chat_template_kwargs": {**kept, **section.chat_template_kwargs},
+            "chat_template_date": section.chat_template_date or before.model.chat_template_date,
+        }
+    )
+    return recipe.model_copy(update={"model": section})
+
+
+def has_reasoning(recipe: Recipe) -> bool:
+    """Whether any record that is trained on has reasoning in an answer."""
+    return any(_reasons(turn, tag) for turn, tag in _answers(recipe))
+
+
+def _answers(recipe: Recipe) -> Iterator[tuple[Turn, str]]:
+    for section in recipe.data:
+        if section.reasoning == "drop":
+            continue
+        source = source_of(section)
+        for row in source.rows():
+            try:
+                turns = source.parse(row).turns
+            except DataError:  # which is said where the record is tokenized
+                continue
+            yield from ((t, section.reasoning_tags[0]) for t in turns if t.role == "assistant")
+
+
+def _reasons(turn: Turn, tag: str) -> bool:
+    return bool(turn.reasoning) or turn.content.lstrip().startswith(tag)
+
+
+def _texts(tokenizer: Any) -> list[str]:
+    own = tokenizer.chat_template
+    texts = own.values() if isinstance(own, dict) else [own]
+    return [without_values(str(text)) for text in texts if text]
+
+
+def _require_known(section: ModelSection, known: set[str]) -> None:
+    for name in section.chat_template_kwargs:
+        if name not in known:
+            uses = f"it uses {', '.join(sorted(known))}" if known else "it uses none"
+            raise RecipeError(f"the chat template has no variable {name!r}: {uses}", where=_KWARGS)
+
+
+def values_for(tokenizer: Any, *, thinking: bool) -> dict[str, Any]:
+    """Values with which a tokenizer's chat template asks for thoughts, or for none."""
+    known = set().union(*(variables_of(text) for text in _texts(tokenizer)))
+    # Where there is no place for reasoning, it is written into the answer.
+    thinking = thinking and Answers(ChatTemplate(tokenizer)).thoughts is not None
+    kept = {name: value for name, value in _HISTORY.items() if name in known}
+    return _mode(tokenizer, known, thinking=thinking) | kept
+
+
+def _mode(tokenizer: Any, known: set[str], *, thinking: bool) -> dict[str, Any]:
+    # The first one decides: templates with both make the other of it.
+    switches: dict[str, Any] = {name: thinking for name in SWITCHES if name in known}
+    switches = dict([*switches.items()][:1])
+    if _EFFORT not in known or _fits(tokenizer, switches, thinking):
+        return switches
+    for level in _LEVELS[thinking]:
+        tried = {**switches, _EFFORT: level}
+        if _fits(tokenizer, tried, thinking):
+            return tried
+    return switches
+
+
+def _fits(tokenizer: Any, values: dict[str, Any], thinking: bool) -> bool:
+    """Whether an answer with reasoning, or one without, is what a template so asks for."""
+    own = tokenizer.chat_template
+    if not isinstance(own, str):
+        return True
+    noted: list[str] = []
+    answer = replace(_ANSWER, reasoning="a thought") if thinking else _ANSWER
+    try:
+        tokenizer.chat_template = TemplateValues(values).written_into(own)
+        answers = Answers(ChatTemplate(tokenizer))
+        answers.of([_QUESTION, answer], 1, (), Writing(), noted.append)
+    except Exception:  # a template may refuse any conversation, in any way
+        return False
+    finally:
+        tokenizer.chat_template = own
+    return not noted
+
+
+def _toml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)
