@@ -23,6 +23,7 @@ from mlxtune.files import atomic_folder, require_apart, write_json
 from mlxtune.gguf.ends import ends_of_answers
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.layers.dense import dense_tensors
+from mlxtune.models.fields import with_all_fields
 from mlxtune.models.folder import dense_pieces
 from mlxtune.models.load import LoadedModel, load_model
 from mlxtune.models.resolve import ModelSource
@@ -171,7 +172,7 @@ def save_model(folder: Path, model: LoadedModel, dtype: str) -> None:
     """
     # Small files first: if the disk fills up, it is at a file that we write ourselves.
     save_tokenizer(folder, model.tokenizer)
-    config = dense_config(model.config, dtype)
+    config = dense_config(with_all_fields(model.config, model.source.path), dtype)
     write_configs(folder, config, model.tokenizer, model.source.path)
     tensors = (tensor.source() for tensor in dense_tensors(model.model))
     write_safetensors(folder, dense_pieces(tensors, dtype, model.config))

@@ -21,6 +21,7 @@ from mlxtune.fuse import dense_config, write_configs
 from mlxtune.gguf.architectures import for_config
 from mlxtune.gguf.tensors import SourceTensor
 from mlxtune.gguf.writer import Importance, Written, write_gguf
+from mlxtune.models.fields import with_all_fields
 from mlxtune.models.folder import dense_pieces, packable, packed_pieces
 from mlxtune.models.safetensors import write_safetensors
 from mlxtune.models.tokenizer_files import save_tokenizer
@@ -265,7 +266,7 @@ def convert_to_folder(
     require_apart(output, model.places)
     require_whole(model, source)
     dtype = dtype or model.dtype
-    config = dense_config(model.config, dtype)
+    config = dense_config(with_all_fields(model.config, model.places[0]), dtype)
 
     def kind(tensor: SourceTensor) -> str:
         return f"{mlx_bits} bits" if mlx_bits and packable(tensor, group_size) else dtype

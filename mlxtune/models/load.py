@@ -219,7 +219,7 @@ def _from_gguf(
         tokenizer = _gguf_tokenizer(file, source)
     model_class, args_class = model_classes(read.config)
     with _told(source):
-        model = model_class(args_class.from_dict(read.config))
+        model = model_class(args_class.from_dict(copy.deepcopy(read.config)))  # some change theirs
         nn.quantize(
             model,
             class_predicate=lambda path, _layer: read.packing.get(path, False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import suppress
 from dataclasses import fields
 from typing import Any
@@ -210,7 +211,7 @@ def built(config: Config) -> nn.Module:
     """
     try:
         model_class, args_class = model_classes(config)
-        model = model_class(args_class.from_dict(config))
+        model = model_class(args_class.from_dict(copy.deepcopy(config)))  # some change theirs
     except ModelError:
         raise
     except Exception as error:  # whatever is missing from a config

@@ -6,9 +6,11 @@ of something; real tokenizers.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from mlx_lm.generate import generate_step
 from mlxtune.adapters.store import save_adapter
 from mlxtune.export.adapter import export_adapter
 from mlxtune.export.convert import convert, convert_to_folder
+from mlxtune.gguf.model import read_config
+from mlxtune.gguf.reader import GGUFFile
 from mlxtune.layers.inject import projections
 from mlxtune.models.load import load_model
 from mlxtune.models.resolve import ModelSource, resolve_model
@@ -196,7 +200,9 @@ def trained(config: dict[str, Any], tokens: list[int], steps: int, rate: float) 
     return model
 
 
-def written(name: str, tokenizer, place: Path, *, plain=False) -> tuple[Path, list[int]]:
+def written(
+    name: str, tokenizer, place: Path, *, plain=False, untrained=False
+) -> tuple[Path, list[int]]:
     """A folder of Hugging Face's layout, and the text's tokens.
 
     With `plain` the positions are not scaled, which mistral.rs does from GGUF for none, and
@@ -208,7 +214,7 @@ def written(name: str, tokenizer, place: Path, *, plain=False) -> tuple[Path, li
         config |= {"sliding_window": None} if name == "mistral" else {}
     tokens = tokenizer.encode(TEXT)
     steps, rate = TRAINING.get(name, (30, 1e-2))
-    model = trained(config, tokens, steps, rate)
+    model = trained(config, tokens, 0 if untrained else steps, rate)
     folder = place / ("Mistral-7B-x" if name == "mistral" else "model")
     folder.mkdir()
     tokenizer.save_pretrained(str(folder))
@@ -258,6 +264,30 @@ def test_f32_gives_the_log_probabilities_of_mlx(source, tmp_path):
     convert_to_folder(str(made.path), tmp_path / "folder")
     loaded, _ = mlx_lm.utils.load_model(tmp_path / "folder")
     assert np.abs(logprobs(loaded, tokens) - want).max() < 1e-3
+
+
+def arguments(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """What mlx-lm makes of a config, and of the language model's part where it has one."""
+    model_class, args_class = mlx_lm.utils._get_classes(config)
+    args = args_class.from_dict(copy.deepcopy(config))
+    if not hasattr(args, "text_config"):
+        return [vars(args)]
+    inner = sys.modules[model_class.__module__].TextModelArgs
+    rest = {key: value for key, value in vars(args).items() if key != "text_config"}
+    return [rest, vars(inner.from_dict(args.text_config))]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_folder_of_a_gguf_is_read_by_mlx_as_the_file_is(name, tokenizer, tmp_path):
+    folder, _ = written(name, tokenizer, tmp_path, untrained=True)
+    path = convert(str(folder), tmp_path / "m.gguf", file_type="f32", verify=False).path
+    convert_to_folder(str(path), tmp_path / "folder", verify=False)
+    plain = {k: v for k, v in read_config(GGUFFile(path))[1].items() if v is not None}
+    full = json.loads((tmp_path / "folder/config.json").read_text())
+    assert full | plain == full
+    # More is said, in the names of published models, and none of it changes the model.
+    assert {"attention_dropout", "initializer_range"} <= full.keys() - plain.keys()
+    assert arguments(full) == arguments(plain)
 
 
 @SLOW
