@@ -25,7 +25,7 @@ from mlxtune.gguf.reader import GGUFFile
 from mlxtune.layers.dense import dense_tensors
 from mlxtune.models.fields import with_all_fields
 from mlxtune.models.folder import dense_pieces
-from mlxtune.models.load import LoadedModel, load_model
+from mlxtune.models.load import LoadedModel, load_model, restore_template
 from mlxtune.models.resolve import ModelSource
 from mlxtune.models.safetensors import write_safetensors
 from mlxtune.models.tokenizer_files import save_tokenizer
@@ -77,6 +77,7 @@ def fuse_run(
     adapter: Path | None = None,
     base: str | None = None,
     dtype: str | None = None,
+    keep_template: bool = False,
     overwrite: bool = False,
 ) -> FuseReport:
     """Write a fused model as a Hugging Face folder, and compare it with the live adapter.
@@ -87,6 +88,8 @@ def fuse_run(
         adapter: an adapter to put on the model, or to use instead of the run's own.
         base: the model to use instead of the one that the run or the adapter names.
         dtype: of the weights; the type that the base stores its own in by default.
+        keep_template: leave the chat template as it was before the training, without the values
+            that make it ask as the model was trained.
         overwrite: replace `output` if it exists.
 
     Raises:
@@ -110,6 +113,8 @@ def fuse_run(
                 remedy="train again with a lower train.learning_rate",
             )
         dtype = dtype or live.stored_dtype
+        if keep_template:
+            restore_template(live.tokenizer)
         save_model(folder, live, dtype)
         fused = load_model(ModelSource(str(output), folder), dtype=live.dtype)
         after = _logits(fused.model, prompts)

@@ -31,6 +31,7 @@ from mlxtune.cli.shared import (
     ADAPTER,
     BASE,
     DTYPE,
+    KEEP_TEMPLATE,
     PATH,
     SET,
     Words,
@@ -213,6 +214,7 @@ def lora(
     type=DTYPE,
     help="Type of the weights.  [default: as the base stores its own]",
 )
+@KEEP_TEMPLATE
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def fuse(
@@ -221,6 +223,7 @@ def fuse(
     adapter: Path | None,
     base: str | None,
     dtype: str | None,
+    keep_template: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -239,7 +242,15 @@ def fuse(
     if subject.adapter is not None:
         for line in adapter_lines(subject.adapter):
             click.echo(line, err=True)
-    report = fuse_run(model, output, adapter=adapter, base=base, dtype=dtype, overwrite=overwrite)
+    report = fuse_run(
+        model,
+        output,
+        adapter=adapter,
+        base=base,
+        dtype=dtype,
+        keep_template=keep_template,
+        overwrite=overwrite,
+    )
     if as_json:
         click.echo(json.dumps(asdict(report), indent=2))
         return

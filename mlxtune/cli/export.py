@@ -24,7 +24,7 @@ from mlxtune.cli.convert import (
     unweighed_lines,
     verified_lines,
 )
-from mlxtune.cli.shared import ADAPTER, BASE, PATH, complete_paths, prepare
+from mlxtune.cli.shared import ADAPTER, BASE, KEEP_TEMPLATE, PATH, complete_paths, prepare
 from mlxtune.cli.suggest import NearChoice
 from mlxtune.errors import RunError
 
@@ -72,6 +72,7 @@ LAYOUTS = ("peft", "mlx-lm", "gguf")
     is_flag=True,
     help="Write the adapter alone, unfused: as GGUF for llama.cpp and Ollama, or see --to.",
 )
+@KEEP_TEMPLATE
 @click.option("--overwrite", is_flag=True, help="Replace a folder that is there.")
 @AS_JSON
 def export(
@@ -90,6 +91,7 @@ def export(
     ollama_base: str | None,
     dry_run: bool,
     adapter_only: bool,
+    keep_template: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -109,6 +111,7 @@ def export(
             "--calibrate": calibration,
             "--save-imatrix": save_imatrix,
             "--pre": pre,
+            "--keep-template": keep_template or None,
             "--verify/--no-verify": on_command_line("verify"),
         }
         for option, given in of_models.items():
@@ -162,6 +165,7 @@ def export(
         "pre": pre,
         "calibration": calibration,
         "verify": verify,
+        "keep_template": keep_template,
     }
     # First, not after minutes of work that may have been for nothing.
     for line in adapter_lines(subject.adapter):

@@ -45,6 +45,12 @@ BASE = click.option(
     metavar="MODEL",
     help="The base model, where the run or the adapter no longer finds its own.",
 )
+KEEP_TEMPLATE = click.option(
+    "--keep-template",
+    is_flag=True,
+    help="Leave the chat template as it was. By default it is given the values that the model "
+    "was trained with, so that every program asks it as it was trained.",
+)
 SET = click.option(
     "--set",
     "overrides",

@@ -73,7 +73,9 @@ class Chat:
                 say(piece)
         finally:
             if answer := "".join(pieces):
-                self.turns = [*asked, Turn("assistant", answer)]
+                reasoning, words = self._renderer.answers.read(answer)
+                content = answer if words == answer.strip() else words
+                self.turns = [*asked, Turn("assistant", content, reasoning=reasoning)]
 
     def _pieces(self, asked: list[Turn]) -> Iterator[str]:
         return stream_answer(

@@ -141,6 +141,8 @@ class Answers:
         tools: Tools,
         writing: Writing,
         note: Note = lambda _: None,
+        *,
+        whole: str | None = None,
     ) -> Answer:
         """The prompt and the text of one answer.
 
@@ -150,18 +152,53 @@ class Answers:
             tools: of the conversation.
             writing: how it is written where the template does not fit.
             note: is given remarks on it.
+            whole: the turns up to and with it, where they have been rendered already.
 
         Raises:
             NoReasoning: see `Writing.missing_reasoning`.
             DataError: where the answer begins cannot be told, or there is no place for its
                 reasoning.
         """
-        asked = _Asked(self, turns, number, tools)
+        asked = _Asked(self, turns, number, tools, whole)
         if turns[number].reasoning and self.thoughts is not None:
             text = asked.with_reasoning(self.thoughts, writing)
         else:
             text = asked.without_reasoning(self.thoughts, writing, note)
         return Answer(asked.prompt, text, last_said(turns[number]))
+
+    def read(self, text: str) -> tuple[str, str]:
+        """What a model has written after a prompt: its reasoning, and its words.
+
+        Args:
+            text: of an answer that may call no tool, without the token that ends it.
+        """
+        reasoning, words, thoughts = "", text, self.thoughts
+        if thoughts is not None:
+            after = (thoughts.between or thoughts.after).strip()
+            if after and after in words:
+                reasoning, _, words = words.partition(after)
+        before, after = self._frame
+        if before:
+            words = words.rpartition(before)[2]
+        words = words.strip()
+        ends = (after[:length] for length in range(len(after), 0, -1))
+        words = words.removesuffix(next(filter(words.endswith, ends), "")).strip()
+        before = INLINE_TAGS[0] if thoughts is None else thoughts.before.strip()
+        if thoughts is None and words.startswith(before) and INLINE_TAGS[1] in words:
+            reasoning, _, words = words.partition(INLINE_TAGS[1])
+        reasoning = reasoning.rpartition(before)[2] if before else reasoning
+        return reasoning.strip(), words.strip()
+
+    @cached_property
+    def _frame(self) -> tuple[str, str]:
+        """What a template writes around the words of an answer, thoughts and white space aside."""
+        turns = (QUESTION, Turn("assistant", WORDS))
+        try:
+            text = self.of(turns, 1, (), Writing()).text
+        except Exception:  # a template may refuse any conversation, in any way
+            return "", ""
+        before, _, after = text.partition(WORDS)
+        return _without_thought(before, self.thoughts).strip(), after.strip()
 
     def opens(self, asked: _Asked) -> bool:
         """Whether a prompt opens a thought."""
@@ -171,7 +208,7 @@ class Answers:
         prompt = asked.prompt.rstrip()
         if not thoughts.written:
             return prompt.endswith(thoughts.before.strip())
-        tail = prompt[-80:]
+        tail = asked.tail
         if tail not in self._opened:
             text, thought = asked.probed()
             before, after = text[:thought].rstrip(), text[thought + len(THOUGHT) :]
@@ -188,11 +225,18 @@ class _Asked:
         whole: the turns up to and with it.
     """
 
-    def __init__(self, answers: Answers, turns: Sequence[Turn], number: int, tools: Tools) -> None:
+    def __init__(
+        self,
+        answers: Answers,
+        turns: Sequence[Turn],
+        number: int,
+        tools: Tools,
+        whole: str | None = None,
+    ) -> None:
         self._answers, self._number, self._tools = answers, number, tools
         self._before, self._turn = turns[:number], turns[number]
         self.prompt = answers.text(self._before, tools=tools, ask=True)
-        self.whole = self._with(self._turn)
+        self.whole = self._with(self._turn) if whole is None else whole
 
     def _with(self, turn: Turn) -> str:
         return self._answers.text([*self._before, turn], tools=self._tools)
@@ -204,6 +248,12 @@ class _Asked:
         except Exception:  # gpt-oss refuses reasoning beside words and a call
             return "", -1
         return text, text.rfind(THOUGHT)
+
+    @property
+    def tail(self) -> str:
+        """What stands in the prompt after what was said last."""
+        said = self._before[-1].content.strip()
+        return self.prompt.rpartition(said)[2] if said else self.prompt[-80:]
 
     @property
     def _follows(self) -> bool:

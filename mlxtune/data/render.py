@@ -13,7 +13,8 @@ told is refused, never masked by guess.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -108,6 +109,7 @@ class Renderer:
         self._core = core
         self.rows = rows
         self.answers = Answers(ChatTemplate(tokenizer))
+        self._last: tuple[str, Any] | None = None
         self._bos: int | None = tokenizer.bos_token_id
         self._eos: int | None = tokenizer.eos_token_id
         # A tokenizer names few of its special tokens; Phi's end of turn is not among them.
@@ -254,6 +256,7 @@ class Renderer:
             return
         turns, tools = self.answers.prepared(conversation.turns, writing), conversation.tools
         full = self.text(turns, tools=tools)
+        written = {len(turns): full}
         trained = [i for i, turn in enumerate(turns) if masking.trains(turn) and not turn.empty]
         others = [i for i in trained if turns[i].role != "assistant"]
         if others or masking.train_on_inputs:
@@ -262,9 +265,9 @@ class Renderer:
             kept = [i for i, turn in enumerate(turns) if not masking.trains(turn)]
             yield self._all_but(turns, tools, kept, full, writing)
             return
-        tell = _Teller(self, turns, tools, writing, note)
+        tell = _Teller(self, turns, tools, writing, note, written)
         told = [tell(i) for i in trained if turns[i].role == "assistant"]
-        encoded = self._core.encode(full, add_special_tokens=False)
+        encoded = self._encoded(full)
         tokens = np.asarray(encoded.ids, np.int32)
         weights = _weights(encoded.ids, told)
         if weights is None and others:
@@ -291,7 +294,7 @@ class Renderer:
         tokens = np.asarray(encoded.ids, np.int32)
         offsets = np.asarray(encoded.offsets, np.int64).reshape(-1, 2)
         weights = np.ones(len(tokens), np.float32)
-        tell = _Teller(self, turns, tools, writing, lambda _: None)
+        tell = _Teller(self, turns, tools, writing, lambda _: None, {len(turns): full})
         for number in kept:
             if turns[number].role == "assistant":
                 answered = _weights(encoded.ids, [tell(number)])
@@ -348,8 +351,8 @@ class Renderer:
             answer: its prompt and its text.
             calls: whether it calls tools.
         """
-        prompt = self._core.encode(answer.prompt, add_special_tokens=False).ids
-        whole = self._core.encode(answer.prompt + answer.text, add_special_tokens=False)
+        whole = self._encoded(answer.prompt + answer.text)
+        prompt = self._begins(whole, answer.prompt)
         skipped, ids, offsets = len(answer.prompt), whole.ids, whole.offsets
         if ids[: len(prompt)] == prompt:
             ids, offsets = ids[len(prompt) :], offsets[len(prompt) :]
@@ -363,6 +366,29 @@ class Renderer:
             skipped, ids, offsets = len(lead), alone.ids[first:], alone.offsets[first:]
         spans = [(start - skipped, end - skipped) for start, end in offsets]
         return prompt, self._with_end(answer, ids, spans, calls), whole.ids
+
+    def _encoded(self, text: str) -> Any:
+        """A text in tokens, with their places; the last text is not encoded twice."""
+        if self._last is None or self._last[0] != text:
+            self._last = text, self._core.encode(text, add_special_tokens=False)
+        return self._last[1]
+
+    def _begins(self, whole: Any, prompt: str) -> list[int]:
+        """The tokens that a prompt has alone, of which those of a longer text are known.
+
+        Text after a special token is tokenized apart from what is before it, so only what
+        follows the last one in the prompt is tokenized again.
+        """
+        ids, offsets = whole.ids, whole.offsets
+        count = bisect_left(offsets, (len(prompt), 0))
+        last = next((i for i in range(count - 1, -1, -1) if ids[i] in self._special), None)
+        if last is not None and not self._adds_space and offsets[last][1] <= len(prompt):
+            rest = self._core.encode(prompt[offsets[last][1] :], add_special_tokens=False).ids
+            if rest == ids[last + 1 : count]:
+                begin: list[int] = ids[:count]
+                return begin
+        alone: list[int] = self._core.encode(prompt, add_special_tokens=False).ids
+        return alone
 
     def _with_end(
         self, answer: Answer, ids: list[int], spans: list[Span], calls: bool
@@ -410,9 +436,10 @@ class _Teller:
         tools: Tools,
         writing: Writing,
         note: Note,
+        written: Mapping[int, str],
     ) -> None:
         self._renderer, self._turns, self._tools = renderer, turns, tools
-        self._writing, self._note = writing, note
+        self._writing, self._note, self._written = writing, note, written
 
     def __call__(self, number: int) -> _Told:
         turn = self._turns[number]
@@ -422,10 +449,16 @@ class _Teller:
                 remedy="put a message of role 'user' or 'system' first",
             )
         answer = self._renderer.answers.of(
-            self._turns, number, self._tools, self._writing, self._note
+            self._turns,
+            number,
+            self._tools,
+            self._writing,
+            self._note,
+            whole=self._written.get(number + 1),
         )
+        said = replace(turn, reasoning="") if self._writing.reasoning == "drop" else turn
         missing = chain(
-            left_out(self._turns[:number], self._tools, answer.prompt), unsaid(turn, answer.text)
+            left_out(self._turns[:number], self._tools, answer.prompt), unsaid(said, answer.text)
         )
         _refuse_or_note(missing, f"turn {number + 1}", self._writing, self._note)
         return _Told(*self._renderer.answered(answer, calls=bool(turn.tool_calls)))

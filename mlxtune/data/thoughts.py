@@ -45,12 +45,14 @@ class Thoughts:
         written: whether it writes that of an answer in words; otherwise `before` and `after`
             are what is to stand around it.
         before, after: tags around reasoning, white space included.
+        between: all that stands between reasoning and words, where that is more than `after`.
     """
 
     form: str
     written: bool
     before: str = ""
     after: str = ""
+    between: str = ""
 
     def closes(self, text: str) -> bool:
         """Whether a text begins with the tag after reasoning."""
@@ -115,8 +117,8 @@ def _written(template: ChatTemplate, form: str, options: dict[str, Any]) -> Thou
     opened = text[:thought].rstrip().removesuffix(INLINE_TAGS[0])
     if form == INLINE and opened.rstrip().endswith(INLINE_TAGS):
         return None  # a second tag after the one that the template opens
-    after = first_mark(text[thought + len(THOUGHT) : words])
-    return Thoughts(form, True, last_mark(text[:thought]), after)
+    between = text[thought + len(THOUGHT) : words]
+    return Thoughts(form, True, last_mark(text[:thought]), first_mark(between), between)
 
 
 def _beside_a_call(template: ChatTemplate, form: str, options: dict[str, Any]) -> Thoughts | None:

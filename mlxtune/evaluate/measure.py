@@ -162,7 +162,7 @@ def measure(
     said: list[str] = []
     if chats:
         progress(f"{len(chats)} answers")
-        longest = max(len(renderer.encode(c.answer())) for c in chats.values())
+        longest = max(len(renderer.encode(c.answer(reasoning=True))) for c in chats.values())
         prompts = [renderer.prompt(conversation) for conversation in chats.values()]
         limit = max_tokens or longest + _SLACK
         said = answers(
@@ -172,6 +172,7 @@ def measure(
             max_tokens=limit,
             progress=lambda done: progress(f"{done} of {len(chats)} answers"),
         )
+        said = [renderer.answers.read(text)[1] for text in said]
     return Measured(losses, general_loss, dict(zip(chats, said, strict=True)))
 
 

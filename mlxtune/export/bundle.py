@@ -31,7 +31,7 @@ from mlxtune.export.verify import Readback
 from mlxtune.files import atomic_folder, require_apart, write_json, write_text
 from mlxtune.fuse import model_places, require_outside
 from mlxtune.gguf.architectures import for_config
-from mlxtune.models.load import LoadedModel
+from mlxtune.models.load import LoadedModel, restore_template
 from mlxtune.models.resolve import is_hub_id, public_name
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.ending import ending_notes
@@ -96,6 +96,7 @@ def export_run(
     calibration: Path | None = None,
     save_imatrix: Path | None = None,
     verify: bool = True,
+    keep_template: bool = False,
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Bundle:
@@ -114,6 +115,8 @@ def export_run(
         calibration: in its place, texts to find the importance by.
         save_imatrix: where to keep what was found.
         verify: read the file back and compare it, in llama.cpp too if that is installed.
+        keep_template: leave the chat template as it was before the training, without the values
+            that make it ask as the model was trained.
         overwrite: replace `output` if it exists.
         progress: is told what is being done.
 
@@ -132,11 +135,13 @@ def export_run(
     given = [p for p in (imatrix, calibration, save_imatrix, weights) if p is not None]
     used = (*model_places(model.source.path), *given)
     for_config(model.config)
+    if keep_template:
+        restore_template(model.tokenizer)
     name = name or recipe.export.name or recipe.name
     ollama = modelfile(model.renderer(), model.tokenizer, recipe.shipping)
     # The folder is shipped: its card knows no place on this machine.
     card = model_card(subject, recipe, file_type, _commands(Path(), name))
-    made_of = _made_of(weights, file_type, pre, imatrix, calibration)
+    made_of = _made_of(weights, file_type, pre, imatrix, calibration, keep_template)
     with atomic_folder(folder, overwrite=overwrite, marker=GGUF) as temporary:
         require_apart(folder, used)
         importance = importance_of(
@@ -190,11 +195,13 @@ def exported_before(
     pre: str | None = None,
     calibration: Path | None = None,
     verify: bool = True,
+    keep_template: bool = False,
 ) -> Bundle | None:
     """What `export_run` has written of this run, to be handed over again.
 
     Args:
-        path, adapter, base, output, file_type, name, imatrix, pre, calibration: as in `export_run`.
+        path, adapter, base, output, file_type, name, imatrix, pre, calibration, keep_template: as
+            in `export_run`.
         verify: it has to have been read back.
 
     Returns:
@@ -213,12 +220,14 @@ def exported_before(
     subject.require_base()
     size = (folder / GGUF).stat().st_size
     weights = Path(subject.saved().where)
-    wanted = _made_of(weights, file_type, pre, imatrix, calibration) | {SIZE: size}
+    wanted = _made_of(weights, file_type, pre, imatrix, calibration, keep_template) | {SIZE: size}
     require_same(folder, record, wanted)
     verified = _read_verified(record)
     if verify and verified is None:
         raise different(folder, "it was not read back (--no-verify hands it over as it is)")
     tokenizer = tokenizer_of(recipe.model)
+    if keep_template:
+        restore_template(tokenizer)
     renderer = Renderer(tokenizer, rows=rows_of(recipe.model))
     ollama = modelfile(renderer, tokenizer, recipe.shipping)
     commands = _commands(folder, name or recipe.export.name or recipe.name)
@@ -264,7 +273,12 @@ def _folder(subject: Subject, output: Path | None, file_type: str) -> Path:
 
 
 def _made_of(
-    adapter: Path, file_type: str, pre: str | None, imatrix: Path | None, calibration: Path | None
+    adapter: Path,
+    file_type: str,
+    pre: str | None,
+    imatrix: Path | None,
+    calibration: Path | None,
+    keep_template: bool,
 ) -> dict[str, Any]:
     """What tells an export from others, and from those of the run before it was overwritten."""
     return {
@@ -273,6 +287,7 @@ def _made_of(
         "adapter": of_weights(adapter),
         "imatrix": of_file(imatrix),
         "calibration": of_file(calibration),
+        "keep_template": keep_template,
     }
 
 

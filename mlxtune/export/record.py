@@ -20,6 +20,7 @@ _DIFFERENT = {
     "adapter": "it was made of another adapter",
     "imatrix": "it was made with another importance matrix, or with none",
     "calibration": "it was made with other texts to calibrate on, or with none",
+    "keep_template": "its chat template is written otherwise (--keep-template)",
     "modelfile": "its Modelfile says something else",
     SIZE: "the file is not as long as it was when it was written",
 }

@@ -26,7 +26,7 @@ from mlx_lm.tokenizer_utils import (
 
 from mlxtune.arrays import flat
 from mlxtune.data.render import Renderer
-from mlxtune.data.template_values import TemplateValues
+from mlxtune.data.template_values import TemplateValues, without_values
 from mlxtune.device import on_cpu
 from mlxtune.errors import ModelError
 from mlxtune.files import LFS_POINTER, LFS_REMEDY, is_lfs_pointer
@@ -209,6 +209,15 @@ def _with_template(
         tokenizer.chat_template = {name: values.written_into(text) for name, text in own.items()}
     tokenizer.eos_token_ids = ends_of_answers(tokenizer)
     return tokenizer
+
+
+def restore_template(tokenizer: TokenizerWrapper) -> None:
+    """Take out of a tokenizer's chat template the values that a run has written into it."""
+    own = tokenizer.chat_template
+    if isinstance(own, str):
+        tokenizer.chat_template = without_values(own)
+    elif isinstance(own, dict):
+        tokenizer.chat_template = {name: without_values(text) for name, text in own.items()}
 
 
 def _from_gguf(

@@ -199,6 +199,11 @@ def differences(name: str, asked: str, folder: Path) -> set[str]:
             except RefusedError:
                 found.add("refused")
                 continue
+            if not turn.tool_calls and renderer.answers.read(said) != (
+                turn.reasoning,
+                turn.content,
+            ):
+                found.add("our reading")
             if read.tool_calls != tuple((call.name, call.arguments) for call in turn.tool_calls):
                 found.add("calls")
             # Where the template has no place for reasoning, it is written into the answer.

@@ -1,0 +1,157 @@
+"""What becomes of records that a chat template has no place for, and where answers end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mlxtune.data.answers import NO_REASONING, NoReasoning, Writing
+from mlxtune.data.files import Row
+from mlxtune.data.records import Conversation, ToolCall, Turn
+from mlxtune.data.render import Renderer
+from mlxtune.data.rules import NOT_THOUGHT, Rules, Tally, record_samples
+from mlxtune.data.sources import Source
+from mlxtune.errors import DataError
+from support import templates
+from support.chats import WEATHER
+from support.rendering import trained_texts
+
+USER, ANSWER = Turn("user", "Is it warm?"), Turn("assistant", "It is, today.")
+THOUGHT = replace(ANSWER, reasoning="The sun shines.")
+R1, QWEN25 = "deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "Qwen-Qwen2.5-7B-Instruct"
+LLAMA = "meta-llama-Llama-3.2-3B-Instruct"
+CALL = ToolCall("weather", {"city": "Rome"}, "callRome1")
+
+
+def trained(name, *turns, tools=(), **writing):
+    tokenizer = templates.tokenizer(name)
+    samples = Renderer(tokenizer).samples(
+        Conversation(turns, "data.jsonl:7", tools=tools), writing=Writing(**writing)
+    )
+    return [trained_texts(tokenizer, sample) for sample in samples]
+
+
+def counted(name, row, **writing):
+    """What is counted of a source with one record."""
+    tally, rules = Tally(), Rules(writing=Writing(**writing))
+    renderer = Renderer(templates.tokenizer(name))
+    record_samples(Source("data.jsonl"), Row("data.jsonl:1", row), 1, renderer, rules, tally)
+    return tally
+
+
+def test_an_answer_without_reasoning_closes_the_thought_that_the_prompt_opens():
+    end = "<｜end▁of▁sentence｜>"
+    assert trained(R1, USER, ANSWER) == [[f"\n</think>\n\nIt is, today.{end}"]]
+    said = f"The sun shines.\n</think>\n\nIt is, today.{end}"
+    assert trained(R1, USER, THOUGHT, missing_reasoning="refuse") == [[said]]
+
+
+def test_an_answer_without_reasoning_is_counted_left_out_or_refused():
+    row = {"prompt": "Is it warm?", "completion": "It is, today."}
+    assert counted(R1, row).noted == {NO_REASONING: 1}
+    assert counted(R1, row, missing_reasoning="skip").dropped == {NOT_THOUGHT: 1}
+    with pytest.raises(NoReasoning):
+        trained(R1, USER, ANSWER, missing_reasoning="skip")
+    with pytest.raises(DataError, match="turn 2 has no reasoning") as raised:
+        trained(R1, USER, ANSWER, missing_reasoning="refuse")
+    assert raised.value.where == "data.jsonl:7" and '"empty"' in raised.value.remedy
+    assert not counted(QWEN25, row).noted  # which asks for no reasoning
+
+
+def test_reasoning_without_a_place_is_refused_written_into_the_answer_or_dropped():
+    with pytest.raises(DataError, match="no place for the reasoning of turn 2") as raised:
+        trained(QWEN25, USER, THOUGHT)
+    assert "inline" in raised.value.remedy and "drop" in raised.value.remedy
+    assert trained(QWEN25, USER, THOUGHT, reasoning="inline") == [
+        ["<think>\nThe sun shines.\n</think>\n\nIt is, today.<|im_end|>"]
+    ]
+    tags = ("[Plan]", "[/Plan]")
+    assert trained(QWEN25, USER, THOUGHT, reasoning="inline", tags=tags) == [
+        ["[Plan]\nThe sun shines.\n[/Plan]\n\nIt is, today.<|im_end|>"]
+    ]
+    dropped = [["It is, today.<|im_end|>"]]
+    assert trained(QWEN25, USER, THOUGHT, reasoning="drop") == dropped
+
+
+def test_reasoning_inside_the_content_goes_where_the_template_has_it():
+    inside = Turn("assistant", "<think>The sun shines.</think>It is, today.")
+    for name in ("Qwen-Qwen3-0.6B", "ByteDance-Seed-OSS", "google-gemma-4-31B-it-interleaved", R1):
+        if "gemma" in name:  # asked with thoughts, as its prompt is else that of none
+            continue
+        assert trained(name, USER, inside) == trained(name, USER, THOUGHT)
+    # Where there is no place, it stays what is said.
+    assert trained(QWEN25, USER, inside) == [[f"{inside.content}<|im_end|>"]]
+    plan = replace(inside, content="[Plan]The sun shines.[/Plan]It is, today.")
+    split = trained("Qwen-Qwen3-0.6B", USER, plan, tags=("[Plan]", "[/Plan]"))
+    assert split == trained("Qwen-Qwen3-0.6B", USER, THOUGHT)
+
+
+def test_reasoning_under_a_prompt_that_says_not_to_think_is_refused_or_dropped():
+    with pytest.raises(DataError, match="tells the model not to think") as raised:
+        trained("google-gemma-4-31B-it", USER, THOUGHT)
+    assert "enable_thinking = true" in raised.value.remedy
+    dropped = trained("google-gemma-4-31B-it", USER, THOUGHT, reasoning="drop")
+    assert dropped == [["It is, today.<turn|>"]]
+
+
+def test_what_a_template_leaves_out_is_refused_or_counted():
+    call = Turn("assistant", "I look.", tool_calls=(CALL,))
+    with pytest.raises(DataError, match="leaves out the words beside a tool call") as raised:
+        trained(LLAMA, USER, call, tools=(WEATHER,))
+    assert 'left_out = "warn"' in raised.value.remedy
+    made = trained(LLAMA, USER, call, tools=(WEATHER,), left_out="warn")
+    assert made == [['{"name": "weather", "parameters": {"city": "Rome"}}<|eot_id|>']]
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}]
+    row = {
+        "messages": [
+            {"role": "user", "content": "Is it warm?"},
+            {"role": "assistant", "content": "I look.", "tool_calls": calls},
+        ],
+        "tools": [WEATHER],
+    }
+    noted = counted(LLAMA, row, left_out="warn").noted
+    assert noted == {"the chat template leaves out the words beside a tool call": 1}
+
+
+WRITES = (
+    "{{ tools }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% for c in m.tool_calls or () "
+    "%}{{ c.function }}{% endfor %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "what"),
+    [
+        (WRITES.replace("{{ tools }}", ""), "tools"),
+        (WRITES.replace("c.function ", "c.function.name "), "arguments of tool calls"),
+        (WRITES.replace("c.function ", "1 "), "tool calls"),
+        (WRITES.replace("in messages", "in messages if m.role != 'system'"), "what turns of role"),
+    ],
+    ids=["tools", "arguments", "calls", "system"],
+)
+def test_whatever_a_template_leaves_out_has_one_rule(template, what):
+    tokenizer = templates.tokenizer(QWEN25, template)
+    call = Turn("assistant", "", tool_calls=(CALL,))
+    said = Conversation((Turn("system", "Be brief."), USER, call), tools=(WEATHER,))
+    with pytest.raises(DataError, match=f"leaves out {what}"):
+        Renderer(tokenizer).samples(said)
+    notes = []
+    Renderer(tokenizer).samples(said, writing=Writing(left_out="warn"), note=notes.append)
+    assert [note for note in notes if what in note]
+
+
+def test_an_answer_ends_with_the_next_turns_mark_where_the_template_writes_no_end():
+    """GLM stops at the mark of the next role: another one after a call."""
+    after_call = (USER, Turn("assistant", "", tool_calls=(CALL,)))
+    [[text]] = trained("GLM-4.6", *after_call, tools=(WEATHER,))
+    assert text.endswith("</tool_call><|observation|>")
+    two_rounds = (USER, ANSWER, USER, ANSWER)
+    [texts] = trained("GLM-4.6", *two_rounds)
+    assert [text.rpartition("today.")[2] for text in texts] == ["<|user|>", "<|user|>"]
+
+
+def test_an_answer_that_speaks_of_the_end_ends_where_it_ends():
+    said = Turn("assistant", "im_end: the <|im_end|> mark ends a turn, as in <|im_end|>")
+    assert trained(QWEN25, USER, said) == [[f"{said.content}<|im_end|>"]]
