@@ -1,4 +1,4 @@
-"""Chat templates in Go's language, for Ollama before 0.30, which runs no Jinja.
+"""Chat templates in Go's language, for Ollama, which does not always run the GGUF's Jinja.
 
 Many models write conversations in one of a few ways. Which one is told by rendering: a
 family's Go template is taken if it gives the text that the model's own template gives,

@@ -1,7 +1,8 @@
 """Ollama's Modelfile.
 
-Ollama from 0.30 on runs the Jinja template inside the GGUF. Older ones know templates in
-Go's language only, so one is written for models of a family that we know.
+Ollama 0.33 runs the Jinja template inside the GGUF where it can do more (tools, thinking) than
+the Modelfile's, which is in Go's language, and otherwise the Modelfile's. Before 0.30 it knows
+Go's only. So one in Go is written for models of a family that we know.
 
 Grammar, as Ollama's `parser/parser.go` reads it: a command, white space, a value. A value
 is bare, "…" or three quotes on either side; nothing escapes anything. It ends at the first

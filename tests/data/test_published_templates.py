@@ -2,12 +2,14 @@
 
 What is right comes from llama.cpp: the prompt that its server writes with no flags given, and
 what it reads of the answer that is trained: words, reasoning and tool calls. What a template
-refuses or leaves out, and what llama.cpp itself does not read, is listed by name.
+refuses or leaves out, and what llama.cpp itself does not read, is listed by name. The table of
+docs/data.md shows what is compared here.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import date
@@ -28,6 +30,7 @@ from mlxtune.gguf.ends import end_of_turn
 from mlxtune.train.asking import values_for
 from support import templates
 from support.chats import WEATHER
+from support.files import ROOT
 from support.llama_server import LlamaServer, RefusedError
 
 USER, ANSWER = Turn("user", "Is it warm?"), Turn("assistant", "It is, today.")
@@ -224,3 +227,106 @@ def test_an_answer_is_asked_for_and_read_back_as_llama_cpp_does(name, asked, tmp
             differences(name, asked, tmp_path)
     else:
         assert differences(name, asked, tmp_path) == set(UNREAD.get(name, {}).get(asked, ()))
+
+
+# The models of the table in docs/data.md, and their templates, which agree in every cell.
+SHOWN: dict[str, tuple[str, ...]] = {
+    "Qwen2.5, Qwen3-Coder": ("Qwen-Qwen2.5-7B-Instruct", "Qwen3-Coder"),
+    "Qwen3": ("Qwen-Qwen3-0.6B",),
+    "Qwen3.5": ("Qwen3.5-4B",),
+    "QwQ": ("Qwen-QwQ-32B",),
+    "Llama 3.1, 3.2, 3.3": (
+        "meta-llama-Llama-3.1-8B-Instruct",
+        "meta-llama-Llama-3.2-3B-Instruct",
+        "meta-llama-Llama-3.3-70B-Instruct",
+    ),
+    "Gemma 2": ("google-gemma-2-2b-it",),
+    "Gemma 4": ("google-gemma-4-31B-it",),
+    "Phi-3.5": ("microsoft-Phi-3.5-mini-instruct",),
+    "Mistral Nemo, Mistral Small 3.2, Devstral Small": (
+        "mistralai-Mistral-Nemo-Instruct-2407",
+        "Mistral-Small-3.2-24B-Instruct-2506",
+        "unsloth-mistral-Devstral-Small-2507",
+    ),
+    "Ministral 3 Reasoning": ("mistralai-Ministral-3-14B-Reasoning-2512",),
+    "DeepSeek R1 distill, Llama": ("deepseek-ai-DeepSeek-R1-Distill-Llama-8B",),
+    "DeepSeek R1 distill, Qwen": ("deepseek-ai-DeepSeek-R1-Distill-Qwen-32B",),
+    "DeepSeek V3.1, V3.2": ("deepseek-ai-DeepSeek-V3.1", "deepseek-ai-DeepSeek-V3.2"),
+    "DeepSeek V4": ("deepseek-ai-DeepSeek-V4", "deepseek-ai-DeepSeek-V4-Flash-0731"),
+    "GLM-4.6": ("GLM-4.6",),
+    "GLM-4.7-Flash": ("GLM-4.7-Flash",),
+    "gpt-oss": ("openai-gpt-oss-120b",),
+    "SmolLM3": ("HuggingFaceTB-SmolLM3-3B",),
+    "Granite 3.3": ("ibm-granite-granite-3.3-2B-Instruct",),
+    "Granite 4.0, 4.1": ("ibm-granite-granite-4.0", "ibm-granite-granite-4.1"),
+    "Nemotron 3 Nano": ("NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",),
+    "MiniMax-M2": ("MiniMax-M2",),
+    "Kimi-K2-Thinking": ("Kimi-K2-Thinking",),
+    "LFM2.5-Instruct": ("LFM2.5-Instruct",),
+    "LFM2.5-8B-A1B": ("LFM2.5-8B-A1B",),
+    "Step 3.5 Flash": ("StepFun3.5-Flash",),
+    "Command R7B": ("CohereForAI-c4ai-command-r7b-12-2024-tool_use",),
+    "Hunyuan Hy3": ("tencent-Hy3",),
+    "Seed-OSS": ("ByteDance-Seed-OSS",),
+}
+TITLES = ("model", "records", "asked with", "the prompt ends with", "the answer")
+# Where the part of a prompt begins that asks the assistant.
+ROLE = re.compile(
+    r"<[^<>]*>(?:assistant|model)|<[^<>]*(?:assistant|chatbot)[^<>]*>|\]~b\]ai|\[/INST\]", re.I
+)
+
+
+def cells(name: str, thinking: bool) -> tuple[str, str, str]:
+    """How a template is asked, the end of its prompt, and the answer."""
+    _, tokenizer, renderer = made(name, thinking)
+    reasoning = "Let me see." if thinking else ""
+    turns = (Turn("user", "Is it?"), Turn("assistant", "Yes.", reasoning=reasoning))
+    [(prompt, tokens)] = told(renderer.samples(Conversation(turns)), tokenizer)
+    [*_, role] = ROLE.finditer(prompt)
+    values = values_for(templates.tokenizer(name), thinking=thinking)
+    said = ", ".join(f"{key} = {json.dumps(value)}" for key, value in values.items())
+    return said, prompt[role.start() :], tokenizer.decode(tokens)
+
+
+def row(*texts: str) -> str:
+    return f"| {' | '.join(texts)} |".replace("|  |", "| |")
+
+
+def code(text: str) -> str:
+    """Text as code in a cell, with a sign for each line break."""
+    shown = text.replace("\n", "⏎").replace("|", r"\|")
+    return f"`{shown}`" if shown else "–"
+
+
+def table() -> list[str]:
+    """The table of docs/data.md, by lines."""
+    lines = [row(*TITLES), f"|{'---|' * len(TITLES)}"]
+    for model, names in SHOWN.items():
+        thoughtful = [made(name, True)[2].answers.thoughts is not None for name in names]
+        for thinking in (False, True) if thoughtful[0] else (False,):
+            [shown] = {cells(name, thinking) for name in names}
+            records = "with reasoning" if thinking else "without" if thoughtful[0] else "all"
+            lines.append(row("" if thinking else model, records, *map(code, shown)))
+    return lines
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return (ROOT / "docs/data.md").read_text(encoding="utf-8")
+
+
+def test_the_docs_show_how_models_are_asked_and_answer(page):
+    shown = page[page.index(row(*TITLES)) :].partition("\n\n")[0]
+    assert shown.splitlines() == table()
+
+
+def test_the_docs_show_the_samples_of_a_conversation_and_the_values_in_its_template(page):
+    template, tokenizer, renderer = made("Qwen-Qwen3-0.6B", False)
+    [first, second] = [
+        f"{before}⟦{tokenizer.decode(answer)}⟧\n"
+        for before, answer in told(
+            renderer.samples(Conversation((USER, ANSWER, NEXT, SECOND))), tokenizer
+        )
+    ]
+    assert f"```console\n{first}\n{second}```" in page
+    assert f"```jinja\n{template.splitlines()[0]}\n```" in page
