@@ -33,7 +33,7 @@ from mlxtune.errors import DataError
 
 Note = Callable[[str], None]
 
-NO_REASONING = "no reasoning, so the thought that the chat template opens is left empty"
+NO_REASONING = "no reasoning, which the chat template has a place for: an empty thought is trained"
 
 
 class NoReasoning(DataError):
@@ -45,10 +45,11 @@ class Writing:
     """How conversations are written where a template and a record do not fit.
 
     Attributes:
-        missing_reasoning: an answer without reasoning, where the prompt opens a thought: the
+        missing_reasoning: an answer without reasoning, where the model is asked to think: its
             thought is `empty`, the record is left out (`skip`) or refused.
         reasoning: that of an answer, where the template has no place for it: it is put into
-            the answer between `tags` (`inline`), left out (`drop`), or the record is refused.
+            the answer between `tags` (`inline`), or the record is refused. With `drop` it is
+            left out in any case.
         tags: before and after reasoning that is written into an answer.
         left_out: what else a template leaves out of a record is refused, or counted (`warn`).
     """
@@ -120,14 +121,14 @@ class Answers:
     def _prepared(self, turn: Turn, number: int, writing: Writing) -> Turn:
         if turn.role != "assistant":
             return turn
-        if self.thoughts is not None:
-            return _split(turn, writing.tags)
-        if not turn.reasoning:
+        if self.thoughts is not None or writing.reasoning == "drop":
+            turn = _split(turn, writing.tags)
+        if writing.reasoning == "drop":
+            return replace(turn, reasoning="")
+        if self.thoughts is not None or not turn.reasoning:
             return turn
         if writing.reasoning == "inline":
             return replace(turn, content=inlined(turn, writing.tags), reasoning="")
-        if writing.reasoning == "drop":
-            return replace(turn, reasoning="")
         raise DataError(
             f"the chat template has no place for the reasoning of turn {number}",
             remedy='reasoning = "inline" writes it into the answer between <think> and </think>; '
@@ -161,7 +162,7 @@ class Answers:
         """
         asked = _Asked(self, turns, number, tools, whole)
         if turns[number].reasoning and self.thoughts is not None:
-            text = asked.with_reasoning(self.thoughts, writing)
+            text = asked.with_reasoning(self.thoughts)
         else:
             text = asked.without_reasoning(self.thoughts, writing, note)
         return Answer(asked.prompt, text, last_said(turns[number]))
@@ -264,7 +265,7 @@ class _Asked:
         """What follows the prompt, of a text that begins with it."""
         return self.whole[len(self.prompt) :]
 
-    def with_reasoning(self, thoughts: Thoughts, writing: Writing) -> str:
+    def with_reasoning(self, thoughts: Thoughts) -> str:
         """The text of an answer that has reasoning."""
         reasoning = self._turn.reasoning.strip()
         if self._follows and holds(self._rest, reasoning):
@@ -277,10 +278,6 @@ class _Asked:
         elif opened or not self._closed(thoughts):
             before = "" if opened else thoughts.before
             return before + reasoning + thoughts.after + self._words(thoughts)
-        if writing.reasoning == "drop":
-            bare = replace(self._turn, reasoning="")
-            asked = _Asked(self._answers, (*self._before, bare), self._number, self._tools)
-            return asked.without_reasoning(thoughts, writing, lambda _: None)
         raise DataError(
             f"the prompt tells the model not to think, and turn {self._number + 1} has reasoning",
             remedy="set model.chat_template_kwargs so that it may think, such as "
@@ -289,8 +286,12 @@ class _Asked:
 
     def without_reasoning(self, thoughts: Thoughts | None, writing: Writing, note: Note) -> str:
         """The text of an answer that has none."""
-        if thoughts is None or not self._answers.opens(self):
-            return self._rest if self._follows else self._words(thoughts)
+        opened = self._answers.opens(self)
+        if not opened:
+            text = self._rest if self._follows else self._words(thoughts)
+            if _without_thought(text, thoughts) == text:
+                return text
+        assert thoughts is not None
         if writing.missing_reasoning != "empty":
             kind = NoReasoning if writing.missing_reasoning == "skip" else DataError
             raise kind(
@@ -300,6 +301,8 @@ class _Asked:
                 "such records out",
             )
         note(NO_REASONING)
+        if not opened:
+            return text
         if not thoughts.written:
             return thoughts.after + self._words(thoughts)
         content = self._turn.content.strip()

@@ -456,9 +456,8 @@ class _Teller:
             self._note,
             whole=self._written.get(number + 1),
         )
-        said = replace(turn, reasoning="") if self._writing.reasoning == "drop" else turn
         missing = chain(
-            left_out(self._turns[:number], self._tools, answer.prompt), unsaid(said, answer.text)
+            left_out(self._turns[:number], self._tools, answer.prompt), unsaid(turn, answer.text)
         )
         _refuse_or_note(missing, f"turn {number + 1}", self._writing, self._note)
         return _Told(*self._renderer.answered(answer, calls=bool(turn.tool_calls)))

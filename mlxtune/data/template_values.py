@@ -57,10 +57,8 @@ class TemplateValues:
 
     def _all(self, template: str) -> dict[str, Any]:
         values = dict(self.variables)
-        for name in sorted(set(DATES) & variables_of(template) - values.keys()):
-            if (fixed := _date_of_its_own(template, name)) is not None:
-                values[name] = fixed
-            elif self.today is not None:
+        if self.today is not None:
+            for name in sorted(set(DATES) & variables_of(template) - values.keys()):
                 values[name] = self.today.strftime(DATES[name])
         return values
 
@@ -84,8 +82,8 @@ def variables_of(template: str) -> set[str]:
         return set()
     free = jinja2.meta.find_undeclared_variables(tree) - _GIVEN
     own = {node.name for node in tree.find_all(jinja2.nodes.Name) if node.ctx in ("store", "param")}
-    asked = set(re.findall(r"\b(\w+)\s+is\s+(?:not\s+)?(?:un)?defined", plain))
-    asked |= set(re.findall(r"\b(\w+)\s*\|\s*default\b", plain))
+    asked = set(re.findall(r"(?<![.\w])(\w+)\s+is\s+(?:not\s+)?(?:un)?defined", plain))
+    asked |= set(re.findall(r"(?<![.\w])(\w+)\s*\|\s*default\b", plain))
     return {name for name in free if name not in own or name in asked}
 
 
@@ -94,19 +92,20 @@ def writes_today(template: str) -> bool:
     bare = without_values(template)
     if "strftime_now" in bare:
         return True
-    dates = set(DATES) & variables_of(bare)
-    return any(_date_of_its_own(bare, name) is None for name in dates)
+    return bool((set(DATES) & variables_of(bare)) - dates_of_its_own(bare).keys())
 
 
-def _date_of_its_own(template: str, name: str) -> str | None:
-    """The date that a template writes if it is given none: Llama 3.1 has one.
+def dates_of_its_own(template: str) -> dict[str, str]:
+    """The dates that a template writes if it is given none, by variable: Llama 3.1 has one.
 
     llama.cpp gives it today's.
     """
-    if "strftime_now" in template:
-        return None
-    found = re.search(rf"set\s+{name}\s*=\s*([\"'])(.*?)\1", template)
-    return found[2] if found else None
+    bare = without_values(template)
+    if "strftime_now" in bare:
+        return {}
+    names = set(DATES) & variables_of(bare)
+    found = {name: re.search(rf"set\s+{name}\s*=\s*([\"'])(.*?)\1", bare) for name in names}
+    return {name: date[2] for name, date in found.items() if date is not None}
 
 
 def _assignment(name: str, value: Any) -> str:

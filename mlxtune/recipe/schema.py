@@ -161,8 +161,8 @@ class DataSource(Section):
     `missing_reasoning` says what becomes of an answer without reasoning where the chat template
     asks the model to think: its thought is `empty`, the record is left out (`skip`) or refused.
     `reasoning` says what becomes of the reasoning of an answer where the template has no place
-    for it: the record is refused, it is written into the answer between `reasoning_tags`
-    (`inline`), or left out (`drop`). With `left_out = "warn"` other things that the template
+    for it: the record is refused, or it is written into the answer between `reasoning_tags`
+    (`inline`); with `drop` it is left out whatever the template. With `left_out = "warn"` other things that the template
     leaves out of a record are counted instead of refused.
     """
 

@@ -8,6 +8,7 @@ and tells it not to if none has. The recipe that is kept with the run says which
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import date
@@ -19,6 +20,7 @@ from mlxtune.data.records import Turn
 from mlxtune.data.template_values import (
     SWITCHES,
     TemplateValues,
+    dates_of_its_own,
     variables_of,
     without_values,
     writes_today,
@@ -76,17 +78,20 @@ def settled(recipe: Recipe, source: ModelSource | None = None) -> Asking:
         return Asking(recipe)
     known = set().union(*(variables_of(text) for text in _texts(tokenizer)))
     _require_known(recipe.model, known)
-    chosen: dict[str, Any] = {}
+    given = recipe.model.chat_template_kwargs
+    chosen = {n: v for n, v in _defaults(tokenizer, known).items() if n not in given}
     notes = []
-    if not known.isdisjoint({*SWITCHES, _EFFORT}) and known.isdisjoint(
-        {*SWITCHES, _EFFORT} & recipe.model.chat_template_kwargs.keys()
-    ):
+    if chosen:
+        notes.append(
+            f"the chat template writes {_toml(chosen)} where it is told nothing ({_KWARGS})"
+        )
+    switches = known & {*SWITCHES, _EFFORT}
+    if switches and not switches & given.keys():
         thinking = has_reasoning(recipe)
-        chosen = values_for(tokenizer, thinking=thinking)
-        if chosen:
-            said = ", ".join(f"{name} = {_toml(value)}" for name, value in chosen.items())
+        if mode := _mode(tokenizer, known, thinking=thinking):
             why = "records have" if thinking else "no record has"
-            notes.append(f"the model is asked with {said}, as {why} reasoning ({_KWARGS})")
+            notes.append(f"the model is asked with {_toml(mode)}, as {why} reasoning ({_KWARGS})")
+        chosen |= mode
     day = recipe.model.chat_template_date
     if day is None and any(map(writes_today, _texts(tokenizer))):
         day = date.today().isoformat()
@@ -154,16 +159,22 @@ def _require_known(section: ModelSection, known: set[str]) -> None:
 
 
 def values_for(tokenizer: Any, *, thinking: bool) -> dict[str, Any]:
-    """Values with which a tokenizer's chat template asks for thoughts, or for none."""
+    """Values with which a tokenizer's chat template is asked for thoughts, or for none."""
     known = set().union(*(variables_of(text) for text in _texts(tokenizer)))
-    # Where there is no place for reasoning, it is written into the answer.
-    thinking = thinking and Answers(ChatTemplate(tokenizer)).thoughts is not None
-    kept = {name: value for name, value in _HISTORY.items() if name in known}
-    return _mode(tokenizer, known, thinking=thinking) | kept
+    return _mode(tokenizer, known, thinking=thinking) | _defaults(tokenizer, known)
+
+
+def _defaults(tokenizer: Any, known: set[str]) -> dict[str, Any]:
+    """What a template does if it is told nothing, where llama.cpp's server tells it otherwise."""
+    dates = (dates_of_its_own(text) for text in _texts(tokenizer))
+    history = {name: value for name, value in _HISTORY.items() if name in known}
+    return history | {name: day for found in dates for name, day in found.items()}
 
 
 def _mode(tokenizer: Any, known: set[str], *, thinking: bool) -> dict[str, Any]:
-    # The first one decides: templates with both make the other of it.
+    """Values with which the template lets the model think, or does not."""
+    # Where there is no place for reasoning, it is written into the answer.
+    thinking = thinking and Answers(ChatTemplate(tokenizer)).thoughts is not None
     switches: dict[str, Any] = {name: thinking for name in SWITCHES if name in known}
     switches = dict([*switches.items()][:1])
     if _EFFORT not in known or _fits(tokenizer, switches, thinking):
@@ -193,5 +204,8 @@ def _fits(tokenizer: Any, values: dict[str, Any], thinking: bool) -> bool:
     return not noted
 
 
-def _toml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else repr(value)
+def _toml(values: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name} = {str(value).lower() if isinstance(value, bool) else json.dumps(value)}"
+        for name, value in values.items()
+    )

@@ -20,6 +20,7 @@ from support.rendering import trained_texts
 USER, ANSWER = Turn("user", "Is it warm?"), Turn("assistant", "It is, today.")
 THOUGHT = replace(ANSWER, reasoning="The sun shines.")
 R1, QWEN25 = "deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "Qwen-Qwen2.5-7B-Instruct"
+QWEN3 = "Qwen-Qwen3-0.6B"
 LLAMA = "meta-llama-Llama-3.2-3B-Instruct"
 CALL = ToolCall("weather", {"city": "Rome"}, "callRome1")
 
@@ -57,6 +58,9 @@ def test_an_answer_without_reasoning_is_counted_left_out_or_refused():
         trained(R1, USER, ANSWER, missing_reasoning="refuse")
     assert raised.value.where == "data.jsonl:7" and '"empty"' in raised.value.remedy
     assert not counted(QWEN25, row).noted  # which asks for no reasoning
+    # Qwen3's prompt opens no thought; its answer has an empty one.
+    assert counted(QWEN3, row).noted == {NO_REASONING: 1}
+    assert counted(QWEN3, row, missing_reasoning="skip").dropped == {NOT_THOUGHT: 1}
 
 
 def test_reasoning_without_a_place_is_refused_written_into_the_answer_or_dropped():
@@ -72,6 +76,10 @@ def test_reasoning_without_a_place_is_refused_written_into_the_answer_or_dropped
     ]
     dropped = [["It is, today.<|im_end|>"]]
     assert trained(QWEN25, USER, THOUGHT, reasoning="drop") == dropped
+    inside = Turn("assistant", "<think>The sun shines.</think>It is, today.")
+    assert trained(QWEN25, USER, inside, reasoning="drop") == dropped
+    # Where there is a place, it is dropped all the same.
+    assert trained(QWEN3, USER, THOUGHT, reasoning="drop") == trained(QWEN3, USER, ANSWER)
 
 
 def test_reasoning_inside_the_content_goes_where_the_template_has_it():

@@ -24,7 +24,7 @@ from mlxtune.data.answers import Writing
 from mlxtune.data.chat import message
 from mlxtune.data.records import Conversation, ToolCall, Turn
 from mlxtune.data.render import Renderer, Sample
-from mlxtune.data.template_values import TemplateValues
+from mlxtune.data.template_values import DATES, TemplateValues
 from mlxtune.errors import DataError
 from mlxtune.gguf.ends import end_of_turn
 from mlxtune.train.asking import values_for
@@ -284,7 +284,8 @@ def cells(name: str, thinking: bool) -> tuple[str, str, str]:
     [(prompt, tokens)] = told(renderer.samples(Conversation(turns)), tokenizer)
     [*_, role] = ROLE.finditer(prompt)
     values = values_for(templates.tokenizer(name), thinking=thinking)
-    said = ", ".join(f"{key} = {json.dumps(value)}" for key, value in values.items())
+    modes = {key: value for key, value in values.items() if key not in DATES}
+    said = ", ".join(f"{key} = {json.dumps(value)}" for key, value in modes.items())
     return said, prompt[role.start() :], tokenizer.decode(tokens)
 
 

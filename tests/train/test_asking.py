@@ -19,6 +19,7 @@ from mlxtune.train.metrics import Silent
 from mlxtune.train.model import renderer_of, tokenizer_of
 from mlxtune.train.resume import resumable
 from mlxtune.train.session import fine_tune
+from support import templates
 from support.files import write_jsonl
 
 # Asks for thoughts unless it is told not to, and writes the date.
@@ -81,6 +82,28 @@ def test_the_data_decide_whether_the_model_is_asked_to_think(recipe, rows, think
     assert settled(made.recipe).recipe == made.recipe  # once is enough
     prompt = renderer_of(made.recipe.model).text((Turn("user", "a"),), ask=True)
     assert prompt.endswith("<|assistant|>" if thinking else "<|assistant|><think></think>")
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "kept"),
+    [
+        ("meta-llama-Llama-3.1-8B-Instruct", {}, {"date_string": "26 Jul 2024"}),
+        ("LFM2.5-8B-A1B", {}, {"preserve_thinking": False}),
+        (
+            "GLM-4.7-Flash",
+            {"enable_thinking": True},
+            {"enable_thinking": True, "clear_thinking": True},
+        ),
+        ("GLM-4.7-Flash", {"clear_thinking": False}, {"clear_thinking": False}),
+    ],
+)
+def test_what_llama_cpp_would_tell_the_template_otherwise_is_kept(recipe, name, given, kept):
+    """Today's date, and to write the reasoning of earlier answers."""
+    made = settled(recipe(PLAIN, template=templates.source(name), chat_template_kwargs=given))
+    values = made.recipe.model.chat_template_kwargs
+    assert values == kept | {n: v for n, v in values.items() if n == "enable_thinking"}
+    told = [note for note in made.notes if "where it is told nothing" in note]
+    assert len(told) == bool(kept.keys() - given.keys())
 
 
 def test_reasoning_that_is_dropped_is_not_asked_for(recipe):
