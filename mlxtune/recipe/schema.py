@@ -162,8 +162,8 @@ class DataSource(Section):
     asks the model to think: its thought is `empty`, the record is left out (`skip`) or refused.
     `reasoning` says what becomes of the reasoning of an answer where the template has no place
     for it: the record is refused, or it is written into the answer between `reasoning_tags`
-    (`inline`); with `drop` it is left out whatever the template. With `left_out = "warn"` other things that the template
-    leaves out of a record are counted instead of refused.
+    (`inline`); with `drop` it is left out whatever the template. With `left_out = "warn"` other
+    things that the template leaves out of a record are counted instead of refused.
     """
 
     path: str = Field(min_length=1)
