@@ -240,6 +240,13 @@ def verified_lines(verified: Verified, *, runs: bool = True) -> list[str]:
         )
         tried = "held-out records" if verified.tried_on == "records" else "test texts"
         lines.append(f"in llama.cpp: {compared}; tried on {tried}")
+        if run.same_prompt is not None:
+            asks = (
+                "as the chat template does"
+                if run.same_prompt
+                else ("WITH ANOTHER PROMPT than the chat template's: answers may be worse there")
+            )
+            lines.append(f"llama.cpp's server asks {asks}")
     elif verified.not_run is not None:
         lines.append(f"not tried in llama.cpp: {verified.not_run}")
     else:

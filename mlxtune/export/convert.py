@@ -206,7 +206,7 @@ def write_model(
     progress("running it in llama.cpp")
     records = rows()
     tried = [tokenizer(text).input_ids for text in SAMPLE] if records is None else records
-    check = check_in_llamacpp(written.files[0], model.load().model, tried, file_type)
+    check = check_in_llamacpp(written.files[0], model.load().model, tried, file_type, tokenizer)
     return written, Verified(readback, check, "texts" if records is None else "records")
 
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import mlx.core as mx
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlxtune.errors import ExportError
+from mlxtune.gguf.templates import applied
 from mlxtune.processes import threads
 
 # Of each row, so many of the last places are looked at, and of each so many tokens: what
@@ -41,11 +43,14 @@ class RuntimeCheck:
         places: how many were compared; 0 where llama.cpp told nothing to compare.
         mean_kl: mean Kullback-Leibler divergence of MLX's from llama.cpp's, nats.
         top1: share of places with the same best token.
+        same_prompt: whether its server asks a question with the chat template's prompt, no flags
+            given; None without a template that can be asked.
     """
 
     places: int
     mean_kl: float | None
     top1: float | None
+    same_prompt: bool | None = None
 
 
 def installed() -> bool:
@@ -54,15 +59,20 @@ def installed() -> bool:
 
 
 def check_in_llamacpp(
-    path: Path, model: nn.Module, rows: Sequence[Sequence[int]], file_type: str
+    path: Path,
+    model: nn.Module,
+    rows: Sequence[Sequence[int]],
+    file_type: str,
+    tokenizer: Any = None,
 ) -> RuntimeCheck:
-    """Compare what follows the last tokens of some rows.
+    """Compare what follows the last tokens of some rows, and the prompt of a question.
 
     Args:
         path: the GGUF.
         model: what it was made of, in MLX.
         rows: token ids.
         file_type: of the GGUF, which says how much it may differ.
+        tokenizer: Hugging Face's, with the chat template that the GGUF was written with.
 
     Raises:
         ExportError: llama.cpp does not run the file, or says something else.
@@ -98,8 +108,9 @@ def check_in_llamacpp(
                 divergences.append(_divergence(want[ids], got))
                 same.append(ids[0] == int(want.argmax()))
                 losses.append(-float(want[row[place]]))
+        same_prompt = None if tokenizer is None else server.asks_as(tokenizer)
     if not same:
-        return RuntimeCheck(0, None, None)
+        return RuntimeCheck(0, None, None, same_prompt)
     mean_kl, top1 = float(np.mean(divergences)), float(np.mean(same))
     # What is no number is in no bound.
     if not mean_kl <= _FAITHFUL[file_type]:
@@ -109,7 +120,7 @@ def check_in_llamacpp(
             where=str(path),
             remedy=_remedy(float(np.mean(losses)), expected.shape[-1]),
         )
-    return RuntimeCheck(len(same), mean_kl, top1)
+    return RuntimeCheck(len(same), mean_kl, top1, same_prompt)
 
 
 def _remedy(loss: float, vocabulary: int) -> str:
@@ -174,6 +185,21 @@ class _Server:
     def __exit__(self, *_: object) -> None:
         self._client.close()
         del self._server
+
+    def asks_as(self, tokenizer: Any) -> bool | None:
+        """Whether the server asks a question with the prompt of a tokenizer's chat template.
+
+        Returns:
+            None if there is no template, or it refuses the question.
+        """
+        question = [{"role": "user", "content": "Is it warm?"}]
+        try:
+            wanted = applied(tokenizer, question, add_generation_prompt=True)
+        except Exception:  # a template may refuse any conversation, in any way
+            return None
+        told = self._client.post("/apply-template", json={"messages": question}).json()
+        begin = str(tokenizer.bos_token or "")  # which llama.cpp may put there itself
+        return str(told.get("prompt")).removeprefix(begin) == wanted.removeprefix(begin)
 
     def next_token(self, tokens: list[int]) -> tuple[list[int], npt.NDArray[np.float64]] | None:
         """The likeliest next tokens, best first, and their log-probabilities."""

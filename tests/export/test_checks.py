@@ -35,7 +35,7 @@ from mlxtune.gguf.mixing import FILE_TYPES
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.gguf.rope import rope_metadata
 from mlxtune.install import install_extra
-from mlxtune.models.load import load_model
+from mlxtune.models.load import load_model, load_tokenizer
 from mlxtune.models.resolve import ModelSource
 from mlxtune.recipe.load import parse_recipe
 from mlxtune.train.metrics import Silent
@@ -90,6 +90,20 @@ def test_llama_cpp_is_believed_when_it_disagrees(written, model):
     model.update(tree_map(lambda a: a * mx.nan, model.parameters()))
     with pytest.raises(ExportError, match="the model itself gives no numbers"):
         check_in_llamacpp(written, model, ROWS, "q4_k_m")
+
+
+def test_a_template_that_llama_cpp_renders_otherwise_is_told_of(written, folder, model):
+    """It says that models may think, where the template can be told."""
+    pytest.importorskip("xllamacpp")
+    tokenizer = load_tokenizer(ModelSource("small", folder))
+    own = check_in_llamacpp(written, model, ROWS[:1], "f32", tokenizer)
+    assert own.same_prompt is True
+    tokenizer.chat_template = str(tokenizer.chat_template).replace("assistant", "model")
+    other = check_in_llamacpp(written, model, ROWS[:1], "f32", tokenizer)
+    assert other.same_prompt is False
+    readback = Readback(272, {"F32": 0.0}, "a", 0.0, 4, True)
+    assert "ANOTHER PROMPT" in verified_lines(Verified(readback, other))[3]
+    assert verified_lines(Verified(readback, own))[3].endswith("asks as the chat template does")
 
 
 @pytest.mark.parametrize("file_type", ["q6_k", "q4_0", "q2_k", "q5_k_m"])
