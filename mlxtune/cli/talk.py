@@ -73,7 +73,10 @@ class Chat:
                 say(piece)
         finally:
             if answer := "".join(pieces):
-                self.turns = [*asked, Turn("assistant", answer)]
+                # The thought apart: gpt-oss takes none among the words of earlier answers.
+                turn = self._renderer.answers.read(answer)
+                as_said = turn.content == answer.strip()
+                self.turns = [*asked, Turn("assistant", answer) if as_said else turn]
 
     def _pieces(self, asked: list[Turn]) -> Iterator[str]:
         return stream_answer(

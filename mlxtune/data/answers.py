@@ -163,6 +163,47 @@ class Answers:
             text = asked.without_reasoning(self.thoughts, writing, note)
         return Answer(asked.prompt, text, last_said(turns[number]))
 
+    def read(self, said: str) -> Turn:
+        """What a model wrote after a prompt, as a turn: its words apart from its reasoning.
+
+        A thought that does not end stays among the words.
+        """
+        thoughts, (before, after) = self.thoughts, INLINE_TAGS
+        if thoughts is not None:
+            before, after = thoughts.before.strip(), thoughts.after.strip()
+        opens, ends = self._frame
+        said = said.strip()
+        said = said.removesuffix(next((end for end in ends if said.endswith(end)), ""))
+        thought, ended, words = said.partition(after or "\0")
+        opening, opened, rest = thought.partition(before or "\0")
+        if not ended or (thoughts is None and opening):  # a tag amid words is one of them
+            thought, words = "", said
+        elif opened and not re.search(r"\s", opening.strip()):
+            thought = rest
+        words = words.strip()
+        words = words.removeprefix(next((mark for mark in opens if words.startswith(mark)), ""))
+        return Turn("assistant", words.strip(), reasoning=thought.strip())
+
+    @cached_property
+    def _frame(self) -> tuple[list[str], list[str]]:
+        """Marks before the words of an answer, and after them, the longest run of them first."""
+        answer = Turn("assistant", WORDS)
+        try:
+            asked, whole = self.text([QUESTION], ask=True), self.text([QUESTION, answer])
+            thought = self.text([QUESTION, replace(answer, reasoning=THOUGHT)])
+        except Exception:  # a template may refuse any conversation, in any way
+            return [], []
+        before, _, after = whole.rpartition(WORDS)
+        before, after = before.rstrip(), after.lstrip()
+        begins = [before[found.start() :] for found in re.finditer(r"[<\[]", before)]
+        # What is no run of marks: ` to=user<|message|>`, and what a tag after thoughts is part of.
+        between = thought.rpartition(WORDS)[0].partition(THOUGHT)[2]
+        closing = self.thoughts.after.strip() if self.thoughts is not None else ""
+        leads = (before.removeprefix(asked), between.partition(closing or "\0")[2])
+        begins += [lead.strip() for lead in leads if re.search(r"[>\]]", lead)]
+        ends = [after[: found.end()] for found in re.finditer(r"[>\]]", after)]
+        return sorted(begins, key=len, reverse=True), ends[::-1]
+
     def opens(self, asked: _Asked) -> bool:
         """Whether a prompt opens a thought."""
         thoughts = self.thoughts

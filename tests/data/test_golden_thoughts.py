@@ -104,6 +104,45 @@ def test_prompts_and_answers(name, kind):
     assert tuple(map(tokenizer.decode, parts)) == GOLDEN[name][kind]
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"), [(name, kind) for name, kinds in GOLDEN.items() for kind in kinds]
+)
+def test_answers_are_read_back(name, kind):
+    said = GOLDEN[name][kind][1]
+    said = said[: said.rindex("<")]  # generation ends before the mark
+    read = Renderer(templates.tokenizer(name)).answers.read(said)
+    assert read == KINDS[kind][1]
+
+
+# Of templates that write other marks around the words.
+WRITTEN = {
+    "Cohere2MoE": {
+        "<|START_TEXT|>Hi!<|END_TEXT|>": HI,
+        "Easy.<|END_THINKING|><|START_TEXT|>Hi!<|END_TEXT|>": EASY,
+    },
+    "Kimi-K3": {
+        "Hi!<|close|>response<|sep|><|close|>message<|sep|>": HI,
+        "Easy.<|close|>think<|sep|><|open|>response<|sep|>Hi!<|close|>response<|sep|>"
+        "<|close|>message<|sep|>": EASY,
+    },
+    "mistralai-Ministral-3-14B-Reasoning-2512": {"Hi!": HI, "[THINK]Easy.[/THINK]Hi!": EASY},
+    # Without a place for reasoning in the template: as records are written with `inline`.
+    "Qwen-Qwen2.5-7B-Instruct": {
+        "Hi!": HI,
+        "<think>\nEasy.\n</think>\n\nHi!": EASY,
+        "Hi, <think> and </think>!": Turn("assistant", "Hi, <think> and </think>!"),
+    },
+    # A thought that is cut off.
+    "Qwen3.5-4B": {"Easy": Turn("assistant", "Easy")},
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_other_marks_are_read(name):
+    answers = Renderer(templates.tokenizer(name)).answers
+    assert {said: answers.read(said) for said in WRITTEN[name]} == WRITTEN[name]
+
+
 # fmt: off
 USER = [151644, 872, 198, 9707, 1879, 151645, 198]  # <|im_start|> user ⏎ Hello ␣world <|im_end|> ⏎
 ASKED = [*USER, 151644, 77091, 198]                 # <|im_start|> assistant ⏎

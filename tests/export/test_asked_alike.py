@@ -6,18 +6,14 @@ are asked for it. What it is, is written by hand, as each publisher's template h
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import date
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from gguf import GGUFReader
-from tokenizers import Tokenizer, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
-from mlxtune.arrays import flat
 from mlxtune.data.records import Conversation, Turn
 from mlxtune.data.render import Renderer
 from mlxtune.evaluate.compare import compare_run
@@ -35,7 +31,6 @@ from support import templates
 from support.chats import messages
 from support.files import write_jsonl
 from support.llama_server import LlamaServer
-from support.models import tiny_llama
 from support.runs import StopAt
 
 SYSTEM, USER, NEXT = (
@@ -121,30 +116,10 @@ FAMILIES = {
 }
 
 
-def save_model(folder, name):
-    """A tiny random model with a published template and a byte vocabulary with its marks."""
-    wrapper = templates.tokenizer(name)
-    # A rule of cutting text that GGUF has a name for.
-    core = Tokenizer.from_str(wrapper.backend_tokenizer.to_str())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token=templates.BOS, eos_token=templates.EOS
-    )
-    tokenizer.chat_template = wrapper.chat_template
-    tokenizer.save_pretrained(folder)
-    model = tiny_llama(vocabulary=len(tokenizer))
-    config = {k: v for k, v in asdict(model.args).items() if v is not None}
-    config |= {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 512}
-    config |= {"eos_token_id": sorted(wrapper.eos_token_ids)}
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = flat(model.parameters())
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
-
-
 def settings(folder, name, turns, **sections):
     """A recipe for a short run of such a model on one conversation, which is written there."""
     (folder / "model").mkdir()
-    save_model(folder / "model", name)
+    templates.save_model(folder / "model", name)
     write_jsonl(folder / "data.jsonl", [{"messages": messages(turns)}] * 2)
     values = {
         "name": "t",
