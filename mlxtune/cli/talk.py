@@ -73,9 +73,10 @@ class Chat:
                 say(piece)
         finally:
             if answer := "".join(pieces):
-                reasoning, words = self._renderer.answers.read(answer)
-                content = answer if words == answer.strip() else words
-                self.turns = [*asked, Turn("assistant", content, reasoning=reasoning)]
+                # The thought apart: gpt-oss takes none among the words of earlier answers.
+                turn = self._renderer.answers.read(answer)
+                as_said = turn.content == answer.strip()
+                self.turns = [*asked, Turn("assistant", answer) if as_said else turn]
 
     def _pieces(self, asked: list[Turn]) -> Iterator[str]:
         return stream_answer(

@@ -167,8 +167,10 @@ class Answers:
             text = asked.without_reasoning(self.thoughts, writing, note)
         return Answer(asked.prompt, text, last_said(turns[number]))
 
-    def read(self, text: str) -> tuple[str, str]:
-        """What a model has written after a prompt: its reasoning, and its words.
+    def read(self, text: str) -> Turn:
+        """What a model has written after a prompt, as a turn: its words apart from its reasoning.
+
+        A thought that does not end stays among the words.
 
         Args:
             text: of an answer that may call no tool, without the token that ends it.
@@ -188,7 +190,7 @@ class Answers:
         if thoughts is None and words.startswith(before) and INLINE_TAGS[1] in words:
             reasoning, _, words = words.partition(INLINE_TAGS[1])
         reasoning = reasoning.rpartition(before)[2] if before else reasoning
-        return reasoning.strip(), words.strip()
+        return Turn("assistant", words.strip(), reasoning=reasoning.strip())
 
     @cached_property
     def _frame(self) -> tuple[str, str]:

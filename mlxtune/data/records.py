@@ -87,13 +87,10 @@ class Conversation:
         """All turns before the last assistant's."""
         return self.turns[: self._last_answer()]
 
-    def answer(self, *, reasoning: bool = False) -> str:
-        """What the assistant says last, with `reasoning` before it; plain text is no answer."""
+    def answer(self) -> str:
+        """What the assistant says last; plain text is no answer."""
         last = self._last_answer()
-        if last == len(self.turns):
-            return ""
-        turn = self.turns[last]
-        return turn.reasoning + turn.content if reasoning else turn.content
+        return self.turns[last].content if last < len(self.turns) else ""
 
     def text(self) -> str:
         """Everything said in it, a paragraph a turn; the losing side is left out."""

@@ -162,7 +162,8 @@ def measure(
     said: list[str] = []
     if chats:
         progress(f"{len(chats)} answers")
-        longest = max(len(renderer.encode(c.answer(reasoning=True))) for c in chats.values())
+        longest = max(len(renderer.encode(c.answer())) for c in chats.values())
+        longest = max(longest, *map(_length_of_answer, samples))
         prompts = [renderer.prompt(conversation) for conversation in chats.values()]
         limit = max_tokens or longest + _SLACK
         said = answers(
@@ -172,8 +173,16 @@ def measure(
             max_tokens=limit,
             progress=lambda done: progress(f"{done} of {len(chats)} answers"),
         )
-        said = [renderer.answers.read(text)[1] for text in said]
+        said = [renderer.answers.read(text).content for text in said]
     return Measured(losses, general_loss, dict(zip(chats, said, strict=True)))
+
+
+def _length_of_answer(sample: Sample) -> int:
+    """Tokens of the last answer with its reasoning; 0 where it cannot be told from its prompt."""
+    trained = np.flatnonzero(sample.weights)
+    if trained[0] == 0:
+        return 0
+    return len(np.split(trained, np.flatnonzero(np.diff(trained) > 1) + 1)[-1])
 
 
 def plain_samples(path: Path, renderer: Renderer) -> list[Sample]:

@@ -83,7 +83,8 @@ def settled(recipe: Recipe, source: ModelSource | None = None) -> Asking:
     notes = []
     if chosen:
         notes.append(
-            f"the chat template writes {_toml(chosen)} where it is told nothing ({_KWARGS})"
+            f"the chat template is given {_toml(chosen)}: its publisher's defaults, which "
+            f"llama.cpp's server would change ({_KWARGS})"
         )
     switches = known & {*SWITCHES, _EFFORT}
     if switches and not switches & given.keys():

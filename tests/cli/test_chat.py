@@ -18,11 +18,13 @@ import psutil
 import pytest
 from mlx_lm.sample_utils import make_sampler
 
+from mlxtune.cli import talk
 from mlxtune.cli.talk import Chat
 from mlxtune.data.records import Turn
 from mlxtune.errors import ModelError
 from mlxtune.recipe.schema import ModelSection
 from mlxtune.train.model import load_base
+from support import templates
 from support.process import HANGS
 from support.program import environment, mlxtune, mlxtune_afresh, wait_until
 
@@ -56,6 +58,26 @@ def test_a_conversation_is_what_mlx_lm_says_to_all_of_it(loaded, system):
         messages.append({"role": "assistant", "content": answer})
     chat.restart()
     assert asked(chat, QUESTION) == messages[-3]["content"]
+
+
+def test_a_thought_is_no_part_of_what_was_said(monkeypatch, tmp_path):
+    """gpt-oss' template refuses channels among the words of an earlier answer."""
+    templates.save_model(tmp_path, "openai-gpt-oss-120b")
+    prompts = []
+
+    def says(_model, tokenizer, prompt, **_how):
+        prompts.append(tokenizer.decode(prompt))
+        yield "<|channel|>analysis<|message|>Easy.<|end|>"
+        yield "<|start|>assistant<|channel|>final<|message|>Hi!"
+
+    monkeypatch.setattr(talk, "stream_answer", says)
+    chat = Chat(load_base(ModelSection(path=str(tmp_path)), for_inference=True))
+    assert asked(chat, "Hello").startswith("<|channel|>analysis<|message|>Easy.<|end|>")
+    asked(chat, "Again")
+    assert prompts[1] == (
+        f"{prompts[0]}<|channel|>final<|message|>Hi!<|end|>"
+        "<|start|>user<|message|>Again<|end|><|start|>assistant"
+    )
 
 
 def test_a_temperature_draws_as_mlx_lm_does(loaded):

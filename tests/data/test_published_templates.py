@@ -202,10 +202,7 @@ def differences(name: str, asked: str, folder: Path) -> set[str]:
             except RefusedError:
                 found.add("refused")
                 continue
-            if not turn.tool_calls and renderer.answers.read(said) != (
-                turn.reasoning,
-                turn.content,
-            ):
+            if not turn.tool_calls and renderer.answers.read(said) != turn:
                 found.add("our reading")
             if read.tool_calls != tuple((call.name, call.arguments) for call in turn.tool_calls):
                 found.add("calls")

@@ -6,14 +6,20 @@ both sides of a border may share a token.
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import asdict
 from functools import cache
+from pathlib import Path
 
+import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from mlxtune.arrays import flat
 from support import downloads
+from support.models import tiny_llama
 
 # Marks of models, by how they are written. What is not among them is plain text.
 _MARKS = re.compile(
@@ -68,6 +74,29 @@ def tokenizer(name: str, template: str | None = None) -> TokenizerWrapper:
     made.chat_template = own if template is None else template
     stops = made.convert_tokens_to_ids([EOS, *STOPS.get(name, ())])
     return TokenizerWrapper(made, eos_token_ids=stops)
+
+
+def save_model(folder: Path, name: str) -> None:
+    """A random two-block llama with a template and its marks, as a Hugging Face folder.
+
+    Args:
+        folder: is there.
+        name: of the published template.
+    """
+    wrapper = tokenizer(name)
+    # A rule of cutting text that GGUF has a name for.
+    core = Tokenizer.from_str(wrapper.backend_tokenizer.to_str())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    saved = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=BOS, eos_token=EOS)
+    saved.chat_template = wrapper.chat_template
+    saved.save_pretrained(folder)
+    model = tiny_llama(vocabulary=len(saved))
+    config = {k: v for k, v in asdict(model.args).items() if v is not None}
+    config |= {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 512}
+    config |= {"eos_token_id": sorted(wrapper.eos_token_ids)}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = flat(model.parameters())
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
 
 
 @cache
