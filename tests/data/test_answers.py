@@ -160,6 +160,28 @@ def test_an_answer_ends_with_the_next_turns_mark_where_the_template_writes_no_en
     assert [text.rpartition("today.")[2] for text in texts] == ["<|user|>", "<|user|>"]
 
 
+def test_named_templates_are_chosen_as_transformers_chooses():
+    """The one for tools where there are tools."""
+    tokenizer = templates.tokenizer(QWEN25)
+    named = {
+        "default": templates.source(QWEN25),
+        "tool_use": templates.source("NousResearch-Hermes-3-Llama-3.1-8B-tool_use"),
+    }
+    tokenizer.chat_template = named
+    call = (USER, Turn("assistant", "", tool_calls=(CALL,)))
+    renderer = Renderer(tokenizer)
+    for turns, tools, name in (((USER, ANSWER), (), "default"), (call, (WEATHER,), "tool_use")):
+        [sample] = renderer.samples(Conversation(turns, tools=tools))
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": USER.content}],
+            chat_template=named[name],
+            tools=list(tools) or None,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        assert tokenizer.decode(sample.tokens).startswith(prompt)
+
+
 def test_an_answer_that_speaks_of_the_end_ends_where_it_ends():
     said = Turn("assistant", "im_end: the <|im_end|> mark ends a turn, as in <|im_end|>")
     assert trained(QWEN25, USER, said) == [[f"{said.content}<|im_end|>"]]

@@ -6,6 +6,7 @@ that it comes with; the prompt's and the answer's are apart, as a server has the
 
 from __future__ import annotations
 
+import copy
 from datetime import date
 
 import numpy as np
@@ -230,3 +231,29 @@ def test_token_ids(real):
         before, trained, after = three_parts(tokenizer, *KINDS[kind])
         assert (before, trained) == (prompt, answer), kind
         assert after in ([], AFTER.get(name, [198])), kind
+
+
+# fmt: off
+HARMONY_END = [
+    200007, 200006, 1428, 200008,                   # <|end|> <|start|> user <|message|>
+    13225, 2375, 200007, 200006, 173781,            # Hello ␣world <|end|> <|start|> assistant
+]
+FINAL = [200005, 17196, 200008, 12194, 0, 200002]   # <|channel|> final <|message|> Hi ! <|return|>
+HARMONY = {
+    "plain": FINAL,
+    "thinking": [
+        200005, 35644, 200008, 41154, 13,           # <|channel|> analysis <|message|> Easy .
+        200007, 200006, 173781, *FINAL,             # <|end|> <|start|> assistant
+    ],
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("kind", HARMONY)
+def test_token_ids_of_gpt_oss(kind):
+    """Its vocabulary is OpenAI's; the prompt begins with a page of instructions."""
+    tokenizer = copy.deepcopy(downloads.load("gptoss"))
+    tokenizer.chat_template = templates.source("openai-gpt-oss-120b")
+    prompt, answer, after = three_parts(tokenizer, *KINDS[kind])
+    assert prompt[-len(HARMONY_END) :] == HARMONY_END
+    assert (answer, after) == (HARMONY[kind], [])

@@ -145,6 +145,11 @@ ARCHIVES = (
         "3.7.2",
         "505a2317e5cd907a69414d3e5ffba699c8315647d161bc013d31e3a68b8d9018",
     ),
+    _npm(
+        "tokenizer-gptoss",
+        "3.7.2",
+        "c96bd71f681401990116cf005a7525a21c6ae8f175ac6383ef00194b9d35e014",
+    ),
     Archive(
         (*_PIP, "--no-deps", "mistral-common==1.13.1"),
         "mistral_common-1.13.1-py3-none-any.whl",
@@ -345,7 +350,7 @@ _SPECIAL = {
 
 @cache
 def load(name: str, template: str | None = None) -> PreTrainedTokenizerFast:
-    """One of `qwen3`, `llama3_1`, `gemma3`, `nemo` and `phi3`. Do not change it.
+    """One of `qwen3`, `llama3_1`, `gemma3`, `gptoss`, `nemo` and `phi3`. Do not change it.
 
     Args:
         name: which one.

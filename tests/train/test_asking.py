@@ -6,10 +6,14 @@ import json
 from datetime import date
 
 import pytest
+from transformers import AutoTokenizer
 
 from mlxtune.data.records import Turn
 from mlxtune.data.template_values import TemplateValues, variables_of, without_values
-from mlxtune.errors import RecipeError
+from mlxtune.errors import OutputExists, RecipeError
+from mlxtune.export.bundle import export_run, exported_before
+from mlxtune.fuse import fuse_run
+from mlxtune.gguf.reader import GGUFFile
 from mlxtune.models.load import restore_template
 from mlxtune.recipe.load import dump_recipe, parse_recipe
 from mlxtune.train import asking
@@ -190,6 +194,25 @@ def test_values_stand_at_the_top_of_the_template_and_come_out_again(recipe):
     restore_template(tokenizer)
     assert tokenizer.chat_template == TEMPLATE
     assert variables_of(TEMPLATE) == {"enable_thinking"}
+
+
+def test_fuse_and_export_write_the_values_unless_the_template_is_kept(recipe, tmp_path):
+    run = fine_tune(recipe(PLAIN, chat_template_date="2026-01-02"), tmp_path / "run", Silent())
+    for keep in (False, True):
+        fuse_run(run.path, tmp_path / f"fused {keep}", keep_template=keep)
+        fused = AutoTokenizer.from_pretrained(tmp_path / f"fused {keep}").chat_template
+        bundle = export_run(
+            run.path, output=tmp_path / f"gguf {keep}", keep_template=keep, verify=False
+        )
+        gguf = GGUFFile(bundle.folder / "model.gguf").metadata["tokenizer.chat_template"]
+        assert fused == gguf and without_values(fused) == TEMPLATE
+        assert (fused == TEMPLATE) is keep
+        assert ("enable_thinking = false" in fused.partition("values")[0]) is not keep
+    # Handed over again, an export of the other kind is told from it.
+    asked = {"output": tmp_path / "gguf True", "verify": False}
+    assert exported_before(run.path, **asked, keep_template=True) is not None
+    with pytest.raises(OutputExists, match="chat template is written otherwise"):
+        exported_before(run.path, **asked)
 
 
 @pytest.mark.parametrize("value", ["a\"b'\n{{ x }}{% y %}", ["a", "ü"], 1.5, True, "-%}"])
