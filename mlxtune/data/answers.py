@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -32,6 +32,10 @@ from mlxtune.data.thoughts import (
 from mlxtune.errors import DataError
 
 Note = Callable[[str], None]
+
+# Characters from which on no template has a text by chance.
+_TELLING = 24
+_LETTER = "x"
 
 NO_REASONING = "no reasoning, which the chat template has a place for: an empty thought is trained"
 
@@ -67,11 +71,13 @@ class Answer:
     Attributes:
         prompt: with the generation prompt at its end.
         text: of the answer, with what the template writes after it.
-        said: the last thing that is said in it, after which it ends.
+        plain: the text with letters in the place of marks that are said in it.
+        said: the last thing that is said in the plain text, after which it ends.
     """
 
     prompt: str
     text: str
+    plain: str
     said: str
 
 
@@ -121,6 +127,8 @@ class Answers:
     def _prepared(self, turn: Turn, number: int, writing: Writing) -> Turn:
         if turn.role != "assistant":
             return turn
+        if not turn.reasoning.strip():
+            turn = replace(turn, reasoning="")
         if self.thoughts is not None or writing.reasoning == "drop":
             turn = _split(turn, writing.tags)
         if writing.reasoning == "drop":
@@ -144,6 +152,7 @@ class Answers:
         note: Note = lambda _: None,
         *,
         whole: str | None = None,
+        marks: re.Pattern[str] | None = None,
     ) -> Answer:
         """The prompt and the text of one answer.
 
@@ -154,18 +163,56 @@ class Answers:
             writing: how it is written where the template does not fit.
             note: is given remarks on it.
             whole: the turns up to and with it, where they have been rendered already.
+            marks: that the template or the end of an answer is known by.
 
         Raises:
             NoReasoning: see `Writing.missing_reasoning`.
-            DataError: where the answer begins cannot be told, or there is no place for its
-                reasoning.
+            DataError: where the answer begins cannot be told, there is no place for its
+                reasoning, or the template takes what is said in it for a mark of its own.
         """
         asked = _Asked(self, turns, number, tools, whole)
         if turns[number].reasoning and self.thoughts is not None:
             text = asked.with_reasoning(self.thoughts)
         else:
             text = asked.without_reasoning(self.thoughts, writing, note)
-        return Answer(asked.prompt, text, last_said(turns[number]))
+        turn = turns[number]
+        blank = turn if marks is None else _blanked(turn, marks)
+        if blank == turn:
+            return Answer(asked.prompt, text, text, last_said(turn))
+        plain = self.of([*turns[:number], blank], number, tools, writing).text
+        changes = sum(map(str.__ne__, "".join(said_in(turn)), "".join(said_in(blank))))
+        changed = sum(map(str.__ne__, text, plain))
+        if len(text) != len(plain) or changed != changes:
+            raise DataError(
+                f"the chat template takes a mark that is said in turn {number + 1} for its own",
+                remedy="leave the record out of the data, or write the mark in another way",
+            )
+        return Answer(asked.prompt, text, plain, last_said(blank))
+
+    def left_out(
+        self, turns: Sequence[Turn], tools: Tools, text: str, *, ask: bool
+    ) -> Iterator[str]:
+        """What the template leaves out of what the model is given.
+
+        Args:
+            turns: those before an answer, or all.
+            tools: of the conversation.
+            text: as the template writes them.
+            ask: whether that ends with the generation prompt.
+        """
+        for turn in turns:
+            if turn.role != "assistant" and not holds(text, turn.content):
+                yield f"what turns of role {turn.role} say"
+        names = [str(tool.get("function", tool).get("name", "")) for tool in tools]
+        missing = [name for name in names if not holds(text, name)]
+        if not missing and any(
+            n in said for turn in turns for said in said_in(turn) for n in names
+        ):
+            try:  # what names them may be the turns
+                missing = names if self.text(turns, ask=ask) == text else []
+            except Exception:  # a template for conversations with tools alone
+                missing = []
+        yield from ("tools" for _ in missing)
 
     def read(self, text: str) -> Turn:
         """What a model has written after a prompt, as a turn: its words apart from its reasoning.
@@ -239,6 +286,12 @@ class _Asked:
         self._answers, self._number, self._tools = answers, number, tools
         self._before, self._turn = turns[:number], turns[number]
         self.prompt = answers.text(self._before, tools=tools, ask=True)
+        second = number > 0 and turns[number - 1].role == "assistant"
+        if second and self.prompt == answers.text(self._before, tools=tools):
+            raise DataError(
+                f"the chat template asks for no answer after turn {number}, which is one",
+                remedy='join answers that follow one another, or set "train": false for the second',
+            )
         self.whole = self._with(self._turn) if whole is None else whole
 
     def _with(self, turn: Turn) -> str:
@@ -270,13 +323,12 @@ class _Asked:
     def with_reasoning(self, thoughts: Thoughts) -> str:
         """The text of an answer that has reasoning."""
         reasoning = self._turn.reasoning.strip()
-        if self._follows and holds(self._rest, reasoning):
+        if self._follows and self._reasons(reasoning):
             return self._rest
         opened = self._answers.opens(self)
         if thoughts.written:
-            place = self.whole.rfind(reasoning)
-            if opened and place >= 0:  # the prompt says more than the template does
-                return self.whole[place:]
+            if opened and (place := self._start_of(reasoning)) >= 0:
+                return self.whole[place:]  # the prompt says more than the template does
         elif opened or not self._closed(thoughts):
             before = "" if opened else thoughts.before
             return before + reasoning + thoughts.after + self._words(thoughts)
@@ -285,6 +337,23 @@ class _Asked:
             remedy="set model.chat_template_kwargs so that it may think, such as "
             'enable_thinking = true, or leave reasoning out: reasoning = "drop"',
         )
+
+    def _reasons(self, reasoning: str) -> bool:
+        """Whether the reasoning follows the prompt, of a text that begins with it."""
+        if not holds(self._rest, reasoning):
+            return False
+        others = [text for text in said_in(replace(self._turn, reasoning="")) if text]
+        if len(reasoning) >= _TELLING and not any(reasoning in text for text in others):
+            return True
+        text, thought = self.probed()  # its text may be that of something else
+        return not text or thought >= len(self.prompt)
+
+    def _start_of(self, reasoning: str) -> int:
+        """Where the reasoning begins in the whole text, or -1."""
+        text, thought = self.probed()
+        if thought < 0 or self.whole[:thought] != text[:thought]:
+            return self.whole.rfind(reasoning)
+        return self.whole.find(reasoning, thought)
 
     def without_reasoning(self, thoughts: Thoughts | None, writing: Writing, note: Note) -> str:
         """The text of an answer that has none."""
@@ -389,6 +458,25 @@ def _split(turn: Turn, tags: tuple[str, str]) -> Turn:
     return replace(turn, content=words.strip(), reasoning=reasoning.strip())
 
 
+def _blanked(turn: Turn, marks: re.Pattern[str]) -> Turn:
+    """An answer with as many letters in the place of each mark that is said in it."""
+
+    def blank(value: Any) -> Any:
+        if isinstance(value, str):
+            return marks.sub(lambda found: _LETTER * len(found[0]), value)
+        if isinstance(value, Mapping):
+            return {blank(key): blank(part) for key, part in value.items()}
+        return [blank(part) for part in value] if isinstance(value, list | tuple) else value
+
+    calls = tuple(
+        replace(call, name=blank(call.name), arguments=blank(call.arguments))
+        for call in turn.tool_calls
+    )
+    return replace(
+        turn, content=blank(turn.content), reasoning=blank(turn.reasoning), tool_calls=calls
+    )
+
+
 def _without_thought(text: str, thoughts: Thoughts | None) -> str:
     """A text without the empty thought, or the end of one, that it begins with."""
     if thoughts is None or not thoughts.after:
@@ -420,45 +508,70 @@ def last_said(turn: Turn) -> str:
     return turn.content.strip() or turn.reasoning.strip()
 
 
-def left_out(turns: Sequence[Turn], tools: Tools, text: str) -> Iterator[str]:
-    """What a template leaves out of what the model is given.
-
-    Args:
-        turns: those before an answer.
-        tools: of the conversation.
-        text: as the template writes them.
-    """
-    for turn in turns:
-        if turn.role != "assistant" and not holds(text, turn.content):
-            yield f"what turns of role {turn.role} say"
-    for tool in tools:
-        if not holds(text, str(tool.get("function", tool).get("name", ""))):
-            yield "tools"
-
-
 def unsaid(turn: Turn, text: str) -> Iterator[str]:
-    """What a template leaves out of an answer."""
+    """What a template leaves out of an answer.
+
+    What is said twice, as in words that name the tool they call, has to be there twice.
+    """
+    left = turn
     if not holds(text, turn.content):
-        yield "the words beside a tool call" if turn.tool_calls else "the words of an answer"
+        yield _words_of(turn)
+        left = replace(left, content="")
     if not holds(text, turn.reasoning):
         yield "reasoning"
+        left = replace(left, reasoning="")
     for call in turn.tool_calls:
         if not holds(text, call.name):
             yield "tool calls"
         elif not all(holds(text, value) for value in _leaves(call.arguments)):
             yield "arguments of tool calls"
+        else:
+            continue
+        left = replace(left, tool_calls=())
+    if lacks(text, left.content, left):
+        yield _words_of(turn)
+        left = replace(left, content="")
+    if lacks(text, left.reasoning, left):
+        yield "reasoning"
+        left = replace(left, reasoning="")
+    if any(lacks(text, call.name, left) for call in left.tool_calls):
+        yield "tool calls"
+    elif any(lacks(text, v, left) for call in left.tool_calls for v in _leaves(call.arguments)):
+        yield "arguments of tool calls"
 
 
-def _leaves(value: Any) -> Iterator[str]:
-    """All texts and numbers in a JSON value."""
+def _words_of(turn: Turn) -> str:
+    return "the words beside a tool call" if turn.tool_calls else "the words of an answer"
+
+
+def said_in(turn: Turn) -> Iterator[str]:
+    """All texts of an answer: words, reasoning and calls."""
+    yield from (turn.content, turn.reasoning)
+    for call in turn.tool_calls:
+        yield call.name
+        yield from _leaves(call.arguments, keys=True)
+
+
+def lacks(text: str, said: str, turn: Turn) -> bool:
+    """Whether a text holds what is said less often than a turn says it."""
+    said = said.strip()
+    times = "\0".join(said_in(turn)).count(said) if said else 0
+    forms = {said, *(json.dumps(said, ensure_ascii=ascii_)[1:-1] for ascii_ in (True, False))}
+    return times > 1 and sum(text.count(form) for form in forms) < times
+
+
+def _leaves(value: Any, *, keys: bool = False) -> Iterator[str]:
+    """All texts and numbers in a JSON value; with `keys` the names of its fields too."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
+        if keys:
+            yield from map(str, value)
         for part in value.values():
-            yield from _leaves(part)
+            yield from _leaves(part, keys=keys)
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from _leaves(part)
+            yield from _leaves(part, keys=keys)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield json.dumps(value)
 

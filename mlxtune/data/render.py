@@ -13,6 +13,7 @@ told is refused, never masked by guess.
 from __future__ import annotations
 
 import copy
+import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,11 +24,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlxtune.data.answers import Answer, Answers, Note, Writing, left_out, unsaid
-from mlxtune.data.chat import ChatTemplate, Tools
+from mlxtune.data.answers import Answer, Answers, Note, Writing, unsaid
+from mlxtune.data.chat import INLINE_TAGS, ChatTemplate, Tools
 from mlxtune.data.masking import Masking, NothingTrained
 from mlxtune.data.records import Conversation, Turn
-from mlxtune.data.thoughts import WORDS
+from mlxtune.data.thoughts import TAG, WORDS
 from mlxtune.errors import DataError, MlxtuneError, ModelError
 from mlxtune.gguf.ends import end_of_call, end_of_turn, stop_tokens
 
@@ -130,6 +131,16 @@ class Renderer:
     @cached_property
     def _end_of_call(self) -> int | None:
         return end_of_call(self._tokenizer)
+
+    @cached_property
+    def marks(self) -> re.Pattern[str]:
+        """What ends an answer, or a thought, if it stands in what is said."""
+        thoughts = self.answers.thoughts
+        around = "" if thoughts is None else f"{thoughts.before} {thoughts.after}"
+        tags = {*INLINE_TAGS, *TAG.findall(around)}
+        ends = {str(self._core.id_to_token(number)) for number in self._stops}
+        named = sorted(tags | ends, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, named)))
 
     def identity(self) -> str:
         """All that decides which tokens a conversation becomes."""
@@ -260,7 +271,8 @@ class Renderer:
         trained = [i for i, turn in enumerate(turns) if masking.trains(turn) and not turn.empty]
         others = [i for i in trained if turns[i].role != "assistant"]
         if others or masking.train_on_inputs:
-            _refuse_or_note(left_out(turns, tools, full), "this record", writing, note)
+            missing = self.answers.left_out(turns, tools, full, ask=False)
+            _refuse_or_note(missing, "this record", writing, note)
         if masking.train_on_inputs:
             kept = [i for i, turn in enumerate(turns) if not masking.trains(turn)]
             yield self._all_but(turns, tools, kept, full, writing)
@@ -397,14 +409,15 @@ class Renderer:
 
         Where the template writes none, the one that it writes before the next turn.
         """
-        words = answer.text
+        words = answer.plain
         for number, (start, end) in zip(ids, spans, strict=True):
             if number in self._special:  # words are not looked for in the names of marks
                 words = words[:start] + "\0" * (end - start) + words[end:]
-        places = (text.rfind(answer.said) for text in (words, answer.text))
+        places = (text.rfind(answer.said) for text in (words, answer.plain))
         over = next((place + len(answer.said) for place in places if place >= 0), 0)
-        for index, (number, (_, end)) in enumerate(zip(ids, spans, strict=True)):
-            if number in self._stops and end > over:
+        for index, (number, (start, end)) in enumerate(zip(ids, spans, strict=True)):
+            said = answer.plain[start:end] != answer.text[start:end]
+            if number in self._stops and end > over and not said:
                 return ids[: index + 1]
         between = self._end_of_call if calls else None
         mark = self._end if between is None else between
@@ -455,9 +468,12 @@ class _Teller:
             self._writing,
             self._note,
             whole=self._written.get(number + 1),
+            marks=self._renderer.marks,
         )
+        left_out = self._renderer.answers.left_out
         missing = chain(
-            left_out(self._turns[:number], self._tools, answer.prompt), unsaid(turn, answer.text)
+            left_out(self._turns[:number], self._tools, answer.prompt, ask=True),
+            unsaid(turn, answer.text),
         )
         _refuse_or_note(missing, f"turn {number + 1}", self._writing, self._note)
         return _Told(*self._renderer.answered(answer, calls=bool(turn.tool_calls)))

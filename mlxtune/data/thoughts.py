@@ -32,6 +32,8 @@ _TOOL = {
     },
 }
 _TAG = r"<[^<>\n]*think[^<>\n]*>"
+_ANGLE_TAG, _SQUARE_TAG = re.compile(r"<[^<>\s]*>"), re.compile(r"\[[^\[\]<>\s]*\]")
+TAG = re.compile(r"<[^<>\s]*>|\[[^\[\]\s]*\]")
 _EMPTY = re.compile(rf"({_TAG})(\s*)({_TAG})", re.IGNORECASE)
 _OPEN_END = re.compile(rf"({_TAG})(\s*)$", re.IGNORECASE)
 
@@ -166,11 +168,16 @@ def last_mark(text: str) -> str:
 
 
 def common(one: str, other: str) -> int:
-    """How many characters two texts begin with alike, not ending inside of a tag."""
+    """How many characters two texts begin with alike, not ending inside of a tag.
+
+    A bracket that is not closed as in a tag is said: `[0, 1)`.
+    """
     shorter = min(len(one), len(other))
     length = next((n for n in range(shorter) if one[n] != other[n]), shorter)
-    for opening, closing in ("<>", "[]"):
-        last = one.rfind(opening, max(0, length - 40), length)
-        if last > one.rfind(closing, 0, length):
-            length = last
+    for tag in (_ANGLE_TAG, _SQUARE_TAG):
+        start = max(0, length - 40)
+        begun = (tag.match(text, at) for text in (one, other) for at in range(start, length))
+        length = min(
+            (found.start() for found in begun if found and found.end() > length), default=length
+        )
     return length

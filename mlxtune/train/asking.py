@@ -143,7 +143,7 @@ def _answers(recipe: Recipe) -> Iterator[tuple[Turn, str]]:
 
 
 def _reasons(turn: Turn, tag: str) -> bool:
-    return bool(turn.reasoning) or turn.content.lstrip().startswith(tag)
+    return bool(turn.reasoning.strip()) or turn.content.lstrip().startswith(tag)
 
 
 def _texts(tokenizer: Any) -> list[str]:

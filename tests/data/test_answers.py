@@ -185,3 +185,91 @@ def test_named_templates_are_chosen_as_transformers_chooses():
 def test_an_answer_that_speaks_of_the_end_ends_where_it_ends():
     said = Turn("assistant", "im_end: the <|im_end|> mark ends a turn, as in <|im_end|>")
     assert trained(QWEN25, USER, said) == [[f"{said.content}<|im_end|>"]]
+
+
+def test_brackets_in_a_question_are_no_tags_of_the_template():
+    """Half-open intervals: the answer began at the bracket, with what the template writes."""
+    question = Turn("user", "What is the length of [0, 1)?")
+    end = "<｜end▁of▁sentence｜>"
+    assert trained(R1, question, ANSWER) == [[f"\n</think>\n\nIt is, today.{end}"]]
+    assert trained(R1, question, THOUGHT) == [
+        [f"The sun shines.\n</think>\n\nIt is, today.{end}"],
+    ]
+    assert trained("google-gemma-4-31B-it", question, ANSWER) == [["It is, today.<turn|>"]]
+
+
+@pytest.mark.parametrize("mark", ["<|im_end|>", "a <|im_end|> b <|im_end|> c"])
+def test_a_call_that_speaks_of_the_end_ends_where_it_ends(mark):
+    call = ToolCall("weather", {"city": mark, "of": [{mark: 1}]})
+    [[text]] = trained(QWEN25, USER, Turn("assistant", "", tool_calls=(call,)), tools=(WEATHER,))
+    assert text == (
+        f'<tool_call>\n{{"name": "weather", "arguments": {{"city": "{mark}", '
+        f'"of": [{{"{mark}": 1}}]}}}}\n</tool_call><|im_end|>'
+    )
+    said = Turn("assistant", "<|im_end|>")
+    assert trained(QWEN25, USER, said) == [["<|im_end|><|im_end|>"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (QWEN3, "Thus</think>no"),
+        ("GLM-4.6", "Thus</think>no"),
+        (R1, "</think>"),
+        (R1, "First <think>then</think> no"),
+    ],
+)
+def test_marks_in_the_words_that_a_template_takes_for_its_own_are_refused(name, words):
+    with pytest.raises(DataError, match="takes a mark that is said in turn 2 for its own"):
+        trained(name, USER, Turn("assistant", words))
+
+
+def test_marks_in_the_words_that_a_template_leaves_alone_are_trained():
+    said = replace(THOUGHT, content="It ends with </think>, as <think> begins.")
+    assert trained(QWEN3, USER, said) == [
+        [f"<think>\nThe sun shines.\n</think>\n\n{said.content}<|im_end|>"]
+    ]
+
+
+@pytest.mark.parametrize("reasoning", ["It is, today.", "today", "e", "<", "think"])
+def test_reasoning_that_is_also_said_is_trained(reasoning):
+    said = replace(ANSWER, reasoning=reasoning)
+    kwargs = "{%- set enable_thinking = true -%}{#- values -#}"
+    gemma = templates.source("google-gemma-4-31B-it")
+    tokenizer = templates.tokenizer("google-gemma-4-31B-it", kwargs + gemma)
+    [sample] = Renderer(tokenizer).samples(Conversation((USER, said)))
+    assert trained_texts(tokenizer, sample) == [
+        f"<|channel>thought\n{reasoning}\n<channel|>It is, today.<turn|>"
+    ]
+    [[text]] = trained("Apriel-1.6-15b-Thinker-fixed", USER, said)
+    assert text == f"{reasoning}\n[BEGIN FINAL RESPONSE]\nIt is, today.<|end|>"
+
+
+def test_reasoning_of_white_space_is_none():
+    blank = replace(ANSWER, reasoning=" \n ")
+    for name in (QWEN3, QWEN25, "MiniMax-M2", "google-gemma-4-31B-it"):
+        assert trained(name, USER, blank) == trained(name, USER, ANSWER)
+
+
+@pytest.mark.parametrize("words", ["weather", "Rome", "city"])
+def test_words_beside_a_call_that_its_text_holds_too_are_missed(words):
+    call = Turn("assistant", words, tool_calls=(CALL,))
+    with pytest.raises(DataError, match="leaves out the words beside a tool call"):
+        trained(LLAMA, USER, call, tools=(WEATHER,))
+    [[text]] = trained(QWEN25, USER, call, tools=(WEATHER,))
+    assert text.startswith(f"{words}\n<tool_call>")
+
+
+def test_calls_and_tools_that_words_name_too_are_missed():
+    question = Turn("user", "How is the weather in Rome?")
+    call = Turn("assistant", "I look at the weather in Rome.", tool_calls=(CALL,))
+    with pytest.raises(DataError, match="leaves out tools"):
+        trained(R1, question, call, tools=(WEATHER,))
+    with pytest.raises(DataError, match="leaves out tool calls"):
+        trained("ibm-granite-granite-3.3-2B-Instruct", question, call, tools=(WEATHER,))
+
+
+def test_an_answer_after_an_answer_that_the_template_does_not_ask_for_is_refused():
+    with pytest.raises(DataError, match="asks for no answer after turn 2"):
+        trained("deepseek-ai-DeepSeek-V3.2", USER, ANSWER, ANSWER)
+    assert len(trained(QWEN25, USER, ANSWER, ANSWER)[0]) == 2
