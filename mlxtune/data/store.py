@@ -18,7 +18,7 @@ from mlxtune.data.rules import Tally
 from mlxtune.errors import DataError
 from mlxtune.files import write_json
 
-LAYOUT = 3  # of the files, and of what rendering makes of a record: raise it with either
+LAYOUT = 4  # of the files, and of what rendering makes of a record: raise it with either
 TOKENS, INDEX, SUMMARY = "tokens.u32", "index.i64", "summary.json"
 
 # The highest bit of a stored token says that it is trained.

@@ -216,7 +216,14 @@ def differences(name: str, asked: str, folder: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("asked", CONVERSATIONS)
+# Of the others `make test-all` takes care.
+FAST = ("plain", "call", "reasoning")
+ASKED = [
+    pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CONVERSATIONS
+]
+
+
+@pytest.mark.parametrize("asked", ASKED)
 @pytest.mark.parametrize("name", templates.names())
 def test_an_answer_is_asked_for_and_read_back_as_llama_cpp_does(name, asked, tmp_path):
     if (refusal := REFUSALS.get(name, {}).get(asked)) is not None:
@@ -313,6 +320,7 @@ def page() -> str:
     return (ROOT / "docs/data.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_docs_show_how_models_are_asked_and_answer(page):
     shown = page[page.index(row(*TITLES)) :].partition("\n\n")[0]
     assert shown.splitlines() == table()
