@@ -11,15 +11,13 @@ import numpy as np
 
 from mlxtune.data.batches import Part
 from mlxtune.data.records import Conversation
-from mlxtune.data.render import Renderer, Sample
+from mlxtune.data.render import Sample
 from mlxtune.data.sources import HUB
 from mlxtune.errors import DataError, MlxtuneError
-from mlxtune.models.load import embedding_rows, model_config
 from mlxtune.models.resolve import ModelSource
 from mlxtune.recipe.schema import DataSource, Recipe
 from mlxtune.train.asking import settled
 from mlxtune.train.corpus import read_corpus, source_of
-from mlxtune.train.model import tokenizer_of
 
 # English text and code: a token is three to four characters in most vocabularies.
 _CHARACTERS_TO_TOKEN = 3.3
@@ -61,10 +59,8 @@ def lengths_of_recipe(recipe: Recipe, source: ModelSource | None) -> Lengths:
     problem: DataError | None = None
     if source is not None:
         try:
-            rows = embedding_rows(model_config(source))
-            recipe = settled(recipe, source).recipe
-            tokenizer = tokenizer_of(recipe.model, source)
-            parts = read_corpus(recipe, Renderer(tokenizer, rows=rows)).parts
+            asking = settled(recipe, source)
+            parts = read_corpus(asking.recipe, asking.renderer()).parts
             count = sum(len(part.samples) for part in parts)
             return Lengths(parts, "tokenized", f"{count} records, tokenized")
         except DataError as error:

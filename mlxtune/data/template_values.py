@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date
+from functools import cache
 from typing import Any
 
 import jinja2
@@ -69,7 +70,8 @@ def without_values(template: str) -> str:
     return template[found.end() :] if found else template
 
 
-def variables_of(template: str) -> set[str]:
+@cache
+def variables_of(template: str) -> frozenset[str]:
     """The names that a template takes values of, beside messages, tools and tokens.
 
     Names that it sets itself count where it asks first whether they are defined.
@@ -79,12 +81,12 @@ def variables_of(template: str) -> set[str]:
     try:
         tree = environment.parse(plain)
     except jinja2.TemplateError:
-        return set()
+        return frozenset()
     free = jinja2.meta.find_undeclared_variables(tree) - _GIVEN
     own = {node.name for node in tree.find_all(jinja2.nodes.Name) if node.ctx in ("store", "param")}
     asked = set(re.findall(r"(?<![.\w])(\w+)\s+is\s+(?:not\s+)?(?:un)?defined", plain))
     asked |= set(re.findall(r"(?<![.\w])(\w+)\s*\|\s*default\b", plain))
-    return {name for name in free if name not in own or name in asked}
+    return frozenset(name for name in free if name not in own or name in asked)
 
 
 def writes_today(template: str) -> bool:

@@ -202,13 +202,19 @@ def _with_template(
     if chat_template is not None:
         tokenizer.chat_template = chat_template
         tokenizer.has_chat_template = True
-    own = tokenizer.chat_template
-    if values is not None and isinstance(own, str):
-        tokenizer.chat_template = values.written_into(own)
-    elif values is not None and isinstance(own, dict):
-        tokenizer.chat_template = {name: values.written_into(text) for name, text in own.items()}
+    if values is not None:
+        write_values(tokenizer, values)
     tokenizer.eos_token_ids = ends_of_answers(tokenizer)
     return tokenizer
+
+
+def write_values(tokenizer: TokenizerWrapper, values: TemplateValues) -> None:
+    """Write values into a tokenizer's chat template, instead of any that are there."""
+    own = tokenizer.chat_template
+    if isinstance(own, str):
+        tokenizer.chat_template = values.written_into(own)
+    elif isinstance(own, dict):
+        tokenizer.chat_template = {name: values.written_into(text) for name, text in own.items()}
 
 
 def restore_template(tokenizer: TokenizerWrapper) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from mlxtune.data.answers import Answers, Writing
 from mlxtune.data.chat import ChatTemplate
 from mlxtune.data.records import Turn
+from mlxtune.data.render import Renderer
 from mlxtune.data.template_values import (
     SWITCHES,
     TemplateValues,
@@ -26,10 +27,11 @@ from mlxtune.data.template_values import (
     writes_today,
 )
 from mlxtune.errors import DataError, RecipeError
+from mlxtune.models.load import write_values
 from mlxtune.models.resolve import ModelSource
 from mlxtune.recipe.schema import ModelSection, Recipe
 from mlxtune.train.corpus import source_of
-from mlxtune.train.model import tokenizer_of
+from mlxtune.train.model import rows_of, template_values, tokenizer_of
 
 _KWARGS = "model.chat_template_kwargs"
 # Other ways to ask for thoughts and for none, of templates whose switch does not.
@@ -53,11 +55,19 @@ class Asking:
 
     Attributes:
         recipe: with `model.chat_template_kwargs` and `model.chat_template_date`.
+        tokenizer: of its model, mlx-lm's wrapper, with these values in its chat template.
+        rows: how many tokens its model has rows for; None where its config says nothing.
         notes: what was chosen, and why.
     """
 
     recipe: Recipe
+    tokenizer: Any
+    rows: int | None
     notes: tuple[str, ...] = ()
+
+    def renderer(self) -> Renderer:
+        """What turns conversations into the model's tokens."""
+        return Renderer(self.tokenizer, rows=self.rows)
 
 
 def settled(recipe: Recipe, source: ModelSource | None = None) -> Asking:
@@ -70,12 +80,14 @@ def settled(recipe: Recipe, source: ModelSource | None = None) -> Asking:
     Raises:
         RecipeError: the chat template does not use a key of `model.chat_template_kwargs`.
     """
+    # First: what is no model has no tokenizer either.
+    rows = rows_of(recipe.model, source)
     tokenizer = tokenizer_of(recipe.model, source)
     template = ChatTemplate(tokenizer)
     if not template.source:
         if recipe.model.chat_template_kwargs:
             raise RecipeError("the model has no chat template", where=_KWARGS)
-        return Asking(recipe)
+        return Asking(recipe, tokenizer, rows)
     known = set().union(*(variables_of(text) for text in _texts(tokenizer)))
     _require_known(recipe.model, known)
     given = recipe.model.chat_template_kwargs
@@ -103,7 +115,9 @@ def settled(recipe: Recipe, source: ModelSource | None = None) -> Asking:
             "chat_template_date": day,
         }
     )
-    return Asking(recipe.model_copy(update={"model": section}), tuple(notes))
+    if (values := template_values(section)) is not None:
+        write_values(tokenizer, values)
+    return Asking(recipe.model_copy(update={"model": section}), tokenizer, rows, tuple(notes))
 
 
 def asked_as(recipe: Recipe, before: Recipe) -> Recipe:

@@ -19,7 +19,6 @@ from mlxtune.models.resolve import resolve_model
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.asking import settled
 from mlxtune.train.corpus import read_corpus, rules_of, source_of
-from mlxtune.train.model import renderer_of
 from mlxtune.train.notes import context_notes
 
 
@@ -88,8 +87,7 @@ def inspect_recipe(
         DataError: a record is wrong, or there is none of that number.
     """
     asking = settled(recipe)
-    recipe = asking.recipe
-    renderer = renderer_of(recipe.model)
+    recipe, renderer = asking.recipe, asking.renderer()
     stores: list[TokenStore] = []
     samples: list[Sample] = []
     left_out: dict[int, str] = {}

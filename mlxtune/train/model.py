@@ -15,7 +15,6 @@ from mlxtune.adapters.store import start_from
 from mlxtune.arrays import flat
 from mlxtune.data.batches import Plan
 from mlxtune.data.passes import Layout
-from mlxtune.data.render import Renderer
 from mlxtune.data.template_values import TemplateValues
 from mlxtune.device import on_cpu
 from mlxtune.errors import ModelError
@@ -230,15 +229,15 @@ def check_model(section: ModelSection) -> None:
         stored_tensors(source.path)
 
 
-def renderer_of(section: ModelSection) -> Renderer:
-    """What turns conversations into the tokens of a recipe's model; no weights are loaded."""
-    rows = rows_of(section)  # first: what is no model has no tokenizer either
-    return Renderer(tokenizer_of(section), rows=rows)
+def rows_of(section: ModelSection, source: ModelSource | None = None) -> int | None:
+    """How many tokens the model of a recipe has rows for; None where its config says nothing.
 
-
-def rows_of(section: ModelSection) -> int | None:
-    """How many tokens the model of a recipe has rows for; None where its config says nothing."""
-    source = resolve_model(section.path, revision=section.revision, weights=False)
+    Args:
+        section: `[model]`.
+        source: where the model is, if that is known.
+    """
+    if source is None:
+        source = resolve_model(section.path, revision=section.revision, weights=False)
     return embedding_rows(model_config(source))
 
 

@@ -44,7 +44,6 @@ from mlxtune.train.model import (
     adapted_model,
     blocks_computed_twice,
     layout_for,
-    renderer_of,
 )
 from mlxtune.train.neftune import add_embedding_noise
 from mlxtune.train.notes import context_notes, part_lengths, warmup_notes
@@ -124,8 +123,7 @@ def _fine_tune(
     check_sources(recipe, rows=100).require_usable()
     workers.barrier()
     asking = settled(recipe)
-    recipe = asking.recipe
-    renderer = renderer_of(recipe.model)
+    recipe, renderer = asking.recipe, asking.renderer()
     corpus = read_corpus(recipe, renderer, reporter.tokenized)
     chosen = bool(recipe.eval.val_size)
     corpus.overlap().require_below(recipe.eval.max_overlap, chosen=chosen)

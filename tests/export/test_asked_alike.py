@@ -21,10 +21,10 @@ from mlxtune.export.convert import convert
 from mlxtune.fuse import fuse_run
 from mlxtune.recipe.load import parse_recipe
 from mlxtune.train import asking
+from mlxtune.train.asking import settled
 from mlxtune.train.inspection import inspect_recipe
 from mlxtune.train.loop import Interrupted
 from mlxtune.train.metrics import Silent
-from mlxtune.train.model import renderer_of
 from mlxtune.train.run import Run
 from mlxtune.train.session import fine_tune
 from support import templates
@@ -135,7 +135,7 @@ def settings(folder, name, turns, **sections):
 
 def trained_prompt(run, turns):
     """The text before the last answer of a run's record."""
-    renderer = renderer_of(run.recipe().model)
+    renderer = settled(run.recipe()).renderer()
     sample = renderer.samples(Conversation(turns))[-1]
     trained = np.flatnonzero(sample.weights)
     answer = np.split(trained, np.flatnonzero(np.diff(trained) > 1) + 1)[-1]
@@ -158,7 +158,13 @@ def sent_prompts(run, folder, turns):
 
 
 @pytest.mark.parametrize("thinking", [False, True], ids=["plain", "thinking"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("qwen3", "gemma4") else pytest.mark.slow)
+        for name in FAMILIES
+    ],
+)
 def test_a_thinking_model_is_asked_as_it_was_trained(name, thinking, tmp_path):
     family, turns = FAMILIES[name], THOUGHT if thinking else PLAIN
     recipe = settings(tmp_path, family.template, turns)

@@ -9,11 +9,12 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mlxtune.data.records import Conversation, Turn
+from mlxtune.data.render import Renderer
 from mlxtune.errors import ModelError
 from mlxtune.models.load import embedding_rows, load_model, model_config
 from mlxtune.models.resolve import ModelSource, resolve_model
 from mlxtune.recipe.schema import ModelSection
-from mlxtune.train.model import renderer_of
+from mlxtune.train.model import rows_of, tokenizer_of
 from support.files import write_jsonl
 from support.models import SMOLLM2, save_tiny_model
 from support.program import mlxtune
@@ -81,7 +82,8 @@ def test_a_tokenizer_that_only_lists_such_tokens_keeps_working(tmp_path):
     done = mlxtune("lora", "r.toml", "--output=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     # Tokens that were made for a larger model of the same tokenizer do not count for this one.
-    renderer = renderer_of(ModelSection(path=str(tmp_path / "m")))
+    section = ModelSection(path=str(tmp_path / "m"))
+    renderer = Renderer(tokenizer_of(section), rows=rows_of(section))
     assert renderer.rows == first
     assert renderer.encode("an answer")
 

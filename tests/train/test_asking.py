@@ -20,7 +20,7 @@ from mlxtune.train import asking
 from mlxtune.train.asking import asked_as, settled
 from mlxtune.train.inspection import inspect_recipe
 from mlxtune.train.metrics import Silent
-from mlxtune.train.model import renderer_of, tokenizer_of
+from mlxtune.train.model import tokenizer_of
 from mlxtune.train.resume import resumable
 from mlxtune.train.session import fine_tune
 from support import templates
@@ -84,7 +84,7 @@ def test_the_data_decide_whether_the_model_is_asked_to_think(recipe, rows, think
     assert f"enable_thinking = {str(thinking).lower()}" in note
     assert ("as records have reasoning" if thinking else "as no record has reasoning") in note
     assert settled(made.recipe).recipe == made.recipe  # once is enough
-    prompt = renderer_of(made.recipe.model).text((Turn("user", "a"),), ask=True)
+    prompt = made.renderer().text((Turn("user", "a"),), ask=True)
     assert prompt.endswith("<|assistant|>" if thinking else "<|assistant|><think></think>")
 
 
@@ -155,7 +155,7 @@ def test_a_run_keeps_the_day_and_goes_on_with_it(recipe, today, tmp_path):
         update={"train": on.train.model_copy(update={"max_steps": 2})},
     )
     assert settled(longer).recipe.model == kept.model
-    assert renderer_of(kept.model).text((Turn("user", "a"),), ask=True).startswith("2026-01-02")
+    assert settled(kept).renderer().text((Turn("user", "a"),), ask=True).startswith("2026-01-02")
 
 
 def test_an_interrupted_run_is_resumed_on_another_day(recipe, today, tmp_path):
