@@ -15,25 +15,32 @@ from __future__ import annotations
 import copy
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mlxtune.data.answers import Answer, Answers, Note, Writing, unsaid
+from mlxtune.data.answer_tokens import (
+    AnswerTokenizer,
+    Weighted,
+    apart,
+    refuse_or_note,
+    rewrites,
+    weights_of,
+)
+from mlxtune.data.answers import Answer, Answers
 from mlxtune.data.chat import INLINE_TAGS, ChatTemplate, Tools
 from mlxtune.data.masking import Masking, NothingTrained
 from mlxtune.data.records import Conversation, Turn
 from mlxtune.data.thoughts import TAG, WORDS
+from mlxtune.data.writing import Note, Writing
 from mlxtune.errors import DataError, MlxtuneError, ModelError
 from mlxtune.gguf.ends import end_of_call, end_of_turn, stop_tokens
 
 Span = tuple[int, int]
-Weighted = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -59,26 +66,6 @@ class Sample:
     def supervised(self) -> int:
         """How many tokens carry weight."""
         return int(np.count_nonzero(self.weights))
-
-
-@dataclass(frozen=True)
-class _Told:
-    """One answer in tokens.
-
-    Attributes:
-        prompt: tokens before it.
-        answer: its own, with its end.
-        whole: tokens of the text that both are from, with what the template writes after.
-    """
-
-    prompt: list[int]
-    answer: list[int]
-    whole: list[int]
-
-    @property
-    def tokens(self) -> list[int]:
-        """Up to and with the end of the answer."""
-        return self.prompt + self.answer
 
 
 class Renderer:
@@ -272,20 +259,20 @@ class Renderer:
         others = [i for i in trained if turns[i].role != "assistant"]
         if others or masking.train_on_inputs:
             missing = self.answers.left_out(turns, tools, full, ask=False)
-            _refuse_or_note(missing, "this record", writing, note)
+            refuse_or_note(missing, "this record", writing, note)
         if masking.train_on_inputs:
             kept = [i for i, turn in enumerate(turns) if not masking.trains(turn)]
             yield self._all_but(turns, tools, kept, full, writing)
             return
-        tell = _Teller(self, turns, tools, writing, note, written)
+        tell = AnswerTokenizer(self, turns, tools, writing, note, written)
         told = [tell(i) for i in trained if turns[i].role == "assistant"]
         encoded = self._encoded(full)
         tokens = np.asarray(encoded.ids, np.int32)
-        weights = _weights(encoded.ids, told)
+        weights = weights_of(encoded.ids, told)
         if weights is None and others:
-            raise _rewrites()
+            raise rewrites()
         if weights is None:
-            yield from _apart(told)
+            yield from apart(told)
             return
         offsets = np.asarray(encoded.offsets, np.int64).reshape(-1, 2)
         for number in others:
@@ -306,12 +293,12 @@ class Renderer:
         tokens = np.asarray(encoded.ids, np.int32)
         offsets = np.asarray(encoded.offsets, np.int64).reshape(-1, 2)
         weights = np.ones(len(tokens), np.float32)
-        tell = _Teller(self, turns, tools, writing, lambda _: None, {len(turns): full})
+        tell = AnswerTokenizer(self, turns, tools, writing, lambda _: None, {len(turns): full})
         for number in kept:
             if turns[number].role == "assistant":
-                answered = _weights(encoded.ids, [tell(number)])
+                answered = weights_of(encoded.ids, [tell(number)])
                 if answered is None:
-                    raise _rewrites()
+                    raise rewrites()
                 weights[answered > 0] = 0
             else:
                 weights[_inside(offsets, *self._span(turns, tools, number, full))] = 0
@@ -326,7 +313,7 @@ class Renderer:
             # Some templates close a conversation that ends with an answer.
             upto = upto.removesuffix(str(self._tokenizer.eos_token))
         if not full.startswith(upto):
-            raise _rewrites()
+            raise rewrites()
         turn = turns[number]
         probe = self.text([*turns[:number], replace(turn, content=WORDS)], tools=tools)
         start = probe.find(WORDS)
@@ -437,100 +424,6 @@ class Renderer:
             tokens.append(self._eos)
             weights.append(1.0)
         return np.asarray(tokens, np.int32), np.asarray(weights, np.float32)
-
-
-class _Teller:
-    """Tells the answers of one conversation in tokens."""
-
-    def __init__(
-        self,
-        renderer: Renderer,
-        turns: Sequence[Turn],
-        tools: Tools,
-        writing: Writing,
-        note: Note,
-        written: Mapping[int, str],
-    ) -> None:
-        self._renderer, self._turns, self._tools = renderer, turns, tools
-        self._writing, self._note, self._written = writing, note, written
-
-    def __call__(self, number: int) -> _Told:
-        turn = self._turns[number]
-        if number == 0:
-            raise DataError(
-                "the conversation begins with its answer: nothing was asked",
-                remedy="put a message of role 'user' or 'system' first",
-            )
-        answer = self._renderer.answers.of(
-            self._turns,
-            number,
-            self._tools,
-            self._writing,
-            self._note,
-            whole=self._written.get(number + 1),
-            marks=self._renderer.marks,
-        )
-        left_out = self._renderer.answers.left_out
-        missing = chain(
-            left_out(self._turns[:number], self._tools, answer.prompt, ask=True),
-            unsaid(turn, answer.text),
-        )
-        _refuse_or_note(missing, f"turn {number + 1}", self._writing, self._note)
-        return _Told(*self._renderer.answered(answer, calls=bool(turn.tool_calls)))
-
-
-def _weights(tokens: list[int], told: Sequence[_Told]) -> npt.NDArray[np.float32] | None:
-    """Weights of answers in tokens that begin with each of them; None if those do not."""
-    weights = np.zeros(len(tokens), np.float32)
-    for one in told:
-        end = len(one.prompt) + len(one.answer)
-        if tokens[:end] != one.tokens:
-            return None
-        weights[len(one.prompt) : end] = 1
-    return weights
-
-
-def _apart(told: Sequence[_Told]) -> Iterator[Weighted]:
-    """Samples of answers: those that continue one another share one."""
-    groups: list[list[_Told]] = []
-    for one in told:
-        last = groups[-1][-1].tokens if groups else None
-        if last is not None and one.tokens[: len(last)] == last:
-            groups[-1].append(one)
-        else:
-            groups.append([one])
-    for group in groups:
-        end = group[-1]
-        # What the template writes after the last answer stays: it carries no weight.
-        tokens = end.whole if end.whole[: len(end.tokens)] == end.tokens else end.tokens
-        weights = _weights(tokens, group)
-        assert weights is not None
-        yield np.asarray(tokens, np.int32), weights
-
-
-def _rewrites() -> DataError:
-    return DataError(
-        "the chat template rewrites earlier turns once others follow, so where others than the "
-        "assistant's begin and end in its text cannot be told",
-        remedy="train the assistant's turns alone, or set model.chat_template to a template that "
-        "only appends",
-    )
-
-
-def _refuse_or_note(missing: Iterable[str], where: str, writing: Writing, note: Note) -> None:
-    """What becomes of what a template leaves out.
-
-    Raises:
-        DataError: it is refused.
-    """
-    for what in missing:
-        if writing.left_out == "refuse":
-            raise DataError(
-                f"the chat template leaves out {what} ({where})",
-                remedy="set model.chat_template to a template that writes it, leave it out of the "
-                'data, or accept that with left_out = "warn"',
-            )
-        note(f"the chat template leaves out {what}")
 
 
 def _inside(offsets: npt.NDArray[np.int64], start: int, end: int) -> npt.NDArray[np.int64]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from mlxtune.data.answers import NoReasoning, Writing
 from mlxtune.data.files import Row
 from mlxtune.data.formats import NothingSaid
 from mlxtune.data.masking import Masking, NothingTrained
 from mlxtune.data.render import Renderer, Sample
 from mlxtune.data.sources import Source
+from mlxtune.data.writing import NoReasoning, Writing
 from mlxtune.errors import DataError
 
 NOT_THOUGHT = "no reasoning, which the chat template asks for"

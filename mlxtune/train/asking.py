@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
 
-from mlxtune.data.answers import Answers, Writing
+from mlxtune.data.answers import Answers
 from mlxtune.data.chat import ChatTemplate
 from mlxtune.data.records import Turn
 from mlxtune.data.render import Renderer
@@ -26,6 +26,7 @@ from mlxtune.data.template_values import (
     without_values,
     writes_today,
 )
+from mlxtune.data.writing import Writing
 from mlxtune.errors import DataError, RecipeError
 from mlxtune.models.load import write_values
 from mlxtune.models.resolve import ModelSource

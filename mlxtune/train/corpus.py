@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mlxtune.data.answers import Writing
 from mlxtune.data.batches import Part
 from mlxtune.data.masking import Masking
 from mlxtune.data.render import Renderer, Sample
@@ -18,6 +17,7 @@ from mlxtune.data.sources import HUB, Source
 from mlxtune.data.splits import TRAIN
 from mlxtune.data.store import Progress, Subset, TokenStore, fingerprints_of, records_of
 from mlxtune.data.tokens import tokenize
+from mlxtune.data.writing import Writing
 from mlxtune.errors import DataError
 from mlxtune.recipe.schema import DataSource, EvalSection, Recipe
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from mlxtune.data.answers import NO_REASONING, NoReasoning, Writing
 from mlxtune.data.files import Row
 from mlxtune.data.records import Conversation, ToolCall, Turn
 from mlxtune.data.render import Renderer
 from mlxtune.data.rules import NOT_THOUGHT, Rules, Tally, record_samples
 from mlxtune.data.sources import Source
+from mlxtune.data.writing import NO_REASONING, NoReasoning, Writing
 from mlxtune.errors import DataError
 from support import templates
 from support.chats import WEATHER

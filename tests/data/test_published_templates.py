@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlxtune.data.answers import Writing
 from mlxtune.data.chat import message
 from mlxtune.data.records import Conversation, ToolCall, Turn
 from mlxtune.data.render import Renderer, Sample
 from mlxtune.data.template_values import DATES, TemplateValues
+from mlxtune.data.writing import Writing
 from mlxtune.errors import DataError
 from mlxtune.gguf.ends import end_of_turn
 from mlxtune.train.asking import values_for
