@@ -7,10 +7,13 @@ that it comes with; the prompt's and the answer's are apart, as a server has the
 from __future__ import annotations
 
 import copy
+import json
 from datetime import date
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from mlxtune.data.records import Conversation, Turn
 from mlxtune.data.render import Renderer
@@ -257,3 +260,38 @@ def test_token_ids_of_gpt_oss(kind):
     prompt, answer, after = three_parts(tokenizer, *KINDS[kind])
     assert prompt[-len(HARMONY_END) :] == HARMONY_END
     assert (answer, after) == (HARMONY[kind], [])
+
+
+# fmt: off
+# DeepSeek's marks, which stand in the place of Qwen's in the vocabulary of its R1 distill.
+R1_MARKS = {
+    "<｜end▁of▁sentence｜>": 151643, "<｜User｜>": 151644, "<｜Assistant｜>": 151645,
+    "<｜begin▁of▁sentence｜>": 151646, "<|EOT|>": 151647, "<think>": 151648, "</think>": 151649,
+}
+R1_ASKED = [
+    151646, 151644, 9707, 1879,                     # begin▁of▁sentence User Hello ␣world
+    151645, 151648, 198,                            # Assistant <think> ⏎
+]
+R1_HI = [151649, 271, 13048, 0, 151643]             # </think> ⏎⏎ Hi ! end▁of▁sentence
+R1_IDS = {
+    "plain": ([*R1_ASKED, 151649], R1_HI[2:]),
+    "thinking": (R1_ASKED, [36730, 624, *R1_HI]),             # Easy .⏎
+    "thinks nothing": (R1_ASKED, [198, *R1_HI]),              # ⏎
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("kind", R1_IDS)
+def test_token_ids_of_the_r1_distill(kind):
+    """Its vocabulary is Qwen's, with other marks in the place of Qwen's."""
+    rules = json.loads(downloads.load("qwen3").backend_tokenizer.to_str())
+    like = rules["added_tokens"][0]
+    rules["added_tokens"] = [
+        like | {"id": number, "content": mark} for mark, number in R1_MARKS.items()
+    ]
+    bos, eos = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+    core = Tokenizer.from_str(json.dumps(rules))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos)
+    tokenizer.chat_template = templates.source("deepseek-ai-DeepSeek-R1-Distill-Qwen-32B")
+    prompt, answer, after = three_parts(tokenizer, *KINDS[kind])
+    assert (prompt, answer, after) == (*R1_IDS[kind], [])
