@@ -43,7 +43,16 @@ class AnswerTokens:
 
 
 class AnswerTokenizer:
-    """Tells the answers of one conversation in tokens."""
+    """Makes tokens of the answers of one conversation.
+
+    Args:
+        renderer: of the model's tokenizer.
+        turns: of the conversation, prepared.
+        tools: of the conversation.
+        writing: what becomes of what the template has no place for.
+        note: is given remarks.
+        written: texts that have been rendered already, by how many turns they have.
+    """
 
     def __init__(
         self,

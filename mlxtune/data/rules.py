@@ -50,7 +50,7 @@ class Tally:
         longest: tokens of the longest sample, before anything was cut off.
         truncated: samples that were cut.
         dropped: samples left out, by reason.
-        noted: records that are trained on otherwise than they stand, by what is said of them.
+        noted: remarks on records that are trained on, and how many records each is about.
     """
 
     rows: int = 0

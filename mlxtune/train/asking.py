@@ -38,8 +38,8 @@ _KWARGS = "model.chat_template_kwargs"
 # Other ways to ask for thoughts and for none, of templates whose switch does not.
 _EFFORT = "reasoning_effort"
 _LEVELS = {True: ("high",), False: ("none", "no_think")}
-# What llama.cpp's server tells templates otherwise than their publishers' default: to keep the
-# reasoning of earlier answers.
+# The publishers' defaults, which llama.cpp's server changes: it keeps the reasoning of earlier
+# answers.
 _HISTORY = {
     "clear_thinking": True,
     "drop_thinking": True,
@@ -181,7 +181,7 @@ def values_for(tokenizer: Any, *, thinking: bool) -> dict[str, Any]:
 
 
 def _defaults(tokenizer: Any, known: set[str]) -> dict[str, Any]:
-    """What a template does if it is told nothing, where llama.cpp's server tells it otherwise."""
+    """The template's own defaults of variables that llama.cpp's server sets to other values."""
     dates = (dates_of_its_own(text) for text in _texts(tokenizer))
     history = {name: value for name, value in _HISTORY.items() if name in known}
     return history | {name: day for found in dates for name, day in found.items()}
