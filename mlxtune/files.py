@@ -88,13 +88,18 @@ def atomic_folder(
                         _sync(file)
                 # Something may have appeared there while the block ran.
                 _require_free(path, overwrite, marker)
-                if path.exists() or path.is_symlink():
+                if overwrite and (path.exists() or path.is_symlink()):
                     path.rename(replaced)
                 try:
                     temporary.rename(path)
-                except BaseException:
+                except BaseException as error:
                     if replaced.exists() or replaced.is_symlink():
                         replaced.rename(path)
+                    if isinstance(error, OSError) and error.errno in (
+                        errno.ENOTEMPTY,
+                        errno.EEXIST,
+                    ):
+                        _require_free(path, overwrite, marker)  # it has just appeared there
                     raise
                 _remove(replaced)
             finally:

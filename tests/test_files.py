@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from mlxtune import files
 from mlxtune.arrays import flat
 from mlxtune.errors import OutputExists, StorageError
 from mlxtune.files import (
@@ -89,6 +90,24 @@ def test_text_and_json_are_written_as_utf8(tmp_path):
     assert (tmp_path / "json").read_text(encoding="utf-8") == (
         '{\n  "é": [\n    1,\n    null\n  ]\n}\n'
     )
+
+
+def test_a_folder_that_another_process_makes_at_the_last_moment_stays(tmp_path, monkeypatch):
+    """Between the look and the rename, as two processes that tokenize the same data."""
+    target, looks = tmp_path / "folder", []
+
+    def look(path, overwrite, marker):
+        own(path, overwrite, marker)
+        looks.append(path)
+        if len(looks) == 2:
+            target.mkdir()
+            (target / "theirs").touch()
+
+    own = files._require_free
+    monkeypatch.setattr(files, "_require_free", look)
+    with pytest.raises(OutputExists), atomic_folder(target) as partial:
+        (partial / "ours").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "theirs"]
 
 
 def test_a_file_where_a_folder_is_needed_is_told(tmp_path):
