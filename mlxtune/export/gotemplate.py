@@ -33,7 +33,7 @@ _ANSWERED = Turn("assistant", _ANSWER)
 _TOLD, _TOLD_LATE = Turn("system", _SYSTEM), Turn("system", "Now say\nmore.")
 _PADDED = (_padded("user", _FIRST), _padded("assistant", _ANSWER), _padded("user", _NEXT))
 
-# What a family is told by. Each comes with a system prompt and without.
+# Conversations that tell families apart, each with and without a system prompt.
 _TURNS: tuple[tuple[Turn, ...], ...] = (
     (_ASKED,),
     (_ASKED, _ANSWERED, _NEXT_ASKED),
