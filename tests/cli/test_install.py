@@ -91,7 +91,6 @@ def test_the_blas_is_spoken_of_once_and_only_where_it_matters(tmp_path):
     assert said("fuse", "nope", "--output=out") == 0
     assert said("chat", "nope.gguf") == 1
     assert said("chat", "nope.gguf") == 0
-    assert said("eval", "nope", "--data=x") == 0
 
 
 def test_a_slow_blas_is_spoken_of_each_time(tmp_path, monkeypatch, capsys):
@@ -165,7 +164,13 @@ def test_what_is_said_in_a_checkout_works(project):
     assert re.search(r"brought-0\.1", would_install(command, project, project))
 
 
-@pytest.mark.parametrize("gone", [False, True], ids=["its folder is there", "it is gone"])
+@pytest.mark.parametrize(
+    "gone",
+    [
+        pytest.param(False, id="its folder is there"),
+        pytest.param(True, id="it is gone", marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_said_by_a_copy_that_was_installed_works(project, tmp_path, gone):
     site = tmp_path / "site"
     subprocess.run([*PIP, "install", *LOCAL, "--target", site, project], check=True)

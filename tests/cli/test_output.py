@@ -51,7 +51,9 @@ def called(*arguments, cwd, stdin=None, **environ):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("terminal", TERMINALS)
+@pytest.mark.parametrize(
+    "terminal", ["ascii", *(pytest.param(t, marks=pytest.mark.slow) for t in ("latin-1", "C"))]
+)
 def test_verbs_that_print_records_end_well(world, terminal):
     check(world, terminal, "eval", "run", "--max-tokens=4")
     check(world, terminal, "data", "inspect", "recipe.toml")

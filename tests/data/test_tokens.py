@@ -17,6 +17,7 @@ from mlxtune.data.sources import Source
 from mlxtune.data.tokens import tokenize
 from mlxtune.errors import DataError
 from support.files import SHELL_TRAIN, write_jsonl
+from support.program import environment
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,12 @@ def renderer(smollm2) -> Renderer:
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("MLXTUNE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def without_torch(monkeypatch) -> None:
+    """Other processes do without torch, whose import takes longer than all that they do."""
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
 
 
 def made(cache: Path) -> int:
@@ -99,7 +106,7 @@ def test_whatever_they_depend_on_makes_them_anew(renderer, cache, tmp_path, smol
     assert made(cache) == count + 3
 
 
-def test_many_processes_make_the_same_samples_as_one(renderer, cache, monkeypatch):
+def test_many_processes_make_the_same_samples_as_one(renderer, cache, monkeypatch, without_torch):
     monkeypatch.setattr(tokens, "PARALLEL_ROWS", 100)
     source = Source(str(SHELL_TRAIN))
     one = tokenize(source, renderer, Rules(), workers=1)
@@ -110,7 +117,9 @@ def test_many_processes_make_the_same_samples_as_one(renderer, cache, monkeypatc
         assert a.record == b.record and np.array_equal(a.tokens, b.tokens)
 
 
-def test_a_wrong_row_in_another_process_is_told_as_any(renderer, cache, monkeypatch, tmp_path):
+def test_a_wrong_row_in_another_process_is_told_as_any(
+    renderer, cache, monkeypatch, tmp_path, without_torch
+):
     monkeypatch.setattr(tokens, "PARALLEL_ROWS", 2)
     good = {"prompt": "a", "completion": "b"}
     path = write_jsonl(tmp_path / "a.jsonl", [*[good] * 5, good | {"completion": 3}])
@@ -120,7 +129,7 @@ def test_a_wrong_row_in_another_process_is_told_as_any(renderer, cache, monkeypa
     assert made(cache) == 0
 
 
-def test_a_process_that_is_killed_is_told(renderer, cache, monkeypatch):
+def test_a_process_that_is_killed_is_told(renderer, cache, monkeypatch, without_torch):
     monkeypatch.setattr(tokens, "PARALLEL_ROWS", 2)
     monkeypatch.setattr(tokens, "_begin", os._exit)  # takes one argument, so each dies at once
     with pytest.raises(DataError, match="has ended unasked"):
