@@ -13,13 +13,20 @@ from support import process  # noqa: E402  (before MLX is imported)
 
 process.prepare()
 from mlxtune.processes import cores  # noqa: E402
-from support import machine  # noqa: E402
 from support.files import ROOT, SHELL_HELDOUT, SHELL_TRAIN, beside, write_jsonl  # noqa: E402
-from support.models import SMOLLM2, save_tiny_model  # noqa: E402
 from support.once import Once  # noqa: E402
 
-machine.remember()
 pytest_plugins = ["support.browser", "support.budget", "support.leftovers"]
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Where tests run: not in the process that hands them out, which is to begin at once."""
+    handed_out = session.config.getoption("numprocesses", None)
+    if handed_out and not hasattr(session.config, "workerinput"):
+        return
+    from support import machine
+
+    machine.remember()
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -63,6 +70,7 @@ def smollm2():
     """The real model, packed, with our layers. Do not change it."""
     from mlxtune.recipe.schema import ModelSection
     from mlxtune.train.model import load_base
+    from support.models import SMOLLM2
 
     return load_base(ModelSection(path=SMOLLM2))
 
@@ -76,6 +84,8 @@ def nl2bash() -> Path:
 @pytest.fixture(scope="session")
 def tiny_folder(once) -> Path:
     """A random two-block llama with a tokenizer of bytes, as a folder."""
+    from support.models import save_tiny_model
+
     return once("tiny model", save_tiny_model)
 
 
@@ -138,6 +148,7 @@ def _quickstart(once: Once, name: str, *changes: str) -> Path:
     from mlxtune.recipe.load import load_recipe
     from mlxtune.train.metrics import Silent
     from mlxtune.train.session import fine_tune
+    from support.models import SMOLLM2
 
     paths = (f"model.path={SMOLLM2}", f"data.path={SHELL_TRAIN}", f"eval.path={SHELL_HELDOUT}")
     given = [f"name={name}", *paths, *changes]

@@ -60,6 +60,7 @@ def test_more_processor_time_than_the_budget_fails_the_run_unless_marked_slow(tm
     assert status == pytest.ExitCode.OK and "0.5 s  " in said
 
 
+@pytest.mark.slow
 def test_a_property_may_take_more_where_it_has_more_examples(tmp_path):
     test = """
 from hypothesis import given, settings, strategies

@@ -201,7 +201,7 @@ class Terminal:
         return self._process.wait(HANGS)
 
 
-@pytest.mark.parametrize("way", ["exit", None])
+@pytest.mark.parametrize("way", [pytest.param("exit", marks=pytest.mark.slow), None])
 def test_ctrl_c_stops_the_answer_and_at_the_prompt_the_chat(tiny_run, tmp_path, way):
     with Terminal("chat", str(tiny_run), "--max-tokens=1000000", cwd=tmp_path) as terminal:
         terminal.until(lambda shown: "> " in shown)

@@ -60,7 +60,7 @@ def test_a_pipe_gets_the_last_losses_a_curve_and_the_time(recipe):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no pty")
-@pytest.mark.parametrize("columns", [40, 100])
+@pytest.mark.parametrize("columns", [40, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_terminal_keeps_them_below_what_the_bar_leaves(recipe, columns):
     screen = on_terminal(recipe, columns, "lora", "recipe.toml")
     kept = [line for line in screen if line.strip()]

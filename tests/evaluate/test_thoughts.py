@@ -19,7 +19,7 @@ TEMPLATE = (
 THOUGHT = "a long thought"
 
 
-@pytest.mark.parametrize("thought", ["", THOUGHT])
+@pytest.mark.parametrize("thought", [pytest.param("", marks=pytest.mark.slow), THOUGHT])
 def test_words_are_compared(recipe, tmp_path, thought):
     (tmp_path / "chat.jinja").write_text(TEMPLATE)
     said = {"role": "assistant", "content": "ok"} | (

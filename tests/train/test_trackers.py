@@ -212,6 +212,7 @@ def wandb_records(path):
         at += 7 + size
 
 
+@pytest.mark.slow
 def test_wandb_offline(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
