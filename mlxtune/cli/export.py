@@ -12,7 +12,6 @@ import click
 from mlxtune.cli.convert import (
     AS_JSON,
     CALIBRATE,
-    FILE_TYPE,
     FILE_TYPES,
     IMATRIX,
     PRE,
@@ -31,10 +30,14 @@ from mlxtune.errors import RunError
 if TYPE_CHECKING:
     from mlxtune.export.bundle import Bundle
     from mlxtune.export.handover import HandOver
+    from mlxtune.export.mlx_bundle import MlxBundle
 
 # Of `export.handover` and `export.adapter`, whose import takes longer than `--help` may.
 RUNTIMES = ("ollama", "llamacpp", "mistralrs")
 LAYOUTS = ("peft", "mlx-lm", "gguf")
+# Of `export.mlx_engine`.
+ENGINES = ("auto", "gguf", "mlx")
+MLX_TYPES = ("keep", "int4", "int8", "nvfp4", "mxfp4", "mxfp8")
 
 
 @click.command()
@@ -44,9 +47,10 @@ LAYOUTS = ("peft", "mlx-lm", "gguf")
 @click.option("-o", "--output", type=PATH, help="Folder.  [default: RUN/export/<type>]")
 @click.option(
     "--quantize",
-    type=FILE_TYPE,
+    type=NearChoice([*FILE_TYPES, *MLX_TYPES], case_sensitive=False),
     metavar="TYPE",
-    help=f"Type of the weights: {', '.join(FILE_TYPES)}.  [default: as the recipe says]",
+    help=f"Type of the weights: {', '.join(FILE_TYPES)}; for Ollama's MLX engine bf16, f16, "
+    f"{', '.join(MLX_TYPES)}.  [default: as the recipe says]",
 )
 @IMATRIX
 @PRE
@@ -58,6 +62,12 @@ LAYOUTS = ("peft", "mlx-lm", "gguf")
     type=NearChoice([*RUNTIMES, *LAYOUTS]),
     help="Program to hand the model to, or with --adapter-only the library that the adapter "
     "is for; RUN may then be any adapter's folder.",
+)
+@click.option(
+    "--engine",
+    type=NearChoice(ENGINES),
+    help="Which of Ollama's engines it is for: gguf, which other programs run too, or mlx, on "
+    "Apple silicon.  [default: as the recipe says, else auto]",
 )
 @click.option("--name", help="What Ollama is to call the model.  [default: as the recipe says]")
 @click.option(
@@ -87,6 +97,7 @@ def export(
     save_imatrix: Path | None,
     verify: bool,
     to: str | None,
+    engine: str | None,
     name: str | None,
     ollama_base: str | None,
     dry_run: bool,
@@ -99,7 +110,8 @@ def export(
 
     RUN may be RUN@step-N for a checkpoint, an adapter's folder, or with --adapter any model.
     With --to the model is handed over: Ollama gets it, llama.cpp and mistral.rs answer a
-    prompt with it if they are installed.
+    prompt with it if they are installed. With --engine mlx it is a folder of safetensors, for
+    Ollama's MLX engine on Apple silicon and for mlx-lm.
     """
     if adapter_only:
         if to is not None and to not in (*LAYOUTS, "ollama"):
@@ -111,6 +123,7 @@ def export(
             "--calibrate": calibration,
             "--save-imatrix": save_imatrix,
             "--pre": pre,
+            "--engine": engine,
             "--keep-template": keep_template or None,
             "--verify/--no-verify": on_command_line("verify"),
         }
@@ -135,7 +148,11 @@ def export(
     from mlxtune.cli.display import status_line, transfer_bar
     from mlxtune.export.bundle import export_run, exported_before
     from mlxtune.export.handover import hand_over
+    from mlxtune.export.mlx_engine import choose
+    from mlxtune.export.mlx_handover import require_program
     from mlxtune.export.ollama import base_url, require_name
+    from mlxtune.models.load import model_config
+    from mlxtune.models.resolve import resolve_model
     from mlxtune.train.outcome import adapter_lines
     from mlxtune.train.subject import find_subject
 
@@ -151,7 +168,46 @@ def export(
     name = name or recipe.export.name or recipe.name
     if dry_run and to is None:
         raise click.UsageError("--dry-run goes with --to")
+    choice = choose(
+        engine or recipe.export.engine,
+        quantize or recipe.export.quantize,
+        lambda: model_config(resolve_model(recipe.model.path, revision=recipe.model.revision)),
+        to=to,
+    )
+    if choice.engine == "mlx":
+        if to not in (None, "ollama"):
+            raise click.UsageError(f"--engine mlx goes with --to ollama, not with --to {to}")
+        of_ggufs = {
+            "--imatrix": imatrix,
+            "--calibrate": calibration,
+            "--pre": pre,
+            "--verify/--no-verify": on_command_line("verify"),
+        }
+        for option, given in of_ggufs.items():
+            if given is not None:
+                raise click.UsageError(f"{option} goes with --engine gguf")
+        if to == "ollama" and not dry_run:
+            require_program(name, overwrite=overwrite)
+        _export_for_mlx(
+            run,
+            {
+                "kind": quantize,
+                "adapter": adapter,
+                "base": base,
+                "output": output,
+                "name": name,
+                "keep_template": keep_template,
+                "overwrite": overwrite,
+                "why": choice.why,
+            },
+            name if to == "ollama" else None,
+            dry_run,
+            as_json,
+        )
+        return
     if to == "ollama":
+        if engine is None:
+            click.echo(f"for Ollama's GGUF engine: {choice.why}", err=True)
         require_name(name)
         if not dry_run:
             base_url()  # where it is no address, better said before the work
@@ -189,6 +245,60 @@ def export(
             bundle.folder, to, name=name, modelfile=bundle.modelfile, dry_run=dry_run, progress=bar
         )
     _tell_hand_over(handed, bundle.as_json(handed) if as_json else None)
+
+
+def _export_for_mlx(
+    run: str, asked: dict[str, Any], name: str | None, dry_run: bool, as_json: bool
+) -> None:
+    """Write the folder for Ollama's MLX engine; with a name, hand it over."""
+    from mlxtune.cli.display import status_line
+    from mlxtune.export.mlx_bundle import export_for_mlx
+    from mlxtune.train.outcome import adapter_lines
+    from mlxtune.train.subject import find_subject
+
+    subject = find_subject(run, adapter=asked["adapter"], base=asked["base"])
+    assert subject.adapter is not None
+    for line in adapter_lines(subject.adapter):
+        click.echo(line, err=True)
+    every = 0.2 if sys.stderr.isatty() else 10.0
+    with status_line("opening", every=every) as progress:
+        bundle = export_for_mlx(run, **asked, progress=progress)
+    if not as_json:
+        _tell_mlx_bundle(bundle)
+    if name is None:
+        if as_json:
+            click.echo(bundle.as_json())
+        return
+    with status_line("handing over", every=every) as progress:
+        handed = bundle.hand_over(name, dry_run=dry_run, progress=progress)
+    _tell_hand_over(handed, bundle.as_json(handed) if as_json else None)
+
+
+def _tell_mlx_bundle(bundle: MlxBundle) -> None:
+    before = ", written before" * bundle.written_before
+    size, found = file_size(bundle.size), bundle.quantized
+    click.echo(f"{bundle.folder}: safetensors ({size}), tokenizer, Modelfile, README{before}")
+    click.echo(f"  of {bundle.adapter}, for Ollama's MLX engine: {bundle.why}")
+    if found.packing is None:
+        click.echo("  matrices: in floats")
+    else:
+        click.echo(
+            f"  matrices: {found.kept} quantized as in the base, to the bit; {found.rounded} "
+            f"quantized now ({found.packing}); {found.floats} in floats"
+        )
+    if bundle.loss_before is not None and bundle.loss_after is not None:
+        click.echo(
+            f"  loss on {bundle.measured_on} records: {bundle.loss_before:.4f} with the adapter, "
+            f"{bundle.loss_after:.4f} as written"
+        )
+    if found.misread is not None:
+        click.echo(
+            f"note: Ollama's MLX engine makes other tokens of a text such as {found.misread!r}; "
+            "the run's records are none of these",
+            err=True,
+        )
+    for note in bundle.notes:
+        click.echo(f"note: {note}", err=True)
 
 
 def _tell_hand_over(handed: HandOver, as_json: str | None) -> None:

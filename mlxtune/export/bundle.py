@@ -31,6 +31,7 @@ from mlxtune.export.verify import Readback
 from mlxtune.files import atomic_folder, require_apart, write_json, write_text
 from mlxtune.fuse import model_places, require_outside
 from mlxtune.gguf.architectures import for_config
+from mlxtune.gguf.mixing import FILE_TYPES
 from mlxtune.models.load import LoadedModel, restore_template
 from mlxtune.models.resolve import is_hub_id, public_name
 from mlxtune.recipe.schema import Recipe
@@ -42,6 +43,7 @@ from mlxtune.train.run import Run
 from mlxtune.train.subject import Subject, find_subject
 
 CARD = "README.md"
+_DEFAULT = "q8_0"
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,8 @@ def export_run(
     subject = find_subject(str(path), adapter=adapter, base=base)
     weights = Path(subject.saved().where)
     recipe = subject.recipe()
-    file_type = file_type or recipe.export.quantize
-    folder = _folder(subject, output, file_type)
+    file_type = gguf_type(file_type, recipe)
+    folder = export_folder(subject, output, file_type)
     if subject.run is not None:
         require_outside(folder, subject.run.path)
     model = subject.load(for_inference=False)
@@ -212,8 +214,8 @@ def exported_before(
     """
     subject = find_subject(str(path), adapter=adapter, base=base)
     recipe = subject.recipe()
-    file_type = file_type or recipe.export.quantize
-    folder = _folder(subject, output, file_type)
+    file_type = gguf_type(file_type, recipe)
+    folder = export_folder(subject, output, file_type)
     record = read_record(folder)
     if record is None or not (folder / GGUF).is_file():
         return None
@@ -245,6 +247,23 @@ def exported_before(
     )
 
 
+def gguf_type(asked: str | None, recipe: Recipe) -> str:
+    """The type of a GGUF's weights: as asked, as the recipe says, or q8_0.
+
+    Raises:
+        ExportError: it is a type of Ollama's MLX engine.
+    """
+    said = recipe.export.quantize
+    found = asked or (_DEFAULT if said == "auto" else said)
+    if found not in FILE_TYPES:
+        raise ExportError(
+            f"{found} is a type of Ollama's MLX engine, not of a GGUF",
+            where="--quantize" if asked else "export.quantize",
+            remedy="choose a type of GGUF, such as q8_0, or --engine mlx",
+        )
+    return found
+
+
 def _read_verified(record: dict[str, Any]) -> Verified | None:
     """What `export_run` has kept of what it saw; None where it did not look."""
     try:
@@ -259,7 +278,12 @@ def _read_verified(record: dict[str, Any]) -> Verified | None:
         return None
 
 
-def _folder(subject: Subject, output: Path | None, file_type: str) -> Path:
+def export_folder(subject: Subject, output: Path | None, file_type: str) -> Path:
+    """Where an export is written: as asked, or into the run that it is of.
+
+    Raises:
+        ExportError: it is of no run, and nobody says where.
+    """
     if output is not None:
         return output
     if subject.run is None:
@@ -308,10 +332,24 @@ def _commands(folder: Path, name: str) -> dict[str, str]:
     }
 
 
-def model_card(subject: Subject, recipe: Recipe, file_type: str, commands: dict[str, str]) -> str:
+def model_card(
+    subject: Subject,
+    recipe: Recipe,
+    file_type: str,
+    commands: dict[str, str],
+    *,
+    library: str = "gguf",
+) -> str:
     """README.md of an exported model: what it is, how it was made, how to run it.
 
     Of an adapter that is not the run's own it is not known how it was made.
+
+    Args:
+        subject: what was exported.
+        recipe: of it.
+        file_type: of the weights.
+        commands: runtime to the command that runs it.
+        library: that the files are for, as the hub calls it: `gguf` or `mlx`.
     """
     run, kind = subject.run, subject.saved().kind
     method = "DoRA" if kind == "dora" else "LoRA"
@@ -319,13 +357,14 @@ def model_card(subject: Subject, recipe: Recipe, file_type: str, commands: dict[
     lines = [
         "---",
         *([f"base_model: {base}"] if is_hub_id(base) else []),
-        "library_name: gguf",
+        f"library_name: {library}",
         f"tags: [mlxtune, {method.lower()}]",
         "---",
         "",
         f"# {recipe.name}",
         "",
-        f"A {method} fine-tune of `{base}`, fused and converted to GGUF ({file_type.upper()}).",
+        f"A {method} fine-tune of `{base}`, fused and converted to {library.upper()} "
+        f"({file_type.upper()}).",
         "",
         "## How it was made",
         "",

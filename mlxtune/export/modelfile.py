@@ -47,6 +47,8 @@ class Modelfile:
         parameters: names and values; `stop` may come several times.
         license: its whole text.
         messages: (role, words) of a conversation that every other begins with.
+        renderer: Ollama's own code that writes prompts, by its name there.
+        parser: Ollama's own code that reads answers, by its name there.
     """
 
     from_: str
@@ -56,6 +58,8 @@ class Modelfile:
     parameters: tuple[tuple[str, Value], ...] = ()
     license: str | None = None
     messages: tuple[tuple[str, str], ...] = ()
+    renderer: str | None = None
+    parser: str | None = None
 
     def text(self) -> str:
         """In Ollama's grammar.
@@ -71,6 +75,8 @@ class Modelfile:
         for command, value in (
             ("TEMPLATE", self.template),
             ("SYSTEM", self.system),
+            ("RENDERER", self.renderer),
+            ("PARSER", self.parser),
         ):
             if value is not None:
                 lines.append(f"{command} {quoted(value, command)}")

@@ -96,7 +96,7 @@ class Ollama:
         try:
             # A proxy for the web has no business with this machine.
             self._http = httpx.Client(
-                base_url=self.url, timeout=_TIMEOUT, trust_env=not _is_local(self.url)
+                base_url=self.url, timeout=_TIMEOUT, trust_env=not is_local(self.url)
             )
         except httpx.InvalidURL as error:
             raise ExportError(f"this is no address: {error}", where=self.url) from None
@@ -179,6 +179,47 @@ class Ollama:
                 finished = self._reported(line, progress) or finished
         if not finished:
             raise ExportError("Ollama stopped before the model was made", where=self.url)
+
+    def prompt(
+        self, name: str, messages: list[dict[str, Any]], tools: list[Any] | None = None
+    ) -> str:
+        """What a model is asked, as text, where a client sends these messages.
+
+        Raises:
+            ExportError: the server does not tell it.
+        """
+        asked = {"model": name, "messages": messages, "tools": tools or None}
+        told = self._chat(asked | {"_debug_render_only": True})
+        try:
+            return str(told["_debug_info"]["rendered_template"])
+        except (KeyError, TypeError):
+            raise ExportError("Ollama does not say what it asks a model", where=self.url) from None
+
+    def answer(self, name: str, messages: list[dict[str, Any]], tokens: int) -> str:
+        """What a model answers, the likeliest token each time, so many tokens at most.
+
+        Raises:
+            ExportError: the server gives no answer.
+        """
+        options = {"temperature": 0, "num_predict": tokens}
+        told = self._chat({"model": name, "messages": messages, "options": options})
+        return str((told.get("message") or {}).get("content") or "")
+
+    def delete(self, name: str) -> None:
+        """Take a model away; one that is not there is no error.
+
+        Raises:
+            ExportError: the server breaks off.
+        """
+        with self._told("taking a model away"):
+            self._http.request("DELETE", "/api/delete", json={"model": name})
+
+    def _chat(self, asked: dict[str, Any]) -> dict[str, Any]:
+        body = {key: value for key, value in asked.items() if value is not None}
+        with self._told("asking a model"):
+            answer = self._http.post("/api/chat", json=body | {"stream": False})
+        self._require_success(answer, "does not run the model")
+        return _json(answer.text) or {}
 
     def _reported(self, line: str, progress: Progress) -> bool:
         """Pass a line on; whether it says that all is done."""
@@ -312,7 +353,8 @@ def _chunks(path: Path, size: int, progress: Progress) -> Iterator[bytes]:
             done += len(chunk)
 
 
-def _is_local(url: str) -> bool:
+def is_local(url: str) -> bool:
+    """Whether a server's address is this machine's."""
     name = httpx.URL(url).host
     try:
         return ipaddress.ip_address(name).is_loopback

@@ -16,6 +16,7 @@ SIZE = "bytes"
 # What is told of a value that differs from what is asked for.
 _DIFFERENT = {
     "file_type": "it is of another type",
+    "kind": "its matrices are quantized otherwise",
     "pre": "it has another pre-tokenizer",
     "adapter": "it was made of another adapter",
     "imatrix": "it was made with another importance matrix, or with none",

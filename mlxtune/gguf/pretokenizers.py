@@ -34,6 +34,7 @@ _KANA = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 _CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_NUMBERS = r"| ?\p{N}+"
 _LLAMA3 = rf"{_ENDINGS}|{_WORD}|\p{{N}}{{1,3}}|{_SYMBOLS}|{_SPACES}"
 _QWEN2 = rf"{_ENDINGS}|{_WORD}|\p{{N}}|{_SYMBOLS}|{_SPACES}"
 _QWEN35 = (
@@ -82,19 +83,28 @@ class PreTokenizer:
         rules: regular expressions, in order; what one does not match stays a piece.
         ignore_merges: a piece that is a token is taken whole, whatever the merges say.
         adds_bos: what llama.cpp does where the GGUF does not say.
+        alone: one regular expression that comes to the same, for readers of tokenizer.json that
+            apply no more than one; None where there is no other than `rules[0]`.
     """
 
     rules: tuple[str, ...]
     ignore_merges: bool = False
     adds_bos: bool = False
+    alone: str | None = None
 
 
 # Of the names with the same rule, the first is the one written.
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {}
 
 
-def _enter(names: str, *rules: str, ignore_merges: bool = False, adds_bos: bool = False) -> None:
-    entry = PreTokenizer(rules, ignore_merges, adds_bos)
+def _enter(
+    names: str,
+    *rules: str,
+    ignore_merges: bool = False,
+    adds_bos: bool = False,
+    alone: str | None = None,
+) -> None:
+    entry = PreTokenizer(rules, ignore_merges, adds_bos, alone)
     PRE_TOKENIZERS.update(dict.fromkeys(names.split(), entry))
 
 
@@ -118,6 +128,7 @@ _enter(
     "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2",
     r"\p{N}",
     _GPT2,
+    alone=rf"\p{{N}}|{_GPT2.replace(_NUMBERS, '')}",
 )
 _enter("gpt-4o llama4 kanana2 talkie minimax-m2", _GPT4O)
 _enter("granite-embed-multi-97m", _GPT4O, ignore_merges=True)
@@ -186,13 +197,17 @@ _enter(
     r"\p{N}{1,3}",
     rf"{_ENDINGS}|{_WORD}|\p{{N}}+|{_SYMBOLS}|{_SPACES}",
     ignore_merges=True,
+    alone=_LLAMA3,
 )
 # What llama.cpp takes where the GGUF does not name a rule.
 _enter("default", r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
 
+# Before a rule for digits it changes nothing.
+_AHEAD = r"(?=\p{N})"
 # Other spellings that cut the same way: possessive quantifiers change nothing where the
 # next part of the rule cannot match what they hold, and `\s*` takes new lines, too.
 _SPELLINGS = (
+    (_AHEAD, ""),
     (r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])", _ENDINGS),
     (r"'(?i:[sdmt]|ll|ve|re)", _ENDINGS),
     (r"[^\r\n\p{L}\p{N}]?+", r"[^\r\n\p{L}\p{N}]?"),
@@ -205,11 +220,27 @@ _SPELLINGS = (
 
 def build(name: str) -> Any:
     """The pre-tokenizer of a name in `PRE_TOKENIZERS`, bytes spelled as characters."""
-    splits = [
-        pre_tokenizers.Split(Regex(rule), behavior="isolated")
-        for rule in PRE_TOKENIZERS[name].rules
-    ]
+    splits = [pre_tokenizers.Split(Regex(rule), behavior="isolated") for rule in _spelled(name)]
     return pre_tokenizers.Sequence([*splits, _bytes_only()])
+
+
+def as_json(name: str) -> Any:
+    """The same as tokenizer.json has it."""
+    return json.loads(_holder(build(name)).to_str())["pre_tokenizer"]
+
+
+def _spelled(name: str) -> tuple[str, ...]:
+    """A name's rules, the only ones that a reader without look-ahead takes last where it can.
+
+    Ollama's MLX engine takes the first rule of several that Go's regular expressions know,
+    which have no look-ahead, and drops what that one does not match: all but digits, if it is
+    the one that cuts digits apart.
+    """
+    entry = PRE_TOKENIZERS[name]
+    if entry.alone is None:
+        return entry.rules
+    [digits, _] = entry.rules
+    return _AHEAD + digits, entry.alone
 
 
 def recognise(core: Tokenizer) -> str | None:
@@ -217,7 +248,10 @@ def recognise(core: Tokenizer) -> str | None:
     rules = _rules(json.loads(_holder(core.pre_tokenizer).to_str())["pre_tokenizer"])
     if rules is None:
         return None
-    named = {_flag(entry): name for name, entry in reversed(PRE_TOKENIZERS.items())}
+    backwards = list(reversed(PRE_TOKENIZERS.items()))
+    named = {
+        (_spelled_alike(_spelled(name)), entry.ignore_merges): name for name, entry in backwards
+    } | {_flag(entry): name for name, entry in backwards}
     wanted = (_spelled_alike(rules), bool(core.model.ignore_merges))
     if wanted in named:
         return named[wanted]

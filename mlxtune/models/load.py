@@ -272,7 +272,7 @@ def _arrays(stored: dict[str, StoredTensor]) -> dict[str, mx.array]:
         file: mx.load(str(file), format="safetensors")
         for file in sorted({tensor.file for tensor in stored.values()})
     }
-    return {name: files[tensor.file][name] for name, tensor in stored.items()}
+    return {name: files[tensor.file][tensor.name] for name, tensor in stored.items()}
 
 
 def _mlx_lm_model(

@@ -1,8 +1,9 @@
 """Models in Ollama's own store, found without Ollama.
 
 A store has `manifests/<host>/<namespace>/<model>/<tag>`, JSON in the form of an OCI image
-manifest, and `blobs/sha256-<hex>`; the layer of type `application/vnd.ollama.image.model`
-is a GGUF file.
+manifest, and `blobs/sha256-<hex>`. A model is one GGUF file, the layer of type
+`application/vnd.ollama.image.model`, or, for Ollama's MLX engine, a layer for each tensor and
+for each JSON file (see `ollama_tensors.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxtune.errors import ModelError
+from mlxtune.models.ollama_tensors import JSON, TENSOR, Blob, as_folder
 
 _HOST, _NAMESPACE, _TAG = "registry.ollama.ai", "library", "latest"
 _LAYER = "application/vnd.ollama.image."
@@ -71,18 +73,20 @@ def stores() -> tuple[Path, ...]:
 
 
 def find_model(text: str, *, among: Sequence[Path] | None = None) -> Path:
-    """The GGUF file of a model that Ollama has.
+    """The GGUF file of a model that Ollama has, or a folder of one for its MLX engine.
 
     Args:
         text: `[host/][namespace/]model[:tag]`, as `ollama list` shows it.
         among: stores to look in; `stores()` by default.
 
     Returns:
-        A file in the store's `blobs`; its name has no suffix.
+        A file in the store's `blobs`, whose name has no suffix; or a folder in the cache, whose
+        weights are links into the store.
 
     Raises:
         ModelError: there is no store, no such model in one, or it is damaged or of a kind
-            that is no single GGUF.
+            that is not read.
+        StorageError: the folder cannot be written.
     """
     where = f"ollama:{text}"
     name = parse_name(text)
@@ -102,8 +106,14 @@ def find_model(text: str, *, among: Sequence[Path] | None = None) -> Path:
         )
     for store in present:
         if (manifest := _manifest(store, name)) is not None:
-            return _gguf(store, manifest, where)
+            return _model(store, manifest, where)
     raise ModelError("Ollama has no such model", where=where, remedy=_names_near(present, name))
+
+
+def has_model(name: str) -> bool:
+    """Whether a store on this machine has a model of this name."""
+    parsed = parse_name(name)
+    return parsed is not None and any(_manifest(store, parsed) for store in stores())
 
 
 def _manifest(store: Path, name: ModelName) -> Path | None:
@@ -130,45 +140,72 @@ def _names_near(present: Sequence[Path], name: ModelName) -> str:
     return f"it has {', '.join(near)}; `ollama pull {name}` gets what is not there"
 
 
-def _gguf(store: Path, manifest: Path, where: str) -> Path:
+@dataclass(frozen=True)
+class _Layer:
+    """Of a manifest: what it is, its blob, its name, and the model that it was taken from."""
+
+    kind: str
+    digest: str
+    name: str
+    origin: str
+
+
+def _model(store: Path, manifest: Path, where: str) -> Path:
     layers = _layers(manifest, where)
-    kinds = [kind for kind, _ in layers]
+    kinds = [layer.kind for layer in layers]
     if "adapter" in kinds:
+        origin = next((layer.origin for layer in layers if layer.origin), "")
+        base = parse_name(origin)
         raise ModelError(
             "this model is one in Ollama with an adapter on it, which would be left out",
             where=where,
-            remedy="name the model that it was made from",
+            remedy=f"name the model that it was made from{f': ollama:{base}' if base else ''}",
         )
-    digests = [digest for kind, digest in layers if kind == "model"]
-    if len(digests) != 1:
-        held = f"{len(digests)} GGUF files" if digests else "no GGUF file"
+    if TENSOR in kinds:
+        blobs = [
+            Blob(layer.kind, layer.name, _blob(store, manifest, layer, where))
+            for layer in layers
+            if layer.kind in (TENSOR, JSON)
+        ]
+        return as_folder(blobs, where)
+    models = [layer for layer in layers if layer.kind == "model"]
+    if len(models) != 1:
+        held = f"{len(models)} GGUF files" if models else "neither a GGUF file nor tensors"
         raise ModelError(
             f"this model consists of {held}",
             where=where,
-            remedy="only models of one GGUF file are read out of Ollama's store",
+            remedy="models of one GGUF file, or of tensors, are read out of Ollama's store",
         )
-    found = _DIGEST.fullmatch(digests[0])
+    return _blob(store, manifest, models[0], where)
+
+
+def _blob(store: Path, manifest: Path, layer: _Layer, where: str) -> Path:
+    found = _DIGEST.fullmatch(layer.digest)
     if found is None:
-        raise _damaged(manifest, f"the digest {digests[0][:80]!r} is none", where)
+        raise _damaged(manifest, f"the digest {layer.digest[:80]!r} is none", where)
     blob = store / "blobs" / f"sha256-{found[1]}"
     if not blob.is_file():
         raise _damaged(manifest, f"there is no {blob}", where)
     return blob
 
 
-def _layers(manifest: Path, where: str) -> list[tuple[str, str]]:
-    """(kind, digest) of each layer."""
+def _layers(manifest: Path, where: str) -> list[_Layer]:
     try:
         value: Any = json.loads(manifest.read_bytes())
         return [
-            (str(layer["mediaType"]).removeprefix(_LAYER), str(layer["digest"]))
+            _Layer(
+                str(layer["mediaType"]).removeprefix(_LAYER),
+                str(layer["digest"]),
+                str(layer.get("name") or ""),
+                str(layer.get("from") or ""),
+            )
             for layer in value["layers"]
         ]
     except OSError as error:
         raise ModelError(
             f"Ollama's manifest cannot be read: {error.strerror or error}", where=where
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(manifest, f"{type(error).__name__}: {error}", where) from None
 
 

@@ -150,6 +150,14 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a file that `read_safetensors` has read says of itself; empty where it says nothing."""
+    with path.open("rb") as handle:
+        (length,) = struct.unpack("<Q", handle.read(8))
+        said = json.loads(handle.read(length)).get("__metadata__")
+    return {k: str(v) for k, v in said.items()} if isinstance(said, dict) else {}
+
+
 def _stored(path: Path, begin: int, name: str, entry: dict[str, Any]) -> StoredTensor:
     dtype, shape = entry["dtype"], entry["shape"]
     start, stop = entry["data_offsets"]

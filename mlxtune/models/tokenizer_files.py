@@ -11,7 +11,7 @@ from mlxtune.files import write_json
 _CONFIG = "tokenizer_config.json"
 
 
-def save_tokenizer(folder: Path, tokenizer: Any) -> None:
+def save_tokenizer(folder: Path, tokenizer: Any, *, template_apart: bool = True) -> None:
     """Write a tokenizer's files, for transformers 4 as for 5.
 
     transformers 5 names a class and a list of tokens that version 4 does not have, by names
@@ -20,11 +20,13 @@ def save_tokenizer(folder: Path, tokenizer: Any) -> None:
     Args:
         folder: exists.
         tokenizer: Hugging Face's, or mlx-lm's wrapper around one.
+        template_apart: whether the chat template has a file of its own, as publishers have it
+            today, or stands in tokenizer_config.json, for readers of JSON alone.
 
     Raises:
         StorageError: the disk refuses the write.
     """
-    tokenizer.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder), save_jinja_files=template_apart)
     said = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     if said.get("tokenizer_class") == "TokenizersBackend":
         said["tokenizer_class"] = "PreTrainedTokenizerFast"

@@ -8,9 +8,7 @@ from pathlib import Path
 from mlxtune.errors import ModelError
 from mlxtune.files import LFS_POINTER, LFS_REMEDY, is_lfs_pointer
 from mlxtune.models.safetensors import StoredTensor, read_safetensors
-
-# Hugging Face's index of a model in several files: `weight_map` is tensor name to file name.
-INDEX = "model.safetensors.index.json"
+from mlxtune.models.weight_names import INDEX, in_mlx
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -41,7 +39,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a model's folder by name, from the file that its index names for it.
+    """Every tensor of a model's folder by MLX's name, from the file that its index names for it.
 
     Raises:
         ModelError: as `weight_files`; a file is damaged; or a tensor is in two files and no
@@ -50,7 +48,10 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     index = _index(path) or {}
     found: dict[str, StoredTensor] = {}
     for file in weight_files(path):
-        for name, tensor in read_safetensors(file).items():
+        tensors = read_safetensors(file)
+        names = in_mlx(tensors)
+        for stored, tensor in tensors.items():
+            name = names[stored]
             before, meant = found.get(name), index.get(name)
             if before is None or (meant is not None and path / meant == file):
                 found[name] = tensor

@@ -389,17 +389,20 @@ FileType = Literal[
     "q3_k_m",
     "q2_k",
 ]
+MlxType = Literal["keep", "int4", "int8", "nvfp4", "mxfp4", "mxfp8"]
 
 
 class ExportSection(Section):
     """`[export]`: what `mlxtune export` does when it isn't told otherwise.
 
-    `to` is the program that the model is handed to, `name` what Ollama calls it (the
-    run's name by default). `num_ctx`, `temperature`, `system` and the text of the file
-    `license` go into the Modelfile.
+    `quantize` is the type of the weights, of a GGUF or for Ollama's MLX engine; `auto` is q8_0
+    for the one and `keep` for the other. `engine` says which of the two it is. `to` is the program that the
+    model is handed to, `name` what Ollama calls it (the run's name by default). `num_ctx`,
+    `temperature`, `system` and the text of the file `license` go into the Modelfile.
     """
 
-    quantize: FileType = "q8_0"
+    quantize: FileType | MlxType | Literal["auto"] = "auto"
+    engine: Literal["auto", "gguf", "mlx"] = "auto"
     to: Literal["ollama", "llamacpp", "mistralrs"] | None = None
     name: str | None = Field(default=None, min_length=1)
     num_ctx: PositiveInt | None = None

@@ -80,12 +80,10 @@ def rows_to_try(run: Run, renderer: Renderer, count: int) -> list[Sample]:
         None at all where the data is gone: a run may outlive it.
     """
     recipe = run.recipe()
-    kept = held_out_rows(run)
-    sources = [Source(str(kept))] if kept is not None else list(map(source_of, recipe.data))
     rules = replace(rules_of(recipe.data[0], recipe.train.max_seq_length), unusable="skip")
     found: list[Sample] = []
     try:
-        for source in sources:
+        for source in _sources_to_try(run):
             for number, row in enumerate(source.rows(), start=1):
                 found += record_samples(source, row, number, renderer, rules, Tally())
                 if len(found) >= count:
@@ -93,6 +91,20 @@ def rows_to_try(run: Run, renderer: Renderer, count: int) -> list[Sample]:
     except MlxtuneError:
         pass
     return found
+
+
+def records_to_try(run: Run, count: int) -> list[Conversation]:
+    """The first conversations that `rows_to_try` takes its samples of; none where data is gone."""
+    chats = (each for source in _sources_to_try(run) for each in source if each.turns)
+    try:
+        return list(islice(chats, count))
+    except MlxtuneError:
+        return []
+
+
+def _sources_to_try(run: Run) -> list[Source]:
+    kept = held_out_rows(run)
+    return [Source(str(kept))] if kept is not None else list(map(source_of, run.recipe().data))
 
 
 def conversations_of(recipe: Recipe, samples: Sequence[Sample]) -> Iterator[Conversation]:

@@ -716,7 +716,7 @@ def test_there_is_no_store(tmp_path, monkeypatch):
         ('{"layers": 3}', "damaged: TypeError"),
         ([layer("model", "sha256:../../etc/passwd")], "is none"),
         ([layer("model")], "there is no"),
-        ([layer("license")], "no GGUF file"),
+        ([layer("license")], "neither a GGUF file nor tensors"),
         ([layer("model"), layer("model")], "2 GGUF files"),
         ([layer("model"), layer("adapter")], "with an adapter on it"),
     ],

@@ -117,7 +117,8 @@ DEFAULTS = {
     "checkpoint": {"steps": 100, "keep": 2},
     "log": {"steps": 5, "report_to": ()},
     "export": {
-        "quantize": "q8_0",
+        "quantize": "auto",
+        "engine": "auto",
         "to": None,
         "name": None,
         "num_ctx": None,
