@@ -80,7 +80,12 @@ class MlxBundle:
         return json.dumps(value, indent=2, default=str)
 
     def hand_over(
-        self, name: str, *, dry_run: bool = False, progress: Callable[[str], None]
+        self,
+        name: str,
+        *,
+        dry_run: bool = False,
+        by_default: bool = False,
+        progress: Callable[[str], None],
     ) -> HandOver:
         """Give it to Ollama; see `hand_to_engine`."""
         model = _opened(self.folder)
@@ -99,6 +104,7 @@ class MlxBundle:
             records=self._records,
             answers=expected,
             dry_run=dry_run,
+            by_default=by_default,
             progress=progress,
         )
 

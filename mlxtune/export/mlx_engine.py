@@ -76,10 +76,10 @@ def refusal(config: Config) -> str | None:
     return check(config | text if isinstance(text, dict) else config)
 
 
-def renderer_given(config: Config) -> bool:
-    """Whether Ollama writes prompts for such a model by code of its own, whatever TEMPLATE says."""
+def begins_itself(config: Config) -> bool:
+    """Whether Ollama's own code for a model's prompts writes the mark that begins every text."""
     names = (*(config.get("architectures") or ()), config.get("model_type") or "")
-    return any(_RENDERED.search(str(name).lower()) for name in names)
+    return any(stem in str(name).lower() for name in names for stem in ("gemma4", "cohere2"))
 
 
 def renderers_for(config: Config) -> tuple[tuple[str, str], ...]:
@@ -155,9 +155,6 @@ _MODELS: dict[str, Callable[[Config], str | None]] = {
         _untried,
     ),
 }
-_RENDERED = re.compile(
-    "laguna|cohere2moe|cohere2_moe|gemma4|glm4|glm-4|deepseek|qwen3|nemotronh|nemotron_h"
-)
 # By a part of the architecture's name, Ollama's own choice first.
 _RENDERERS = (
     ("qwen3_5", (("qwen3.5", "qwen3.5"), ("qwen3.8", "qwen3.5"))),
@@ -186,9 +183,7 @@ class Choice:
     why: str
 
 
-def choose(
-    asked: str, type_: str, config: Callable[[], Config], *, to: str | None
-) -> Choice:
+def choose(asked: str, type_: str, config: Callable[[], Config], *, to: str | None) -> Choice:
     """Which engine a model is for.
 
     Args:

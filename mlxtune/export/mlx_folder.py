@@ -21,7 +21,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxtune.export.engine_tokens import EngineTokenizer, misread
-from mlxtune.export.mlx_engine import KEEP, TYPES, takes
+from mlxtune.export.mlx_engine import KEEP, TYPES, begins_itself, takes
 from mlxtune.export.verify import CHATS, SAMPLE
 from mlxtune.files import write_json
 from mlxtune.fuse import dense_config, write_configs
@@ -140,7 +140,8 @@ def write_tokenizer(
     begins = fast.bos_token_id is not None and fast("a").input_ids[:1] == [fast.bos_token_id]
     place = folder / "tokenizer_config.json"
     said = json.loads(place.read_text(encoding="utf-8"))
-    write_json(place, said | {"add_bos_token": begins})
+    # In newer files that is told by the post-processor, which the engine does not read.
+    write_json(place, said | {"add_bos_token": begins and not begins_itself(config)})
     needed, others = [*_chats(fast), *texts], [*SAMPLE, TEXT]
     if misread(EngineTokenizer(folder), fast, [*needed, *others]) is not None:
         if name := pretokenizers.recognise(fast.backend_tokenizer):

@@ -13,13 +13,14 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlxtune.data.records import Conversation, ToolCall, Turn
 from mlxtune.data.render import Renderer
 from mlxtune.errors import ExportError
+from mlxtune.export.engine_tokens import EngineTokenizer
 from mlxtune.export.gotemplate import CONVERSATIONS
 from mlxtune.export.handover import HandOver
 from mlxtune.export.mlx_engine import OLDEST, installed_version, renderers_for
@@ -75,6 +76,27 @@ def require_program(name: str, *, overwrite: bool) -> None:
         )
 
 
+class PromptsDiffer(ExportError):
+    """Ollama's MLX engine would not ask a model as it was trained."""
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A way to have prompts written, and how they are.
+
+    Attributes:
+        modelfile: that has them written so.
+        think: what a client has to say of thinking; None for nothing.
+        other: how a prompt that matters differs; None if none does.
+        rare: how many of those differ that hardly anybody sends.
+    """
+
+    modelfile: Modelfile
+    think: bool | None
+    other: str | None
+    rare: int
+
+
 def hand_to_engine(
     folder: Path,
     name: str,
@@ -85,6 +107,7 @@ def hand_to_engine(
     records: Sequence[Conversation] = (),
     answers: Sequence[str] = (),
     dry_run: bool = False,
+    by_default: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> HandOver:
     """Make a model of a folder, and see that it is asked and answers as it was trained.
@@ -97,50 +120,69 @@ def hand_to_engine(
         config: of the model.
         renderer: of its chat template.
         records: some of the run's own, tools and thoughts included.
-        answers: how MLX answers them greedily, the first `TOKENS` tokens of each.
+        answers: how MLX answers them greedily, the first `TOKENS` tokens of each; may be empty.
         dry_run: only say what to do.
+        by_default: whether a client that says nothing of thinking has to ask as was trained.
         progress: is told what is being done.
 
     Raises:
-        ExportError: `ollama` fails, its server does not answer, or nothing that it has writes
-            the prompts that were trained.
+        PromptsDiffer: nothing that Ollama has writes the prompts that were trained; the model is
+            taken away again.
+        ExportError: `ollama` fails, or its server does not answer.
     """
-    commands = (shlex.join(create_command(folder, name)), f"ollama run {shlex.quote(name)}")
+    create = shlex.join(create_command(folder, name))
     if dry_run:
+        commands = (create, f"ollama run {shlex.quote(name)}")
         return HandOver("ollama", name, False, "a dry run: nobody was asked", commands)
-    asked = [Conversation(turns) for turns in CONVERSATIONS]
+    asked = [*map(Conversation, CONVERSATIONS)]
     asked += [Conversation(each.prompt_turns(), tools=each.tools) for each in records]
-    wanted = [(each, prompt) for each in asked if (prompt := _trained(renderer, each, modelfile))]
-    tried = []
+    wanted = [(each, text) for each in asked if (text := _trained(renderer, each, modelfile))]
+    begin = EngineTokenizer(folder).begin
+    mark = "" if begin is None else renderer.decode([begin])
+    tried: list[_Way] = []
     with Ollama() as server:
         version = server.version()
-        for way in _ways(modelfile, config):
-            write_text(folder / MODELFILE, way.text())
+        for each in _modelfiles(modelfile, config):
             progress(f"ollama create {name}")
-            _create(folder, name)
+            _create(folder, name, each)
             progress("asking for its prompts")
-            other = _first_other(server, name, wanted)
-            if other is None:
-                progress("asking for answers")
-                same = _same_answers(server, name, records, answers)
-                note = f"Ollama {version} has {name}, for its MLX engine; the prompts of "
-                note += f"{len(wanted)} conversations are the trained ones"
-                if answers:
-                    note += f", {same} of {len(answers)} answers begin as MLX's own"
-                return HandOver("ollama", name, True, note, commands[1:])
-            tried.append(f"{way.renderer or 'TEMPLATE'}: {other}")
-        if tried:
-            server.delete(name)
-    said = "\n  ".join(tried) or "no TEMPLATE in its language is known for this chat template"
-    raise ExportError(
-        f"Ollama's MLX engine would not ask this model as it was trained\n  {said}",
+            ways = (None,) if by_default or each.renderer is None else (None, False)
+            tried += [_looked_at(server, name, each, think, wanted, mark) for think in ways]
+            if any(way.think is None and way.other is None for way in tried):
+                break
+        right = sorted((w for w in tried if w.other is None), key=lambda w: w.think is not None)
+        way = next(iter(right), None)
+        if way is None:
+            if tried:
+                server.delete(name)
+            raise _prompts_differ(name, tried)
+        if way.modelfile != tried[-1].modelfile:
+            _create(folder, name, way.modelfile)
+        progress("asking for answers")
+        same = _same_answers(server, name, records, answers, way.think)
+    note = f"Ollama {version} has {name}, for its MLX engine; the prompts of "
+    note += f"{len(wanted) - way.rare} of {len(wanted)} conversations are the trained ones"
+    run = f"ollama run {shlex.quote(name)}"
+    if way.think is not None:
+        note += ' where clients send "think": false'
+        run += " --think=false"
+    if answers:
+        note += f"; {same} of {len(answers)} answers begin as MLX's own"
+    return HandOver("ollama", name, True, note, (run,))
+
+
+def _prompts_differ(name: str, tried: Sequence[_Way]) -> PromptsDiffer:
+    said = [f"{each.modelfile.renderer or 'TEMPLATE'}: {each.other}" for each in tried]
+    said = said or ["no TEMPLATE in its language is known for this chat template"]
+    return PromptsDiffer(
+        "\n  ".join(["Ollama's MLX engine would not ask this model as it was trained", *said]),
         where=name,
         remedy=_GGUF,
     )
 
 
 def _trained(renderer: Renderer, asked: Conversation, modelfile: Modelfile) -> str | None:
-    """The prompt that was trained, without the mark that is put before every text anyway.
+    """The prompt that was trained, with the mark that is put before every text.
 
     The system prompt of the Modelfile is put before conversations that have none.
     """
@@ -151,17 +193,53 @@ def _trained(renderer: Renderer, asked: Conversation, modelfile: Modelfile) -> s
         text = renderer.text(turns, tools=asked.tools, ask=True)
     except Exception:  # Jinja templates raise whatever they like
         return None
-    begin = renderer.decode(renderer.encode("a")[:1])
-    return text.removeprefix(begin) if begin != "a" else text
+    begin, *rest = renderer.encode("a")
+    mark = renderer.decode([begin]) if rest else ""
+    return mark + text.removeprefix(mark)
 
 
-def _ways(modelfile: Modelfile, config: dict[str, Any]) -> Iterator[Modelfile]:
+def _modelfiles(modelfile: Modelfile, config: dict[str, Any]) -> Iterator[Modelfile]:
     """The Modelfiles to try: with Ollama's own code where it goes before any TEMPLATE."""
     pairs = renderers_for(config)
     for renderer, parser in pairs:
         yield replace(modelfile, template=None, renderer=renderer, parser=parser)
     if not pairs and modelfile.template is not None:
         yield modelfile
+
+
+def _looked_at(
+    server: Ollama,
+    name: str,
+    modelfile: Modelfile,
+    think: bool | None,
+    wanted: Sequence[tuple[Conversation, str]],
+    mark: str,
+) -> _Way:
+    """How a model is asked; `mark` is what the engine puts before every prompt."""
+    rare = 0
+    for asked, prompt in wanted:
+        messages = [_message(turn) for turn in asked.turns]
+        try:
+            got = mark + server.prompt(name, messages, list(asked.tools), think=think)
+        except ExportError as error:  # such as that a TEMPLATE has no tools
+            return _Way(modelfile, think, error.what, rare)
+        if got == prompt:
+            continue
+        if not _is_rare(asked):
+            other = f"it sends {_shown(got)}, and trained was {_shown(prompt)}"
+            return _Way(modelfile, think, other, rare)
+        rare += 1
+    return _Way(modelfile, think, None, rare)
+
+
+def _is_rare(asked: Conversation) -> bool:
+    """Whether hardly anybody sends such a conversation, for which Ollama's code may differ.
+
+    One with system messages later on, with empty messages, or with white space around them.
+    """
+    late = any(turn.role == "system" for turn in asked.turns[1:])
+    blank = any(turn.content != turn.content.strip() for turn in asked.turns)
+    return late or blank or any(turn.empty for turn in asked.turns)
 
 
 def _message(turn: Turn) -> dict[str, Any]:
@@ -183,33 +261,28 @@ def _call(call: ToolCall) -> dict[str, Any]:
     return {"function": function} | ({"id": call.id} if call.id else {})
 
 
-def _first_other(
-    server: Ollama, name: str, wanted: Sequence[tuple[Conversation, str]]
-) -> str | None:
-    """How the first prompt that differs does, or None."""
-    for asked, prompt in wanted:
-        got = server.prompt(name, [_message(turn) for turn in asked.turns], list(asked.tools))
-        if got != prompt:
-            return f"it sends {_shown(got)}, and trained was {_shown(prompt)}"
-    return None
-
-
 def _shown(text: str) -> str:
     return repr(text if len(text) <= 100 else f"{text[:60]}…{text[-39:]}")
 
 
 def _same_answers(
-    server: Ollama, name: str, records: Sequence[Conversation], answers: Sequence[str]
+    server: Ollama,
+    name: str,
+    records: Sequence[Conversation],
+    answers: Sequence[str],
+    think: bool | None,
 ) -> int:
     """How many answers are as expected."""
     same = 0
-    for record, expected in zip(records, answers, strict=True):
+    for record, expected in zip(records, answers, strict=False):
         messages = [_message(turn) for turn in record.prompt_turns()]
-        same += server.answer(name, messages, TOKENS).strip() == expected.strip()
+        got = server.answer(name, messages, TOKENS, think=think)
+        same += got.strip() == expected.strip()
     return same
 
 
-def _create(folder: Path, name: str) -> None:
+def _create(folder: Path, name: str, modelfile: Modelfile) -> None:
+    write_text(folder / MODELFILE, modelfile.text())
     program = shutil.which("ollama")
     assert program is not None
     command = [program, *create_command(folder, name)[1:]]

@@ -181,28 +181,47 @@ class Ollama:
             raise ExportError("Ollama stopped before the model was made", where=self.url)
 
     def prompt(
-        self, name: str, messages: list[dict[str, Any]], tools: list[Any] | None = None
+        self,
+        name: str,
+        messages: list[dict[str, Any]],
+        tools: list[Any] | None = None,
+        *,
+        think: bool | None = None,
     ) -> str:
         """What a model is asked, as text, where a client sends these messages.
+
+        Args:
+            name: of the model.
+            messages: as `POST /api/chat` has them.
+            tools: likewise.
+            think: what the client says of thinking; None for nothing.
 
         Raises:
             ExportError: the server does not tell it.
         """
-        asked = {"model": name, "messages": messages, "tools": tools or None}
+        asked = {"model": name, "messages": messages, "tools": tools or None, "think": think}
         told = self._chat(asked | {"_debug_render_only": True})
         try:
             return str(told["_debug_info"]["rendered_template"])
         except (KeyError, TypeError):
             raise ExportError("Ollama does not say what it asks a model", where=self.url) from None
 
-    def answer(self, name: str, messages: list[dict[str, Any]], tokens: int) -> str:
+    def answer(
+        self,
+        name: str,
+        messages: list[dict[str, Any]],
+        tokens: int,
+        *,
+        think: bool | None = None,
+    ) -> str:
         """What a model answers, the likeliest token each time, so many tokens at most.
 
         Raises:
             ExportError: the server gives no answer.
         """
         options = {"temperature": 0, "num_predict": tokens}
-        told = self._chat({"model": name, "messages": messages, "options": options})
+        asked = {"model": name, "messages": messages, "options": options, "think": think}
+        told = self._chat(asked)
         return str((told.get("message") or {}).get("content") or "")
 
     def delete(self, name: str) -> None:

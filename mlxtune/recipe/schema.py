@@ -396,9 +396,9 @@ class ExportSection(Section):
     """`[export]`: what `mlxtune export` does when it isn't told otherwise.
 
     `quantize` is the type of the weights, of a GGUF or for Ollama's MLX engine; `auto` is q8_0
-    for the one and `keep` for the other. `engine` says which of the two it is. `to` is the program that the
-    model is handed to, `name` what Ollama calls it (the run's name by default). `num_ctx`,
-    `temperature`, `system` and the text of the file `license` go into the Modelfile.
+    for the one and `keep` for the other. `engine` says which of the two it is. `to` is the
+    program that the model is handed to, `name` what Ollama calls it (the run's name by default).
+    `num_ctx`, `temperature`, `system` and the text of the file `license` go into the Modelfile.
     """
 
     quantize: FileType | MlxType | Literal["auto"] = "auto"
