@@ -148,7 +148,7 @@ def export(
     from mlxtune.cli.display import status_line, transfer_bar
     from mlxtune.export.bundle import export_run, exported_before
     from mlxtune.export.handover import hand_over
-    from mlxtune.export.mlx_engine import choose
+    from mlxtune.export.mlx_engine import Choice, NotForEngine, choose
     from mlxtune.export.mlx_handover import require_program
     from mlxtune.export.ollama import base_url, require_name
     from mlxtune.models.load import model_config
@@ -168,50 +168,56 @@ def export(
     name = name or recipe.export.name or recipe.name
     if dry_run and to is None:
         raise click.UsageError("--dry-run goes with --to")
+    of_ggufs = {
+        "--imatrix": imatrix,
+        "--calibrate": calibration,
+        "--pre": pre,
+        "--verify/--no-verify": on_command_line("verify"),
+    }
+    of_gguf = next((option for option, given in of_ggufs.items() if given is not None), None)
+    kind = quantize or recipe.export.quantize
     choice = choose(
         engine or recipe.export.engine,
-        quantize or recipe.export.quantize,
+        kind,
         lambda: model_config(resolve_model(recipe.model.path, revision=recipe.model.revision)),
         to=to,
+        option=of_gguf,
     )
     if choice.engine == "mlx":
         if to not in (None, "ollama"):
             raise click.UsageError(f"--engine mlx goes with --to ollama, not with --to {to}")
-        of_ggufs = {
-            "--imatrix": imatrix,
-            "--calibrate": calibration,
-            "--pre": pre,
-            "--verify/--no-verify": on_command_line("verify"),
-        }
-        for option, given in of_ggufs.items():
-            if given is not None:
-                raise click.UsageError(f"{option} goes with --engine gguf")
+        if of_gguf is not None:
+            raise click.UsageError(f"{of_gguf} goes with --engine gguf")
         if to == "ollama" and not dry_run:
             require_program(name, overwrite=overwrite)
-        _export_for_mlx(
-            run,
-            {
-                "kind": quantize,
-                "adapter": adapter,
-                "base": base,
-                "output": output,
-                "name": name,
-                "keep_template": keep_template,
-                "overwrite": overwrite,
-                "why": choice.why,
-            },
-            name if to == "ollama" else None,
-            dry_run,
-            as_json,
-        )
-        return
+        asked = {
+            "kind": quantize,
+            "adapter": adapter,
+            "base": base,
+            "output": output,
+            "name": name,
+            "keep_template": keep_template,
+            "overwrite": overwrite,
+            "why": choice.why,
+        }
+        # What nobody asked for may be done otherwise.
+        other_way = choice.chosen and kind == "auto"
+        try:
+            _export_for_mlx(
+                run, asked, name if to == "ollama" else None, dry_run, other_way, as_json
+            )
+            return
+        except NotForEngine as error:
+            if not other_way:
+                raise
+            choice = Choice("gguf", error.what)
     if to == "ollama":
-        if engine is None:
+        if choice.chosen:
             click.echo(f"for Ollama's GGUF engine: {choice.why}", err=True)
         require_name(name)
         if not dry_run:
             base_url()  # where it is no address, better said before the work
-    asked: dict[str, Any] = {
+    wanted: dict[str, Any] = {
         "adapter": adapter,
         "base": base,
         "output": output,
@@ -229,10 +235,10 @@ def export(
     bundle = None
     if to is not None and not overwrite:
         # Handed over once more, to a program that was not there the first time.
-        bundle = exported_before(run, **asked)
+        bundle = exported_before(run, **wanted)
     with status_line("opening", every=0.2 if sys.stderr.isatty() else 10.0) as progress:
         bundle = bundle or export_run(
-            run, **asked, save_imatrix=save_imatrix, overwrite=overwrite, progress=progress
+            run, **wanted, save_imatrix=save_imatrix, overwrite=overwrite, progress=progress
         )
     if not as_json:
         _tell_bundle(bundle, commands=to is None)
@@ -248,7 +254,12 @@ def export(
 
 
 def _export_for_mlx(
-    run: str, asked: dict[str, Any], name: str | None, dry_run: bool, as_json: bool
+    run: str,
+    asked: dict[str, Any],
+    name: str | None,
+    dry_run: bool,
+    by_default: bool,
+    as_json: bool,
 ) -> None:
     """Write the folder for Ollama's MLX engine; with a name, hand it over."""
     from mlxtune.cli.display import status_line
@@ -270,7 +281,7 @@ def _export_for_mlx(
             click.echo(bundle.as_json())
         return
     with status_line("handing over", every=every) as progress:
-        handed = bundle.hand_over(name, dry_run=dry_run, progress=progress)
+        handed = bundle.hand_over(name, dry_run=dry_run, by_default=by_default, progress=progress)
     _tell_hand_over(handed, bundle.as_json(handed) if as_json else None)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from tokenizers import Regex, models, pre_tokenizers
 
-from mlxtune.errors import ExportError
+from mlxtune.export.mlx_engine import NotForEngine
 from mlxtune.gguf.spm import merge_pair
 
 # What is applied where tokenizer.json has no rule that can be expressed.
@@ -45,7 +45,7 @@ class EngineTokenizer:
         ends: the ids at which it stops.
 
     Raises:
-        ExportError: the engine does not load such a tokenizer.
+        NotForEngine: the engine does not load such a tokenizer.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -138,12 +138,11 @@ class EngineTokenizer:
         return begin if adds else None, next(filter(None, ends), ())
 
     @staticmethod
-    def refused(folder: Path, why: str) -> ExportError:
+    def refused(folder: Path, why: str) -> NotForEngine:
         """What to raise for a tokenizer that the engine does not read as it is meant."""
-        return ExportError(
+        return NotForEngine(
             f"Ollama's MLX engine does not read this tokenizer: {why}",
             where=str(folder / "tokenizer.json"),
-            remedy="hand it over as GGUF: --engine gguf",
         )
 
 

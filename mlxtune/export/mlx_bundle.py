@@ -11,11 +11,10 @@ from typing import Any
 
 from mlxtune.data.records import Conversation
 from mlxtune.data.render import Sample
-from mlxtune.errors import ExportError
 from mlxtune.evaluate.answers import answers
 from mlxtune.export.bundle import CARD, export_folder, model_card
 from mlxtune.export.handover import MODELFILE, HandOver
-from mlxtune.export.mlx_engine import FLOATS, refusal, renderers_for, type_for
+from mlxtune.export.mlx_engine import FLOATS, NotForEngine, refusal, renderers_for, type_for
 from mlxtune.export.mlx_folder import Quantized, write_mlx_folder
 from mlxtune.export.mlx_handover import TOKENS, create_command, hand_to_engine
 from mlxtune.export.modelfile import Modelfile, modelfile
@@ -138,7 +137,7 @@ def export_for_mlx(
         progress: is told what is being done.
 
     Raises:
-        ExportError: the engine would not compute, tokenize or ask as was trained.
+        NotForEngine: the engine would not compute, tokenize or ask as was trained.
         OutputExists, StorageError: nothing was written.
     """
     subject = find_subject(str(path), adapter=adapter, base=base)
@@ -150,21 +149,18 @@ def export_for_mlx(
         require_outside(folder, subject.run.path)
     model = subject.load(for_inference=False)
     if said := refusal(model.config):
-        raise ExportError(
-            f"Ollama's MLX engine does not compute this model: {said}",
-            where=subject.name,
-            remedy="hand it over as GGUF: --engine gguf",
+        raise NotForEngine(
+            f"Ollama's MLX engine would not compute this model: {said}", where=subject.name
         )
     if keep_template:
         restore_template(model.tokenizer)
     renderer = model.renderer()
     made = modelfile(renderer, model.tokenizer, recipe.shipping, gguf=".")
     if made.template is None and not renderers_for(model.config):
-        raise ExportError(
+        raise NotForEngine(
             "Ollama's MLX engine does not run the model's own chat template, and none in its "
             "language is known that writes the same",
             where=subject.name,
-            remedy="hand it over as GGUF: --engine gguf",
         )
     records = () if subject.run is None else tuple(records_to_try(subject.run, _ASKED))
     samples = [] if subject.run is None else rows_to_try(subject.run, renderer, _MEASURED)

@@ -35,6 +35,13 @@ FLOATS = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 ENGINES = ("auto", "gguf", "mlx")
 
 
+class NotForEngine(ExportError):
+    """Ollama's MLX engine would not compute, tokenize or ask as a model was trained."""
+
+    def __init__(self, what: str, *, where: str) -> None:
+        super().__init__(what, where=where, remedy="hand it over as GGUF: --engine gguf")
+
+
 def takes(packing: Packing) -> bool:
     """Whether the engine multiplies by weights that are quantized in this way."""
     return type(packing) is Packing and any(
@@ -177,13 +184,27 @@ _RENDERERS = (
 
 @dataclass(frozen=True)
 class Choice:
-    """Which of Ollama's engines a model is handed to, and why, in a sentence."""
+    """Which of Ollama's engines a model is handed to.
+
+    Attributes:
+        engine: `gguf` or `mlx`.
+        why: in a sentence.
+        chosen: whether that was left open, and is to be said.
+    """
 
     engine: str
     why: str
+    chosen: bool = True
 
 
-def choose(asked: str, type_: str, config: Callable[[], Config], *, to: str | None) -> Choice:
+def choose(
+    asked: str,
+    type_: str,
+    config: Callable[[], Config],
+    *,
+    to: str | None,
+    option: str | None = None,
+) -> Choice:
     """Which engine a model is for.
 
     Args:
@@ -191,16 +212,18 @@ def choose(asked: str, type_: str, config: Callable[[], Config], *, to: str | No
         type_: what its weights are to be; `auto` where nobody says.
         config: gives that of the model.
         to: the program that it is handed to.
+        option: one that was given and is of GGUFs.
     """
     if asked != "auto":
-        return Choice(asked, "as asked for")
-    of_mlx = type_ in TYPES or type_ == KEEP
-    if of_mlx:
-        return Choice("mlx", f"{type_} is a type of its MLX engine")
+        return Choice(asked, "as asked for", chosen=False)
+    if type_ in TYPES or type_ == KEEP:
+        return Choice("mlx", f"{type_} is a type of its MLX engine", chosen=False)
     if to != "ollama":
-        return Choice("gguf", "the GGUF is for any program")
+        return Choice("gguf", "the GGUF is for any program", chosen=False)
     if type_ != "auto":
         return Choice("gguf", f"{type_} is a type of GGUF")
+    if option is not None:
+        return Choice("gguf", f"{option} is of GGUFs")
     if (platform.system(), platform.machine()) != ("Darwin", "arm64"):
         return Choice("gguf", "Ollama's MLX engine is for Apple silicon")
     version = installed_version()
@@ -209,7 +232,7 @@ def choose(asked: str, type_: str, config: Callable[[], Config], *, to: str | No
     if version < OLDEST:
         return Choice("gguf", f"Ollama {_dotted(version)} has no MLX engine")
     if said := refusal(config()):
-        return Choice("gguf", f"Ollama's MLX engine would not compute it: {said}")
+        return Choice("gguf", f"Ollama's MLX engine would not compute this model: {said}")
     return Choice("mlx", f"Ollama {_dotted(version)} runs it in MLX")
 
 

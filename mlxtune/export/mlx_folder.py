@@ -89,7 +89,7 @@ def write_mlx_folder(
         progress: is told what is being written.
 
     Raises:
-        ExportError: the engine does not read its tokenizer, or tokenizes the texts otherwise.
+        NotForEngine: the engine does not read its tokenizer, or tokenizes the texts otherwise.
         StorageError: the disk refuses the write.
     """
     dtype = kind if kind in CODES else _half(model.stored_dtype)
@@ -132,7 +132,7 @@ def write_tokenizer(
         Another text, of what people write, that it tokenizes otherwise; None if none was found.
 
     Raises:
-        ExportError: it does not read such a tokenizer, or tokenizes the texts otherwise.
+        NotForEngine: it does not read such a tokenizer, or tokenizes the texts otherwise.
     """
     save_tokenizer(folder, tokenizer, template_apart=False)
     write_configs(folder, config, tokenizer, source)

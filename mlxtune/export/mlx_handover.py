@@ -23,7 +23,12 @@ from mlxtune.errors import ExportError
 from mlxtune.export.engine_tokens import EngineTokenizer
 from mlxtune.export.gotemplate import CONVERSATIONS
 from mlxtune.export.handover import HandOver
-from mlxtune.export.mlx_engine import OLDEST, installed_version, renderers_for
+from mlxtune.export.mlx_engine import (
+    OLDEST,
+    NotForEngine,
+    installed_version,
+    renderers_for,
+)
 from mlxtune.export.modelfile import Modelfile
 from mlxtune.export.ollama import Ollama, base_url, is_local, require_name
 from mlxtune.files import write_text
@@ -34,7 +39,6 @@ _TERMINAL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[⠀-⣿]")
 # Tokens of an answer that are compared: of greedy answers in sixteen bits later ones may differ
 # where two tokens are as likely.
 TOKENS = 24
-_GGUF = "hand it over as GGUF: --engine gguf"
 
 
 def create_command(folder: Path, name: str) -> tuple[str, ...]:
@@ -46,8 +50,8 @@ def require_program(name: str, *, overwrite: bool) -> None:
     """See that a model can be handed over, before any work is done.
 
     Raises:
-        ExportError: there is no `ollama` here that can, its server is another machine's, or the
-            name is taken.
+        ExportError: there is no `ollama` here that can, its server is another machine's or does
+            not answer, or the name is taken.
     """
     require_name(name)
     version = installed_version()
@@ -74,10 +78,8 @@ def require_program(name: str, *, overwrite: bool) -> None:
             where="--name",
             remedy="choose another name with --name, or replace it with --overwrite",
         )
-
-
-class PromptsDiffer(ExportError):
-    """Ollama's MLX engine would not ask a model as it was trained."""
+    with Ollama() as server:
+        server.version()
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def hand_to_engine(
         progress: is told what is being done.
 
     Raises:
-        PromptsDiffer: nothing that Ollama has writes the prompts that were trained; the model is
+        NotForEngine: nothing that Ollama has writes the prompts that were trained; the model is
             taken away again.
         ExportError: `ollama` fails, or its server does not answer.
     """
@@ -171,13 +173,12 @@ def hand_to_engine(
     return HandOver("ollama", name, True, note, (run,))
 
 
-def _prompts_differ(name: str, tried: Sequence[_Way]) -> PromptsDiffer:
+def _prompts_differ(name: str, tried: Sequence[_Way]) -> NotForEngine:
     said = [f"{each.modelfile.renderer or 'TEMPLATE'}: {each.other}" for each in tried]
     said = said or ["no TEMPLATE in its language is known for this chat template"]
-    return PromptsDiffer(
+    return NotForEngine(
         "\n  ".join(["Ollama's MLX engine would not ask this model as it was trained", *said]),
         where=name,
-        remedy=_GGUF,
     )
 
 
