@@ -21,18 +21,16 @@ from transformers import PreTrainedTokenizerFast
 from mlxtune.errors import ExportError, ModelError
 from mlxtune.gguf import fingerprints, pretokenizers
 from mlxtune.gguf.pretokenizers import PRE_TOKENIZERS
-from mlxtune.gguf.reader import GGUFFile
 from mlxtune.gguf.sentencepiece import sentencepiece_metadata
 from mlxtune.gguf.tokenizer import read_tokenizer, tokenizer_metadata
 from support import downloads
 from support.downloads import CACHE, GOLDEN, REFUSED, UNTOLD
-from support.files import SHARED, SHELL_TRAIN
 from support.llama_vocab import LlamaVocab
 from support.properties import examples
+from support.vocabularies import HARD, metadata, pages, pre_tokenizers_with_own_rule
 
 GGML = "tokenizer.ggml."
 SLOW = pytest.mark.slow
-TLDR = SHARED / "tldr.jsonl"
 # Rows of the embedding, where they are not the tokens counted.
 ROWS = {"gemma3": 262144, "gemma4": 262144, "phi3": 32064, "qwen3": 151936}
 # "gemma4" is Gemma 3's written as files of Gemma 4 have theirs: by merges.
@@ -51,36 +49,7 @@ def each(names):
     return [name if name in FEW else pytest.param(name, marks=SLOW) for name in names]
 
 
-HARD = [
-    fingerprints.TEXT,
-    "a   b\n\n\n\tc  ",
-    "    " * 12 + "x",
-    "",
-    " ",
-    "é ﬁ ½ ² Ⅷ",
-    "'S 'RE we'LL don't DON'T",
-    "日本語テスト、한국어 ไทย हिन्दी নমস্কার ١٢٣٤٥",
-    "1234567890 12 345,678.90",
-    "\r\n\r\n x \n y",
-    "🦙🦙‍♂️",
-    "a\u00a0b\u200bc",
-    "!foo .bar -baz a/b//c\n/\n ^~|`$+<=>",
-    "<sentinel:12>IMGIMGABZ",
-    "a" * 70 + " " * 70,
-]
-
-
 # ------------------------------------------------------------------------ what is judged
-
-
-@cache
-def metadata(name: str) -> dict[str, Any]:
-    """Of one of the vocabularies that are GGUF files. Do not change it."""
-    path = CACHE / ("phi3/vocab.gguf" if name == "phi-3" else f"vocab/{name}.gguf")
-    if not path.is_file():
-        pytest.skip(f"no {path}; get it with: {downloads.FETCH}")
-    kept = ("tokenizer.", "general.name")
-    return {k: v for k, v in GGUFFile(path).metadata.items() if k.startswith(kept)}
 
 
 @cache
@@ -127,14 +96,6 @@ def llama_cpp(tmp_path_factory) -> Iterator[Callable[[dict[str, Any]], LlamaVoca
         vocab.close()
 
 
-@cache
-def pages() -> list[str]:
-    """Real lines, or our own where those are not beside this checkout."""
-    path = TLDR if TLDR.is_file() else SHELL_TRAIN
-    lines = path.read_text(encoding="utf-8").splitlines()[:1000]
-    return [" ".join(map(str, json.loads(line).values())) for line in lines]
-
-
 def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return list(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
@@ -171,13 +132,6 @@ def test_marks_around_a_text_are_llama_cpps(name, llama_cpp):
 def test_text_is_decoded_as_it_was(name):
     for text in pages()[:100]:
         assert tokenizer(name).decode(ids(tokenizer(name), text)) == text
-
-
-def pre_tokenizers_with_own_rule() -> list[str]:
-    first: dict[object, str] = {}
-    for name, entry in PRE_TOKENIZERS.items():
-        first.setdefault(entry, name)
-    return list(first.values())
 
 
 @pytest.mark.slow
