@@ -10,6 +10,7 @@ import hashlib
 import json
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,6 +28,7 @@ class StandIn:
         dies_at: close the connection after so many bytes of a file.
         refuses: (path, status, text) of what is answered instead.
         lines: what create answers.
+        prompt: what it makes of the body of a chat.
     """
 
     url: str = ""
@@ -36,6 +38,7 @@ class StandIn:
     lengths: list[tuple[str | None, str | None]] = field(default_factory=list)
     dies_at: int | None = None
     refuses: tuple[str, int, str] | None = None
+    prompt: Callable[[dict], str] = lambda _body: ""
     lines: list[str] = field(
         default_factory=lambda: [
             '{"status": "parsing GGUF"}',
@@ -91,6 +94,13 @@ class Handler(BaseHTTPRequestHandler):
             return
         if self.path == "/api/create":
             self.create(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            return
+        if self.path == "/api/chat":
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            said = {"message": {"role": "assistant", "content": "ls"}}
+            if body.get("_debug_render_only"):
+                said = {"_debug_info": {"rendered_template": self.known.prompt(body)}}
+            self.answer(200, json.dumps(said))
             return
         size = int(self.headers["Content-Length"])
         self.known.lengths.append(
