@@ -13,9 +13,12 @@ import pytest
 from mlxtune.errors import OutputExists
 from mlxtune.export.convert import convert_to_folder
 from mlxtune.export.mlx_bundle import export_for_mlx
-from mlxtune.export.mlx_engine import NotForEngine, refusal
+from mlxtune.export.mlx_engine import KEEP, NotForEngine, refusal
+from mlxtune.export.mlx_folder import write_mlx_folder
 from mlxtune.fuse import fuse_run
+from mlxtune.recipe.schema import ModelSection
 from mlxtune.train.metrics import Silent
+from mlxtune.train.model import load_base
 from mlxtune.train.session import fine_tune
 from support.files import SHELL_HELDOUT
 
@@ -135,6 +138,18 @@ def test_all_that_the_engine_reads_is_in_json(kept):
     ends = json.loads((kept.folder / "generation_config.json").read_text())["eos_token_id"]
     assert ends == json.loads((kept.folder / "config.json").read_text())["eos_token_id"]
     assert json.loads((kept.folder / "config.json").read_text())["quantization"]["bits"] == 4
+
+
+def test_the_rotation_stands_where_the_engine_reads_it(tiny_folder, tmp_path):
+    """transformers 5 writes `rope_parameters`, of which it knows nothing."""
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    config = json.loads((tiny_folder / "config.json").read_text())
+    config.pop("rope_theta", None)
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    (tmp_path / "out").mkdir()
+    write_mlx_folder(tmp_path / "out", load_base(ModelSection(path=str(tmp_path / "model"))), KEEP)
+    assert json.loads((tmp_path / "out/config.json").read_text())["rope_theta"] == 5e5
 
 
 def test_a_second_export_is_the_first_or_is_refused(run, tmp_path):
