@@ -174,7 +174,7 @@ def go_template(renderer: Renderer, tokenizer: Any) -> GoTemplate | None:
     """
     if not renderer.has_template or "strftime_now" in str(tokenizer.chat_template):
         return None
-    bos = _added_bos(tokenizer)
+    bos = added_bos(tokenizer)
 
     def ask(turns: Sequence[Turn]) -> str | None:
         try:
@@ -194,7 +194,7 @@ def go_template(renderer: Renderer, tokenizer: Any) -> GoTemplate | None:
     return None
 
 
-def _added_bos(tokenizer: Any) -> str:
+def added_bos(tokenizer: Any) -> str:
     """The token that the tokenizer, and so the runtime, puts before every text by itself."""
     number = tokenizer.bos_token_id
     ids = tokenizer.encode("a")

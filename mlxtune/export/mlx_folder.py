@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -21,6 +21,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxtune.export.engine_tokens import EngineTokenizer, misread
+from mlxtune.export.gotemplate import added_bos
 from mlxtune.export.mlx_engine import KEEP, TYPES, begins_itself, takes
 from mlxtune.export.verify import CHATS, SAMPLE
 from mlxtune.files import write_json
@@ -100,7 +101,8 @@ def write_mlx_folder(
         said = {"group_size": packing.group_size, "bits": packing.bits, "mode": packing.mode}
         config |= {"quantization": said, "quantization_config": said}
     misread = write_tokenizer(folder, model.tokenizer, config, model.source.path, texts)
-    how = [_how(each, packing, kind, model.model) for each in matrices]
+    left = set() if kind == KEEP else _left_in_floats(model.model)
+    how = [_how(each, packing, kind, left) for each in matrices]
     pieces = (_piece(each, what, packing, dtype) for each, what in zip(matrices, how, strict=True))
     write_safetensors(folder, pieces, progress=progress)
     counts = Counter(what for each, what in zip(matrices, how, strict=True) if _is_matrix(each))
@@ -137,7 +139,7 @@ def write_tokenizer(
     save_tokenizer(folder, tokenizer, template_apart=False)
     write_configs(folder, config, tokenizer, source)
     fast = tokenizer._tokenizer
-    begins = fast.bos_token_id is not None and fast("a").input_ids[:1] == [fast.bos_token_id]
+    begins = bool(added_bos(fast))
     place = folder / "tokenizer_config.json"
     said = json.loads(place.read_text(encoding="utf-8"))
     # In newer files that is told by the post-processor, which the engine does not read.
@@ -196,8 +198,16 @@ def _is_matrix(each: _Matrix) -> bool:
     return len(each.tensor.shape) > 1 and each.tensor.name.endswith(".weight")
 
 
-def _how(each: _Matrix, packing: Packing | None, kind: str, model: nn.Module) -> str:
-    """`kept`, `rounded` or `floats`."""
+def _left_in_floats(model: nn.Module) -> set[str]:
+    """Layers that mlx-lm does not quantize as it does all others, such as routers of experts."""
+    predicate = getattr(model, "quant_predicate", None)
+    if predicate is None:
+        return set()
+    return {path for path, layer in model.named_modules() if predicate(path, layer) is not True}
+
+
+def _how(each: _Matrix, packing: Packing | None, kind: str, left: Container[str]) -> str:
+    """`kept`, `rounded` or `floats`; `left` are layers that are to be in floats."""
     if packing is None or not _is_matrix(each):
         return "floats"
     same = each.layer is not None and each.layer.packing == packing
@@ -207,11 +217,7 @@ def _how(each: _Matrix, packing: Packing | None, kind: str, model: nn.Module) ->
         return "floats"
     if kind == KEEP:
         return "rounded" if same else "floats"
-    path = each.tensor.name.removesuffix(".weight")
-    predicate = getattr(model, "quant_predicate", None)
-    layer = dict(model.named_modules()).get(path)
-    # Routers of experts, and what else mlx-lm leaves as it is.
-    return "floats" if predicate is not None and predicate(path, layer) is not True else "rounded"
+    return "floats" if each.tensor.name.removesuffix(".weight") in left else "rounded"
 
 
 def _piece(each: _Matrix, how: str, packing: Packing | None, dtype: str) -> Piece:

@@ -22,7 +22,7 @@ from mlxtune.data.render import Renderer
 from mlxtune.errors import ExportError
 from mlxtune.export.engine_tokens import EngineTokenizer
 from mlxtune.export.gotemplate import CONVERSATIONS
-from mlxtune.export.handover import HandOver
+from mlxtune.export.handover import MODELFILE, HandOver
 from mlxtune.export.mlx_engine import (
     OLDEST,
     NotForEngine,
@@ -34,7 +34,6 @@ from mlxtune.export.ollama import Ollama, base_url, is_local, require_name
 from mlxtune.files import write_text
 from mlxtune.models.ollama_store import has_model
 
-MODELFILE = "Modelfile"
 _TERMINAL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[⠀-⣿]")
 # Tokens of an answer that are compared: of greedy answers in sixteen bits later ones may differ
 # where two tokens are as likely.
@@ -194,8 +193,7 @@ def _trained(renderer: Renderer, asked: Conversation, modelfile: Modelfile) -> s
         text = renderer.text(turns, tools=asked.tools, ask=True)
     except Exception:  # Jinja templates raise whatever they like
         return None
-    begin, *rest = renderer.encode("a")
-    mark = renderer.decode([begin]) if rest else ""
+    mark = renderer.decode(renderer.encode("")[:1])
     return mark + text.removeprefix(mark)
 
 
