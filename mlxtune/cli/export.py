@@ -202,6 +202,7 @@ def export(
         }
         # What nobody asked for may be done otherwise.
         other_way = choice.chosen and kind == "auto"
+        free = output is not None and _is_free(output)
         try:
             _export_for_mlx(
                 run, asked, name if to == "ollama" else None, dry_run, other_way, as_json
@@ -211,6 +212,8 @@ def export(
             if not other_way:
                 raise
             choice = Choice("gguf", error.what)
+            # The folder that has been written there just now gives way to the GGUF.
+            overwrite = overwrite or free
     if to == "ollama":
         if choice.chosen:
             click.echo(f"for Ollama's GGUF engine: {choice.why}", err=True)
@@ -251,6 +254,10 @@ def export(
             bundle.folder, to, name=name, modelfile=bundle.modelfile, dry_run=dry_run, progress=bar
         )
     _tell_hand_over(handed, bundle.as_json(handed) if as_json else None)
+
+
+def _is_free(place: Path) -> bool:
+    return not place.exists() or (place.is_dir() and not any(place.iterdir()))
 
 
 def _export_for_mlx(

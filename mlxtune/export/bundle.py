@@ -144,7 +144,9 @@ def export_run(
     # The folder is shipped: its card knows no place on this machine.
     card = model_card(subject, recipe, file_type, _commands(Path(), name))
     made_of = _made_of(weights, file_type, pre, imatrix, calibration, keep_template)
-    with atomic_folder(folder, overwrite=overwrite, marker=GGUF) as temporary:
+    # A folder for Ollama's MLX engine has no GGUF, and one of old has no report.
+    marker = REPORT if (folder / REPORT).is_file() else GGUF
+    with atomic_folder(folder, overwrite=overwrite, marker=marker) as temporary:
         require_apart(folder, used)
         importance = importance_of(
             lambda: model,

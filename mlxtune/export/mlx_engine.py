@@ -229,6 +229,8 @@ def choose(
     version = installed_version()
     if version is None:
         return Choice("gguf", "the MLX engine needs the program ollama, which is not on the PATH")
+    if version == (0,):
+        return Choice("gguf", "the program ollama does not say its version")
     if version < OLDEST:
         return Choice("gguf", f"Ollama {_dotted(version)} has no MLX engine")
     if said := refusal(config()):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from transformers import Gemma3Config, Gemma3TextConfig, LlamaConfig, Qwen3Config
 
 from mlxtune.errors import OutputExists
 from mlxtune.export.convert import convert_to_folder
@@ -21,6 +23,7 @@ from mlxtune.train.metrics import Silent
 from mlxtune.train.model import load_base
 from mlxtune.train.session import fine_tune
 from support.files import SHELL_HELDOUT
+from support.models import LLAMA3
 
 IDS = mx.array([[1, 5, 9, 2, 40, 7]])
 Q = "self_attn.q_proj"
@@ -28,6 +31,14 @@ Q = "self_attn.q_proj"
 
 def tensors(folder):
     return mx.load(str(folder / "model.safetensors"))
+
+
+def copied(model, to):
+    return Path(shutil.copytree(model, to))
+
+
+def changed(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +87,32 @@ def test_what_it_has_changed_is_quantized_once(kept, run, tmp_path):
     assert all(mx.array_equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+def test_it_is_quantized_in_the_type_of_the_bases_scales(run, quantized, tmp_path):
+    """Most published folders have scales in bfloat16."""
+    base = copied(quantized, tmp_path / "base")
+    arrays = tensors(base)
+    floats = {n: a.astype(mx.bfloat16) for n, a in arrays.items() if a.dtype != mx.uint32}
+    mx.save_safetensors(str(base / "model.safetensors"), arrays | floats, {"format": "mlx"})
+    changed(base / "config.json", torch_dtype="bfloat16", dtype="bfloat16")
+    made = export_for_mlx(run, base=str(base), output=tmp_path / "out")
+    got, name = tensors(made.folder), f"model.layers.0.{Q}"
+    assert all(mx.array_equal(got[n], tensors(base)[n]) for n in got if Q not in n)
+    assert {a.dtype for a in got.values()} == {mx.uint32, mx.bfloat16}
+    fuse_run(run, tmp_path / "fused", base=str(base), dtype="float32")
+    weight = tensors(tmp_path / "fused")[f"{name}.weight"]
+    want = mx.quantize(weight.astype(mx.bfloat16), group_size=32, bits=4)
+    parts = [got[f"{name}.{part}"] for part in ("weight", "scales", "biases")]
+    assert all(mx.array_equal(a, b) for a, b in zip(parts, want, strict=True))
+
+
+def test_mlx_lm_computes_from_it_what_we_compute_from_it(kept):
+    theirs, _ = mlx_lm.load(str(kept.folder))
+    ours = load_base(ModelSection(path=str(kept.folder))).model
+    logits = [np.array(model(IDS).astype(mx.float32)) for model in (theirs, ours)]
+    assert np.abs(logits[0]).max() > 0.1
+    assert np.abs(logits[0] - logits[1]).max() < 1e-3
+
+
 def test_the_loss_of_what_was_written_is_measured(kept):
     assert kept.measured_on == 8
     assert kept.loss_after == pytest.approx(kept.loss_before, abs=0.2)
@@ -106,14 +143,15 @@ def test_floats_are_the_fused_model(tiny_run, tmp_path, kind):
     fuse_run(tiny_run, tmp_path / "fused", dtype="float32")
     model, _ = mlx_lm.load(str(made.folder))
     fused, _ = mlx_lm.load(str(tmp_path / "fused"))
+    want = {"f32": mx.float32, "f16": mx.float16, "bf16": mx.bfloat16}[kind]
+    assert {array.dtype for array in tensors(made.folder).values()} == {want}
     bound = {"f32": 0, "f16": 0.01, "bf16": 0.1}[kind]
     difference = np.abs(np.array(model(IDS).astype(mx.float32)) - np.array(fused(IDS)))
     assert difference.max() <= bound
 
 
 def test_a_layer_of_other_bits_is_written_in_floats(run, quantized, tmp_path):
-    base = tmp_path / "base"
-    shutil.copytree(quantized, base)
+    base = copied(quantized, tmp_path / "base")
     arrays, name = tensors(quantized), "model.layers.0.mlp.up_proj"
     parts = [arrays[f"{name}.{part}"] for part in ("weight", "scales", "biases")]
     full = mx.dequantize(*parts, group_size=32, bits=4)
@@ -129,6 +167,9 @@ def test_a_layer_of_other_bits_is_written_in_floats(run, quantized, tmp_path):
     assert f"{name}.scales" not in got and made.quantized.floats == 1
     want = mx.dequantize(*parts, group_size=32, bits=8)
     assert mx.array_equal(got[f"{name}.weight"], want.astype(got[f"{name}.weight"].dtype))
+    model, _ = mlx_lm.load(str(made.folder))
+    block = model.layers[0].mlp
+    assert not hasattr(block.up_proj, "bits") and block.down_proj.bits == 4
 
 
 def test_all_that_the_engine_reads_is_in_json(kept):
@@ -138,6 +179,19 @@ def test_all_that_the_engine_reads_is_in_json(kept):
     ends = json.loads((kept.folder / "generation_config.json").read_text())["eos_token_id"]
     assert ends == json.loads((kept.folder / "config.json").read_text())["eos_token_id"]
     assert json.loads((kept.folder / "config.json").read_text())["quantization"]["bits"] == 4
+
+
+def test_every_end_of_an_answer_is_listed(tiny_run, tiny_folder, tmp_path):
+    """The engine stops at those of generation_config.json."""
+    base = copied(tiny_folder, tmp_path / "base")
+    end = json.loads((base / "config.json").read_text())["eos_token_id"]
+    said = {"eos_token_id": [end, 5, 7], "temperature": 0.5}
+    (base / "generation_config.json").write_text(json.dumps(said))
+    made = export_for_mlx(tiny_run, base=str(base), output=tmp_path / "out")
+    got = json.loads((made.folder / "generation_config.json").read_text())
+    assert sorted(got["eos_token_id"]) == [5, 7, end] and got["temperature"] == 0.5
+    _, tokenizer = mlx_lm.load(str(made.folder))
+    assert tokenizer.eos_token_ids == {5, 7, end}
 
 
 def test_the_rotation_stands_where_the_engine_reads_it(tiny_folder, tmp_path):
@@ -161,6 +215,29 @@ def test_a_second_export_is_the_first_or_is_refused(run, tmp_path):
         export_for_mlx(run, kind="int8", output=tmp_path / "out")
     assert export_for_mlx(run, kind="bf16").folder.name == "mlx-bf16"
     shutil.rmtree(run / "export")
+
+
+def test_what_was_trained_on_is_not_taken_for_what_was_exported(run, tmp_path):
+    """Another adapter has taken the place of the one that was written."""
+    trained = copied(run, tmp_path / "run")
+    made = export_for_mlx(trained)
+    before = tensors(made.folder)[f"model.layers.0.{Q}.weight"]
+    mx.eval(before)
+    weights = trained / "adapter/adapters.safetensors"
+    arrays = {name: array + 0.5 for name, array in mx.load(str(weights)).items()}
+    mx.save_safetensors(str(weights), arrays)
+    with pytest.raises(OutputExists, match="another adapter"):
+        export_for_mlx(trained)
+    again = export_for_mlx(trained, overwrite=True)
+    assert again.folder == made.folder and not again.written_before
+    assert not mx.array_equal(tensors(again.folder)[f"model.layers.0.{Q}.weight"], before)
+
+
+def test_every_kind_has_a_folder_of_its_own(tiny_run, tmp_path):
+    trained = copied(tiny_run, tmp_path / "run")
+    folders = [export_for_mlx(trained, kind=kind).folder for kind in ("int8", "f16")]
+    assert [folder.name for folder in folders] == ["mlx-int8", "mlx-f16"]
+    assert all((folder / "model.safetensors").is_file() for folder in folders)
 
 
 LLAMA = {
@@ -213,6 +290,32 @@ def test_what_the_engine_computes(config):
 )
 def test_what_it_would_compute_otherwise_is_refused_by_name(config, said):
     assert said in refusal(config)
+
+
+SMALL = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+STRETCHED = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+
+
+def written(config, architecture):
+    """As transformers writes a config.json."""
+    return json.loads(config.to_json_string()) | {"architectures": [architecture]}
+
+
+def test_configs_that_transformers_writes_are_read():
+    small = LlamaConfig(**SMALL)
+    assert refusal(written(small, "LlamaForCausalLM")) is None
+    assert refusal(written(Qwen3Config(**SMALL), "Qwen3ForCausalLM")) is None
+    assert refusal(written(Gemma3TextConfig(), "Gemma3ForCausalLM")) is None
+    assert refusal(written(Gemma3Config(), "Gemma3ForConditionalGeneration")) is None
+
+
+def test_what_transformers_writes_of_a_stretched_rotation_is_seen():
+    llama = written(LlamaConfig(**SMALL, rope_parameters=LLAMA3), "LlamaForCausalLM")
+    assert "rope_scaling (llama3)" in refusal(llama)
+    text = Gemma3TextConfig(rope_parameters=TWO | {"full_attention": STRETCHED})
+    assert "rope_scaling (linear)" in refusal(written(text, "Gemma3ForCausalLM"))
+    whole = written(Gemma3Config(text_config=text), "Gemma3ForConditionalGeneration")
+    assert "rope_scaling (linear)" in refusal(whole)
 
 
 def test_such_a_run_is_refused_before_anything_is_written(tiny_run, tmp_path, monkeypatch):

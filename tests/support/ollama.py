@@ -29,6 +29,7 @@ class StandIn:
         refuses: (path, status, text) of what is answered instead.
         lines: what create answers.
         prompt: what it makes of the body of a chat.
+        tools: whether chats may have tools.
     """
 
     url: str = ""
@@ -39,6 +40,7 @@ class StandIn:
     dies_at: int | None = None
     refuses: tuple[str, int, str] | None = None
     prompt: Callable[[dict], str] = lambda _body: ""
+    tools: bool = True
     lines: list[str] = field(
         default_factory=lambda: [
             '{"status": "parsing GGUF"}',
@@ -97,6 +99,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         if self.path == "/api/chat":
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if body.get("tools") and not self.known.tools:
+                self.answer(400, json.dumps({"error": f"{body['model']} does not support tools"}))
+                return
             said = {"message": {"role": "assistant", "content": "ls"}}
             if body.get("_debug_render_only"):
                 said = {"_debug_info": {"rendered_template": self.known.prompt(body)}}
