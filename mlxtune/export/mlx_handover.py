@@ -30,7 +30,7 @@ from mlxtune.export.mlx_engine import (
     renderers_for,
 )
 from mlxtune.export.modelfile import Modelfile
-from mlxtune.export.ollama import Ollama, base_url, is_local, require_name
+from mlxtune.export.ollama import Ollama, Refused, base_url, is_local, require_name
 from mlxtune.files import write_text
 from mlxtune.models.ollama_store import has_model
 
@@ -220,7 +220,7 @@ def _looked_at(
         messages = [_message(turn) for turn in asked.turns]
         try:
             got = mark + server.prompt(name, messages, list(asked.tools), think=think)
-        except ExportError as error:  # such as that a TEMPLATE has no tools
+        except Refused as error:  # such as that a TEMPLATE has no tools
             return _Way(modelfile, think, error.what, rare)
         if got == prompt:
             continue

@@ -84,6 +84,10 @@ def _connectable(name: str) -> str:
     return str(address) if address.version == 4 else f"[{address}]"
 
 
+class Refused(ExportError):
+    """Ollama does not do what it was asked for: the request is at fault, not the server."""
+
+
 class Ollama:
     """A connection to a server; close it, or use it in a `with` block.
 
@@ -197,6 +201,7 @@ class Ollama:
             think: what the client says of thinking; None for nothing.
 
         Raises:
+            Refused: the model cannot be asked so, such as with tools.
             ExportError: the server does not tell it.
         """
         asked = {"model": name, "messages": messages, "tools": tools or None, "think": think}
@@ -262,7 +267,8 @@ class Ollama:
             return
         value = _json(answer.text)
         said = value["error"] if value and "error" in value else answer.text.strip()[:200]
-        raise ExportError(
+        kind = Refused if answer.is_client_error else ExportError
+        raise kind(
             f"Ollama {what}: {said or answer.reason_phrase} ({answer.status_code})",
             where=self.url,
         )

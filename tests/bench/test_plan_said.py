@@ -160,6 +160,7 @@ def test_eight_billion_weights_in_four_gigabytes_are_refused_before_a_step_is_la
     assert "activations" not in said and "time" not in said
 
 
+@pytest.mark.slow
 def test_what_fewer_bits_would_bring_within_reach_is_looked_at():
     planner = planner_of(12 * 10**9)
     plan = planner()

@@ -81,6 +81,7 @@ def test_another_package_that_is_missing_is_no_bug_of_ours_either(tmp_path, monk
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere MLX needs no other BLAS")
 @pytest.mark.skipif(find_blas() is None, reason="there is no other BLAS")
+@pytest.mark.slow
 def test_the_blas_is_spoken_of_once_and_only_where_it_matters(tmp_path):
     given = {"MLXTUNE_BLAS": "", "LD_PRELOAD": "", "MLXTUNE_CACHE": str(tmp_path / "cache")}
 
@@ -164,13 +165,8 @@ def test_what_is_said_in_a_checkout_works(project):
     assert re.search(r"brought-0\.1", would_install(command, project, project))
 
 
-@pytest.mark.parametrize(
-    "gone",
-    [
-        pytest.param(False, id="its folder is there"),
-        pytest.param(True, id="it is gone", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("gone", [False, True], ids=["its folder is there", "it is gone"])
 def test_what_is_said_by_a_copy_that_was_installed_works(project, tmp_path, gone):
     site = tmp_path / "site"
     subprocess.run([*PIP, "install", *LOCAL, "--target", site, project], check=True)

@@ -64,7 +64,7 @@ def test_every_rule_is_read_as_transformers_reads_it_or_found_to_differ(pre, tmp
         assert misread(engine, tokenizer, texts) is not None
 
 
-@pytest.mark.parametrize("name", ["gemma-3", "llama-spm"])
+@pytest.mark.parametrize("name", [pytest.param("gemma-3", marks=pytest.mark.slow), "llama-spm"])
 def test_pieces_with_spaces_of_their_own_are_read_or_found_to_differ(name, tmp_path):
     tokenizer = read_tokenizer(metadata(name), where=name)
     tokenizer.save_pretrained(tmp_path)

@@ -180,6 +180,13 @@ def test_what_the_server_refuses_is_passed_on(world, opened, tmp_path):
         handed(opened, tmp_path)
 
 
+def test_a_server_that_fails_says_nothing_of_prompts(world, opened, tmp_path):
+    world.known.refuses = ("/api/chat", 500, '{"error": "out of memory"}')
+    with pytest.raises(ExportError, match="out of memory") as raised:
+        handed(opened, tmp_path)
+    assert not isinstance(raised.value, NotForEngine) and "shell" in world.known.models
+
+
 def test_a_program_that_fails_says_why(world, opened, tmp_path, monkeypatch):
     monkeypatch.setenv("FAILS", "write blob: no space left on device")
     with pytest.raises(ExportError, match="no space left on device") as raised:

@@ -270,6 +270,7 @@ class WeighedBackwards(Backwards):
         return MLX.sum_rows(a[::-1]) if self.weights else MLX.sum_rows(a)
 
 
+@pytest.mark.slow
 def test_an_arithmetic_that_gives_other_bytes_is_found_out(monkeypatch):
     assert driver.gives_the_same(MLX)
     assert not driver.gives_the_same(Backwards())
