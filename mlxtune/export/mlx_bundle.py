@@ -134,7 +134,7 @@ def export_for_mlx(
         keep_template: leave the chat template as it was before the training.
         overwrite: replace `output` if it exists.
         why: why it is for this engine, to be said.
-        progress: is told what is being done.
+        progress: called with what is being done.
 
     Raises:
         NotForEngine: the engine would not compute, tokenize or ask as was trained.

@@ -87,7 +87,7 @@ def write_mlx_folder(
         kind: of `TYPES`; `keep` for the way in which most of its matrices are quantized; or a
             float type, `float32`, `float16` or `bfloat16`.
         texts: that the engine has to tokenize as they were trained.
-        progress: is told what is being written.
+        progress: called with what is being written.
 
     Raises:
         NotForEngine: the engine does not read its tokenizer, or tokenizes the texts otherwise.
@@ -142,7 +142,7 @@ def write_tokenizer(
     begins = bool(added_bos(fast))
     place = folder / "tokenizer_config.json"
     said = json.loads(place.read_text(encoding="utf-8"))
-    # In newer files that is told by the post-processor, which the engine does not read.
+    # Newer files say it in the post-processor, which the engine does not read.
     write_json(place, said | {"add_bos_token": begins and not begins_itself(config)})
     needed, others = [*_chats(fast), *texts], [*SAMPLE, TEXT]
     if misread(EngineTokenizer(folder), fast, [*needed, *others]) is not None:

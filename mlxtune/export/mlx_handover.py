@@ -124,7 +124,7 @@ def hand_to_engine(
         answers: how MLX answers them greedily, the first `TOKENS` tokens of each; may be empty.
         dry_run: only say what to do.
         by_default: whether a client that says nothing of thinking has to ask as was trained.
-        progress: is told what is being done.
+        progress: called with what is being done.
 
     Raises:
         NotForEngine: nothing that Ollama has writes the prompts that were trained; the model is

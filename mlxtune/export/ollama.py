@@ -219,7 +219,7 @@ class Ollama:
         *,
         think: bool | None = None,
     ) -> str:
-        """What a model answers, the likeliest token each time, so many tokens at most.
+        """What a model answers: the likeliest token each time, `tokens` of them at most.
 
         Raises:
             ExportError: the server gives no answer.

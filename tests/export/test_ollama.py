@@ -503,10 +503,13 @@ def test_the_choices_are_those_there_are():
     from mlxtune.cli import export as verb
     from mlxtune.export.adapter import _LAYOUTS
     from mlxtune.export.handover import RUNTIMES
-    from mlxtune.recipe.schema import FileType
+    from mlxtune.export.mlx_engine import ENGINES, KEEP, TYPES
+    from mlxtune.recipe.schema import FileType, MlxType
 
     assert verb.RUNTIMES == RUNTIMES and tuple(_LAYOUTS) == verb.LAYOUTS
     assert get_args(FileType) == tuple(verb.FILE_TYPES)
+    assert get_args(MlxType) == verb.MLX_TYPES == (KEEP, *TYPES)
+    assert verb.ENGINES == ENGINES
 
 
 def test_a_run_says_what_its_recipe_says(tmp_path, monkeypatch, server):
