@@ -85,7 +85,14 @@ def _write(folder: Path, blobs: Sequence[Blob], where: str) -> None:
     for number, blob in enumerate(tensors, 1):
         file = f"tensor-{number:05d}.safetensors"
         (folder / file).symlink_to(blob.path.absolute())
-        names = list(read_safetensors(blob.path))
+        try:
+            names = list(read_safetensors(blob.path))
+        except ModelError as error:
+            raise ModelError(
+                f"the tensor {blob.name} is damaged: {error.what}",
+                where=where,
+                remedy=f"`ollama pull` fetches it again, or make the model again: {blob.path}",
+            ) from None
         if any(name.endswith(_GLOBAL_SCALE) for name in names):
             raise ModelError(
                 f"{blob.name} is quantized with a scale for the whole tensor, as NVIDIA's tools "
@@ -121,7 +128,13 @@ def _packings(
                 remedy=f"readable: {', '.join(_TYPES)}",
             )
         bits, mode, usual = _TYPES[kind.lower()]
-        size = metadata.get(f"{weight}.group_size") or metadata.get("group_size") or usual
+        size = str(metadata.get(f"{weight}.group_size") or metadata.get("group_size") or usual)
+        if not size.isdecimal():
+            raise ModelError(
+                f"{weight} is quantized in groups of {size!r}, which is no number",
+                where=where,
+                remedy="its file is damaged: pull or make the model again",
+            )
         how = {"group_size": int(size), "bits": bits, "mode": mode}
         yield weight.removesuffix(".weight"), how
 

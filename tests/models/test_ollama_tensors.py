@@ -160,6 +160,13 @@ def test_other_ways_of_quantizing_are_refused_by_name(store, tiny_folder):
         resolve_model("ollama:odd")
 
 
+def test_a_group_size_that_is_no_number_is_refused(store, tiny_folder):
+    store.add_folder("odd", tiny_folder, TYPES, group_size="abc")
+    with pytest.raises(ModelError, match="groups of 'abc'") as raised:
+        resolve_model("ollama:odd")
+    assert raised.value.where == "ollama:odd"
+
+
 def test_a_model_without_a_config_is_refused(store):
     store.add("bare", [("tensor", "a", store.tensors({"a": mx.zeros(2)}))])
     with pytest.raises(ModelError, match="has no config"):
@@ -171,8 +178,9 @@ def test_blobs_that_are_gone_or_cut_off_are_told(store, tiny_folder):
     largest = max((store.path / "blobs").iterdir(), key=lambda file: file.stat().st_size)
     whole = largest.read_bytes()
     largest.write_bytes(whole[:-8])
-    with pytest.raises(ModelError, match="truncated"):
+    with pytest.raises(ModelError, match="truncated") as raised:
         resolve_model("ollama:m")
+    assert raised.value.where == "ollama:m"
     largest.unlink()
     with pytest.raises(ModelError, match="damaged: there is no"):
         resolve_model("ollama:m")
