@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from mlxtune.models.weight_names import INDEX, SCALE, in_mlx
 
 TENSOR, JSON = "tensor", "json"
 
+# JSON files that are taken. Those of a second model, for drafts, have a folder in their names.
+_PLAIN = re.compile(r"\w[\w.-]{0,99}\.json", re.ASCII)
 _GLOBAL_SCALE = ".weight.global_scale"
 # Bits, mode and the group size where none is said.
 _TYPES = {
@@ -77,7 +80,7 @@ def _write(folder: Path, blobs: Sequence[Blob], where: str) -> None:
     if "config.json" not in files:
         raise ModelError("this model of Ollama has no config.json", where=where)
     for name, path in files.items():
-        if Path(name).name == name:  # those of a second model, for drafts, lie in a folder
+        if _PLAIN.fullmatch(name):
             (folder / name).write_bytes(path.read_bytes())
     weight_map: dict[str, str] = {}
     packings: dict[str, dict[str, Any]] = {}
@@ -129,9 +132,9 @@ def _packings(
             )
         bits, mode, usual = _TYPES[kind.lower()]
         size = str(metadata.get(f"{weight}.group_size") or metadata.get("group_size") or usual)
-        if not size.isdecimal():
+        if not size.isdecimal() or int(size) == 0:
             raise ModelError(
-                f"{weight} is quantized in groups of {size!r}, which is no number",
+                f"{weight} is quantized in groups of {size!r} weights",
                 where=where,
                 remedy="its file is damaged: pull or make the model again",
             )

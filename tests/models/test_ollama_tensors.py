@@ -160,11 +160,37 @@ def test_other_ways_of_quantizing_are_refused_by_name(store, tiny_folder):
         resolve_model("ollama:odd")
 
 
-def test_a_group_size_that_is_no_number_is_refused(store, tiny_folder):
-    store.add_folder("odd", tiny_folder, TYPES, group_size="abc")
-    with pytest.raises(ModelError, match="groups of 'abc'") as raised:
+@pytest.mark.parametrize("size", ["abc", "0", "-64"])
+def test_a_group_size_that_cannot_be_is_refused(store, tiny_folder, size):
+    store.add_folder("odd", tiny_folder, TYPES, group_size=size)
+    with pytest.raises(ModelError, match=f"groups of '{size}'") as raised:
         resolve_model("ollama:odd")
     assert raised.value.where == "ollama:odd"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "draft/config.json",
+        "tensor-00001.safetensors",
+        "a\0.json",
+        "n" * 300 + ".json",
+    ],
+)
+def test_files_with_odd_names_are_left_out(store, tiny_folder, name):
+    store.add_folder("m", tiny_folder)
+    manifest = store.path.joinpath("manifests", *parse_name("m").parts)
+    said = json.loads(manifest.read_text())
+    said["layers"].insert(
+        0, {"mediaType": f"{PREFIX}json", "name": name, "digest": store.blob(b"{}")}
+    )
+    manifest.write_text(json.dumps(said))
+    folder = resolve_model("ollama:m").path
+    assert (folder / "config.json").is_file()
+    assert load_model(resolve_model("ollama:m")).model
 
 
 def test_a_model_without_a_config_is_refused(store):

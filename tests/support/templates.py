@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from mlxtune.arrays import flat
 from support import downloads
 from support.models import tiny_llama
+from support.skips import lacking
 
 # Marks of models, by how they are written. What is not among them is plain text.
 _MARKS = re.compile(
@@ -51,14 +52,10 @@ def names() -> list[str]:
 
 
 def source(name: str) -> str:
-    """A template as it was published.
-
-    Raises:
-        FileNotFoundError: it has not been fetched.
-    """
+    """A template as it was published; the test is skipped where it has not been fetched."""
     path = downloads.CACHE / "templates" / f"{name}.jinja"
     if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {path.parent}; get it with: {downloads.FETCH}")
+        lacking(f"no {path.name} in {path.parent}; get it with: {downloads.FETCH}")
     return path.read_text(encoding="utf-8")
 
 
