@@ -86,7 +86,7 @@ def _mlx() -> Iterator[Finding]:
 def _memory() -> Finding:
     import mlx.core as mx
 
-    from mlxtune.train.memory import memory_budget
+    from mlxtune.memory import memory_budget
 
     total = mx.device_info().get("memory_size") or (
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

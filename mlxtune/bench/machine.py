@@ -19,8 +19,8 @@ from mlxtune.device import device_name, on_cpu
 from mlxtune.errors import StorageError
 from mlxtune.files import cache_folder, write_json
 from mlxtune.layers.routes import device_key
+from mlxtune.memory import budget_of_mac, machine_memory, memory_budget
 from mlxtune.recipe.load import parse_recipe
-from mlxtune.train.memory import memory_budget
 
 # Of the memory's bandwidth as it is printed, what operations on each element reach.
 _OF_BANDWIDTH = 0.8
@@ -39,6 +39,7 @@ class Machine:
     Attributes:
         name: for people.
         budget: bytes that training may take.
+        memory: bytes that it has; 0 where that is not known.
         gpu: whether it computes on a GPU.
         rates: None where no rate of its chip is known.
         measured: whether the rates were measured, on it or on one like it; else they are
@@ -54,6 +55,7 @@ class Machine:
     measured: bool
     here: bool = False
     basis: str = PUBLISHED
+    memory: int = 0
 
 
 CACHE = "rates.json"
@@ -93,7 +95,14 @@ def this_machine(
         basis += ", while it was busy: an idle one may be several times faster" * disturbed
     assert rates is not None
     return Machine(
-        device_name(), memory_budget(None), not on_cpu(), rates, True, here=True, basis=basis
+        device_name(),
+        memory_budget(),
+        not on_cpu(),
+        rates,
+        measured=True,
+        here=True,
+        basis=basis,
+        memory=machine_memory(),
     )
 
 
@@ -199,11 +208,12 @@ def mac(chip: str, memory_gb: float | None) -> Machine:
         basis = f"rates measured on this chip: {file.name}"
     return Machine(
         f"{found}, {memory_gb:g} GB",
-        working_set_bytes(memory_gb),
+        budget_of_mac(int(memory_gb * 2**30), working_set_bytes(memory_gb)),
         gpu=True,
         rates=rates,
         measured=known is not None,
         basis=basis,
+        memory=int(memory_gb * 2**30),
     )
 
 

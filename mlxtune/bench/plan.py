@@ -29,9 +29,9 @@ from mlxtune.data.pack import Batch
 from mlxtune.data.render import Sample
 from mlxtune.device import as_on_gpu
 from mlxtune.errors import DataError, ModelError
+from mlxtune.memory import GB
 from mlxtune.models.skeleton import Config
 from mlxtune.recipe.schema import Recipe, TrainSection
-from mlxtune.train.memory import GB
 from mlxtune.train.model import layout_for
 from mlxtune.train.notes import context_notes, part_lengths, warmup_notes
 from mlxtune.train.step import rows_to_a_chunk
@@ -63,6 +63,7 @@ class RunPlan:
         checkpointed_blocks: how many blocks are computed twice, of `blocks`.
         peak_memory_bytes: of MLX; the sum of the parts below it.
         budget_bytes: that training may take.
+        machine_bytes: of the machine's memory; 0 where that is not known.
         fits: whether the peak is within the budget.
         seconds_per_step: of an average step; None where no rate is known.
         steps: of the whole run; None where neither the records nor `max_steps` say.
@@ -102,6 +103,7 @@ class RunPlan:
     at_least: bool = False
     held_back: str | None = None
     notes: tuple[str, ...] = ()
+    machine_bytes: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """As `mlxtune plan --json` prints it."""
@@ -264,6 +266,7 @@ class Planner:
             logits_bytes=0,
             activations_bytes=0,
             budget_bytes=budget,
+            machine_bytes=self.machine.memory,
             fits=sizes.floor <= budget,
             seconds_per_step=None,
             steps=steps,
@@ -306,7 +309,7 @@ class Planner:
             train.batch_size,
             train.gradient_accumulation_steps,
             recipe.seed,
-            layout_for(self._estimator(recipe).packing),
+            layout_for(self._estimator(recipe).packing, self._facts.config),
             ranks=self._workers,
         )
 

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlxtune.arrays import flat
+from mlxtune.bench.fused import fused_kernels
 from mlxtune.bench.graph import Graph, trace
 from mlxtune.data.pack import Batch
 from mlxtune.errors import ModelError
@@ -164,7 +165,8 @@ class StepModel:
                 return [*after, loss, norm]
 
             try:
-                return trace(whole_step, *(a for tree in trees for a in tree.values()))
+                with fused_kernels():
+                    return trace(whole_step, *(a for tree in trees for a in tree.values()))
             finally:
                 model.update(tree_unflatten(list(trees[0].items())))
                 optimizer.state = tree_unflatten(list(trees[1].items()))

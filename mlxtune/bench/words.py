@@ -21,6 +21,7 @@ def plan_lines(result: RunPlan) -> list[str]:
         f"adapter  {result.parameters_trained / 1e6:.2f} M parameters train",
         f"data     {result.lengths}",
         *summary_lines(result),
+        *_left_lines(result),
         "",
         parts_line(result),
     ]
@@ -32,6 +33,15 @@ def plan_lines(result: RunPlan) -> list[str]:
     if not result.fits:
         lines += ["", *advice_lines(result)]
     return lines
+
+
+def _left_lines(result: RunPlan) -> list[str]:
+    """What the machine keeps for everything but the training."""
+    left = result.machine_bytes - result.budget_bytes
+    if left <= 0:
+        return []
+    whole = size(result.machine_bytes)
+    return [f"         {size(left)} of {whole} are left to the system and other programs"]
 
 
 def summary_lines(result: RunPlan) -> list[str]:

@@ -11,7 +11,7 @@ full of the prefix.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ PREFIX = 0
 
 # Shapes are rounded up so that few of them occur: each new one is compiled anew.
 WIDTH_STEP = 8
+# Metal's attention has no backward pass for eight queries or fewer: MLX 0.32.4 ends with an error.
+FEW_WIDTH_STEP = 16
 TARGET_STEP = 32
 PREFIX_STEP = 16
 # A shorter common prefix is not worth its own rows.
@@ -111,12 +113,12 @@ def grid_of(samples: Sequence[Sample], *, few_shapes: bool = False) -> Grid:
         prefix -= prefix % PREFIX_STEP
         prefix = prefix if prefix >= SHORTEST_PREFIX else 0
     lengths = [len(s.tokens) - prefix for s in samples]
-    longest = _round_up(max(lengths), WIDTH_STEP)
+    longest = _round_up(max(lengths), FEW_WIDTH_STEP if few_shapes else WIDTH_STEP)
     best: Grid | None = None
     tokens = prefix + sum(lengths)
     width = longest
     while width <= 4 * longest:
-        rounded = _rounded(width, WIDTH_STEP, few_shapes)
+        rounded = _rounded_width(width, few_shapes)
         # What it would cost if no token of a row were left empty.
         if best is None or _cost(-(-tokens // rounded), rounded, prefix) < best.cost:
             rows = _best_fit(lengths, rounded, prefix)
@@ -141,7 +143,7 @@ def _keys_seen(rows: int, width: int, prefix: int) -> int:
 
 def pad(samples: Sequence[Sample], *, few_shapes: bool = False) -> Batch:
     """One sample to a row, padded at the right to a common width."""
-    width = _rounded(max(len(s.tokens) for s in samples), WIDTH_STEP, few_shapes)
+    width = _rounded_width(max(len(s.tokens) for s in samples), few_shapes)
     rows = [[(index, 0)] for index in range(len(samples))]
     grid = Grid(0, width, rows, float(width * len(rows)), few_shapes)
     return _batch(_placed(samples, grid), grid, packed=False)
@@ -221,8 +223,7 @@ def _batch(placed: list[_Placed], grid: Grid, *, packed: bool) -> Batch:
         targets.append(item.sample.tokens[trained])
         weights.append(item.sample.weights[trained])
     supervised = sum(len(t) for t in targets)
-    # Targets cost little beside tokens, so more of them may be nothing.
-    size = _rounded(max(supervised, 1), TARGET_STEP, grid.few_shapes, sizes=2)
+    size = _rounded(max(supervised, 1), TARGET_STEP, grid.few_shapes)
 
     def filled(parts: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
         return np.pad(np.concatenate(parts), (0, size - supervised))
@@ -246,9 +247,41 @@ def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def _rounded(value: int, step: int, few_shapes: bool, *, sizes: int = 4) -> int:
-    """Up to a multiple of `step`; if shapes are to be few, to one of `sizes` an octave."""
+def _rounded_width(width: int, few_shapes: bool) -> int:
+    return _rounded(width, FEW_WIDTH_STEP if few_shapes else WIDTH_STEP, few_shapes)
+
+
+def _rounded(value: int, step: int, few_shapes: bool) -> int:
+    """Up to a multiple of `step`; if shapes are to be few, to one of two sizes an octave."""
     if few_shapes:
         octave = 1 << max(0, (value - 1).bit_length() - 1)
-        step = max(step, octave // sizes)
+        step = max(step, octave // 2)
     return _round_up(value, step)
+
+
+def filled_up(batch: Batch, rows: int, width: int, targets: int) -> Batch:
+    """A batch of the same samples with more padding.
+
+    Args:
+        batch: to be filled up.
+        rows, width: of the larger grid. The width is the batch's own where it has a prefix.
+        targets: how many; those added have no weight.
+    """
+    below, right = rows - batch.tokens.shape[0], width - batch.tokens.shape[1]
+    more = targets - len(batch.targets)
+    if below < 0 or right < 0 or more < 0 or (right and batch.prefix):
+        raise ValueError(f"a batch of {batch.tokens.shape} cannot be filled up to {rows, width}")
+
+    def grid(array: Ints, value: int = 0) -> Ints:
+        return np.pad(array, ((0, below), (0, right)), constant_values=value)
+
+    row, column = np.divmod(batch.sources, batch.tokens.shape[1])
+    return replace(
+        batch,
+        tokens=grid(batch.tokens),
+        positions=grid(batch.positions),
+        segments=grid(batch.segments, PADDING),
+        sources=np.pad(row * width + column, (0, more)).astype(np.int32),
+        targets=np.pad(batch.targets, (0, more)),
+        weights=np.pad(batch.weights, (0, more)),
+    )

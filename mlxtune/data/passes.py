@@ -8,7 +8,7 @@ order the shuffle gave them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlxtune.data.pack import Batch, Grid, grid_of, pack, pad
 from mlxtune.data.render import Sample
@@ -24,11 +24,14 @@ class Layout:
         packing: pack the samples of a pass instead of padding them.
         few_shapes: round sizes up coarsely, since each new shape is compiled anew.
         pass_cost: what a pass costs beside its tokens, in tokens.
+        causal_rows: give a pass whose rows hold one sample each, with no shared prefix, to the
+            model's own attention, which needs no more than a causal mask for it.
     """
 
     packing: bool = True
     few_shapes: bool = False
     pass_cost: int = 32
+    causal_rows: bool = False
 
 
 def passes(samples: Sequence[Sample], batch_size: int, layout: Layout) -> list[Batch]:
@@ -53,7 +56,13 @@ def passes(samples: Sequence[Sample], batch_size: int, layout: Layout) -> list[B
         (plan for count in counts for plan in _plans(samples, count, batch_size, layout)),
         key=lambda plan: _cost([grid for _, grid in plan], layout),
     )
-    return [pack(group, grid) for group, grid in best]
+    return [_laid_out(group, grid, layout) for group, grid in best]
+
+
+def _laid_out(group: Group, grid: Grid, layout: Layout) -> Batch:
+    batch = pack(group, grid)
+    alone = not grid.prefix and all(len(row) == 1 for row in grid.rows)
+    return replace(batch, packed=False) if layout.causal_rows and alone else batch
 
 
 _Plan = list[tuple[Group, Grid]]

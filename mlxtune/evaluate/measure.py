@@ -14,6 +14,7 @@ from mlxtune.data.render import Renderer, Sample
 from mlxtune.data.tokens import tokenize
 from mlxtune.errors import DataError, ModelError
 from mlxtune.evaluate.answers import answers
+from mlxtune.memory import memory_budget, sequences_within
 from mlxtune.models.enable import enable_packs_by
 from mlxtune.models.load import LoadedModel
 from mlxtune.recipe.schema import DataSource, Recipe
@@ -26,6 +27,8 @@ _WINDOW = 1024
 # What an answer may be longer than the longest expected one, in tokens: a longer one is
 # wrong however it ends.
 _SLACK = 8
+# Answers generated at once, where memory allows.
+_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ def measure(
     with suppress(ModelError):
         enable_packs_by(model, loaded.config)
         packing = True
-    layout = layout_for(packing)
+    layout = layout_for(packing, loaded.config)
     progress("held-out loss")
     totals = sample_losses(model, samples, batch_size=16, layout=layout)
     losses: dict[int, RecordLoss] = {}
@@ -171,6 +174,9 @@ def measure(
             loaded.tokenizer,
             prompts,
             max_tokens=limit,
+            batch_size=sequences_within(
+                model, max(map(len, prompts)) + limit, memory_budget(), most=_AT_ONCE
+            ),
             progress=lambda done: progress(f"{done} of {len(chats)} answers"),
         )
         said = [renderer.answers.read(text).content for text in said]

@@ -21,11 +21,11 @@ from mlxtune.fuse import dense_config, write_configs
 from mlxtune.gguf.architectures import for_config
 from mlxtune.gguf.tensors import SourceTensor
 from mlxtune.gguf.writer import Importance, Written, write_gguf
+from mlxtune.memory import GB, memory_budget
 from mlxtune.models.fields import with_all_fields
 from mlxtune.models.folder import dense_pieces, packable, packed_pieces
 from mlxtune.models.safetensors import write_safetensors
 from mlxtune.models.tokenizer_files import save_tokenizer
-from mlxtune.train.memory import GB, memory_budget
 
 Progress = Callable[[str], None]
 

@@ -239,4 +239,4 @@ def _loss(
     if not samples:
         return None
     progress(f"measuring the loss on {len(samples)} records")
-    return held_out_loss(model.model, samples, batch_size=8, layout=layout_for(False))
+    return held_out_loss(model.model, samples, batch_size=8, layout=layout_for(False, model.config))

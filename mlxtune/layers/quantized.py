@@ -237,7 +237,9 @@ class QuantizedLinear(PackedLayer):
             expand = self.expands(x.size // x.shape[-1], forward=forward)
             return self.product(x, forward=forward, expand=expand)
 
-        y = frozen_product(x, multiply)
+        # Where nothing is trained the gradient of our own only makes the graph dearer to build,
+        # which a generated token waits for on a GPU.
+        y = frozen_product(x, multiply) if self.training else multiply(x, True)
         if "bias" in self:
             y = y + self.bias
         return y

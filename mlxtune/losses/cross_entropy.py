@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxtune.arrays import custom_gradient, exp
+from mlxtune.device import on_cpu
 
 
 def weighted_cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
@@ -28,7 +29,13 @@ def weighted_cross_entropy(logits: mx.array, targets: mx.array, weights: mx.arra
 
 
 def token_losses(logits: mx.array, targets: mx.array) -> mx.array:
-    """`logsumexp(logits_i) - logits_i[target_i]`: float32 (m,), of (m, vocabulary) and (m,)."""
+    """`logsumexp(logits_i) - logits_i[target_i]`: float32 (m,), of (m, vocabulary) and (m,).
+
+    On a GPU by MLX's kernel, which reads the logits once in their own type and adds up in
+    float32; on a CPU it would add up in the logits' type.
+    """
+    if not on_cpu():
+        return mx.fast.cross_entropy(logits, targets)
     logits = logits.astype(mx.float32)
     picked = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return mx.logsumexp(logits, axis=-1) - picked
@@ -142,6 +149,12 @@ def _with_gradient(
     head: Callable[[mx.array], mx.array], hidden: mx.array, targets: mx.array, weights: mx.array
 ) -> tuple[mx.array, mx.array]:
     """Loss of some rows, and its gradient for their hidden states."""
+    if not on_cpu():
+        # The kernel's gradient is written over the logits; ours would take three arrays more.
+        loss, gradient = mx.value_and_grad(
+            lambda hidden: weighted_cross_entropy(head(hidden), targets, weights)
+        )(hidden)
+        return loss, gradient
     logits = head(hidden)
     full = logits.astype(mx.float32)
     peak = full.max(axis=-1, keepdims=True)

@@ -21,9 +21,8 @@ _Pack = TypeVar("_Pack", bound=PackCache)
 # Two samples, 1 2 3 and 1 2 4 5, in a grid of one row for the prefix 1 2 and one row that
 # holds 3, 4 5 and padding.
 _PROBE = ((1, 2, 0, 0), (3, 4, 5, 0))
-# Sixteen-bit types round at 1e-2; a wrong position or mask is off by far more.
-_BOUNDS = {mx.float32: 2e-4}
-_LOOSE = 5e-2
+# Sixteen-bit types round at 1e-2, as TF32 may; a wrong position or mask is off by far more.
+_BOUND, _LOOSE = 2e-4, 5e-2
 # Scores nine hundred times as large show a cap on them, which small ones do not reach.
 _GAIN = 30.0
 
@@ -32,7 +31,9 @@ def enable_packs_by(model: nn.Module, config: Config) -> None:
     """`enable_packs`, proven on a small model of the same architecture in float32.
 
     In a deep model of sixteen bits two orders of rounding are as far apart as a wrong mask is
-    from a right one. Where no small model can be made, it is proven on the model itself.
+    from a right one. The small model is computed on the CPU: some GPUs (Apple's M5, NVIDIA's)
+    multiply float32 in TF32, which rounds more than the bound allows. Where no small model can
+    be made, it is proven on the model itself.
 
     Args:
         model: to train on packs.
@@ -42,11 +43,13 @@ def enable_packs_by(model: nn.Module, config: Config) -> None:
         ModelError: as `enable_packs`.
     """
     try:
-        twin: nn.Module | None = tiny_twin(config)
+        with mx.stream(mx.cpu):
+            twin: nn.Module | None = tiny_twin(config)
     except Exception:  # whatever an unknown architecture makes of small sizes
         twin = None
     if twin is not None:
-        enable_packs(twin)
+        with mx.stream(mx.cpu):
+            enable_packs(twin)
     enable_packs(model, twin)
 
 
@@ -82,7 +85,10 @@ def enable_packs(model: nn.Module, proven_on: nn.Module | None = None) -> None:
             leave_packs(owner)
         raise ModelError(f"packed samples cannot be given to this architecture: {problem}")
     else:
-        # CUDA has a fused attention with a backward pass; elsewhere MLX keeps all scores.
+        # A pack needs a mask that is an array. With one MLX keeps the scores of every block for
+        # the backward pass on CPUs and on Metal; CUDA's kernels take it (for 16-bit types and
+        # heads of up to 128; where a row is no multiple of 128 long, the backward pass computes
+        # the scores of one block at a time).
         own = not mx.cuda.is_available() and _find_windows(model) and _takes_own_attention(model)
     for owner in owners:
         owner.rope.own = own
@@ -102,7 +108,7 @@ def _problem(model: nn.Module) -> str | None:
         off = _distance(got, mx.concatenate(alone))
     except Exception as error:  # whatever an unknown architecture does with a cache
         return str(error) or type(error).__name__
-    return None if off < _BOUNDS.get(got.dtype, _LOOSE) else f"logits differ by {off:.1e}"
+    return None if off < _bound(got.dtype) else f"logits differ by {off:.1e}"
 
 
 def _takes_own_attention(model: nn.Module) -> bool:
@@ -112,11 +118,17 @@ def _takes_own_attention(model: nn.Module) -> bool:
             got, want = (
                 _logits(model, _probe(kind, gain, widest)) for kind in (OwnAttention, PackCache)
             )
-            if _distance(got, want) > _BOUNDS.get(got.dtype, _LOOSE):
+            if _distance(got, want) > _bound(got.dtype):
                 return False
     except Exception:  # as above
         return False
     return True
+
+
+def _bound(dtype: mx.Dtype) -> float:
+    """What logits may differ by, relative to the largest."""
+    exact = dtype == mx.float32 and mx.default_device() == mx.cpu
+    return _BOUND if exact else _LOOSE
 
 
 def _find_windows(model: nn.Module) -> bool:

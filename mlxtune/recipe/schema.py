@@ -242,7 +242,8 @@ class TrainSection(Section):
     `neftune_noise_alpha` embeddings carry noise in training (NEFTune).
     `gradient_checkpointing` computes blocks a second time instead of keeping what they
     computed: all of them, every k-th, or with `auto` no more than `memory_limit` asks for
-    (GB; by default what the device recommends).
+    (GB; by default what the device recommends). `wired_memory` keeps a Mac from paging out the
+    model's weights.
     """
 
     epochs: float = Field(default=3.0, gt=0)
@@ -268,6 +269,7 @@ class TrainSection(Section):
     packing: bool = True
     gradient_checkpointing: bool | Literal["auto"] | PositiveInt = "auto"
     memory_limit: float | None = Field(default=None, gt=0)
+    wired_memory: bool = True
 
     @model_validator(mode="before")
     @classmethod

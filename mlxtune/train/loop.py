@@ -21,6 +21,7 @@ from mlxtune.data.pack import Batch
 from mlxtune.data.render import Sample
 from mlxtune.errors import TrainingDiverged
 from mlxtune.files import atomic_folder, clear_unfinished
+from mlxtune.memory import memory_budget
 from mlxtune.recipe.schema import CheckpointSection, EvalSection, LogSection, TrainSection
 from mlxtune.train.checkpoint import (
     DamagedCheckpoint,
@@ -97,6 +98,7 @@ class Trainer:
         self._workers = workers
         self.total_steps = plan.total_steps(epochs=train.epochs, max_steps=train.max_steps)
         self._eval_every = evaluation.steps or plan.steps_per_epoch
+        self._budget = memory_budget(train.memory_limit)
         self._optimizer = optimizer_of(train, model)
         self._progress = Progress()
         self._mark = 0.0  # until when the time of steps is counted
@@ -182,7 +184,7 @@ class Trainer:
                 if not (last or stop or step == first + 1 or self._is_due(step)):
                     continue
                 norm, begun = self._settle(begun), None
-                keep_freed_buffers()
+                keep_freed_buffers(self._budget)
                 if step % self._log.steps == 0 or last:
                     self._report(rate, norm)
                 best = (step % self._eval_every == 0 or last) and self._measure()

@@ -1,9 +1,8 @@
-"""How much memory training may take, and how many blocks are computed twice to stay in it."""
+"""How many blocks are recomputed in the backward pass, so that training stays in its memory."""
 
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import mlx.core as mx
@@ -12,58 +11,26 @@ import mlx.nn as nn
 from mlxtune.arrays import flat, random_key, set_random_key
 from mlxtune.data.pack import Batch
 from mlxtune.errors import ModelError
+from mlxtune.memory import freed_to_keep
 from mlxtune.models.heads import language_model, training
 from mlxtune.train.step import LossFunction, batch_arrays
 
-GB = 10**9
-# Of a machine's memory, what is left to others where the device names no limit of its own.
-_OTHERS = 0.2
 # A budget is not used to the last byte: buffers are reused at other sizes.
 _MARGIN = 0.95
 # mlx-lm's name for how blocks with a window and without one follow each other.
 _TURN = "sliding_window_pattern"
 
 
-def memory_budget(limit: float | None) -> int:
-    """Bytes that training may take.
-
-    Args:
-        limit: GB, as the recipe says; None for what the device recommends: its working set
-            on Metal, four fifths of the GPU's memory or of the machine's elsewhere.
-    """
-    if limit is not None:
-        return int(limit * GB)
-    info = mx.device_info()
-    if recommended := info.get("max_recommended_working_set_size"):
-        return int(recommended)
-    # CUDA says how much memory the GPU has.
-    total = info.get("total_memory") or info.get("memory_size")
-    total = total or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int((1 - _OTHERS) * int(total))
-
-
-def keep_within(budget: int) -> None:
-    """Make MLX free its caches before it takes more than `budget` bytes.
-
-    On Metal the memory is also wired, up to what the device allows, so that weights are not
-    paged out between steps; freed buffers are kept for the next step, never cleared
-    (`keep_freed_buffers` says how many).
-    """
-    mx.set_memory_limit(budget)
-    if mx.metal.is_available():
-        allowed = int(mx.device_info()["max_recommended_working_set_size"])
-        mx.set_wired_limit(min(budget, allowed))
-
-
-def keep_freed_buffers() -> None:
-    """Let MLX keep as many freed bytes as the steps so far have needed, and no more.
+def keep_freed_buffers(budget: int) -> None:
+    """Let MLX keep as many freed bytes as pays; see `freed_to_keep`.
 
     To be called between steps, when nothing is being computed: then what is held stays held,
-    and the peak above it is what a step needs. MLX itself keeps all that the memory limit
-    leaves room for, and batches of other shapes seldom fit into what is kept, so that in a long
-    run it would be most of the machine (ml-explore/mlx issue 3350). CPUs keep nothing.
+    and the peak above it is what a step needs. CPUs keep nothing.
+
+    Args:
+        budget: bytes that training may take.
     """
-    mx.set_cache_limit(max(0, mx.get_peak_memory() - mx.get_active_memory()))
+    mx.set_cache_limit(freed_to_keep(mx.get_active_memory(), mx.get_peak_memory(), budget))
 
 
 def blocks_to_checkpoint(model: nn.Module, batch: Batch, budget: int, state: int = 0) -> int:

@@ -28,7 +28,9 @@ from mlxtune.layers.inject import (
 )
 from mlxtune.layers.quantized import packing_named
 from mlxtune.layers.routes import Routes, choose_routes, fix_routes
+from mlxtune.memory import GB, keep_within, memory_budget
 from mlxtune.models.enable import enable_packs_by, pack_kind
+from mlxtune.models.fused_attention import keeps_no_scores, prepare_backward
 from mlxtune.models.load import (
     DTYPES,
     LoadedModel,
@@ -43,7 +45,7 @@ from mlxtune.models.resolve import ModelSource, is_hub_id, resolve_model
 from mlxtune.models.targets import find_targets
 from mlxtune.models.weights import stored_tensors
 from mlxtune.recipe.schema import LoraSection, ModelSection, Recipe, TrainSection
-from mlxtune.train.memory import GB, blocks_to_checkpoint
+from mlxtune.train.memory import blocks_to_checkpoint
 from mlxtune.train.optim import optimizer_of
 
 
@@ -102,6 +104,7 @@ def adapted_model(
                     "square of a row's length"
                 )
     use_gated_activations(base.model)
+    prepare_backward(base.model)
     mx.random.seed(recipe.seed)
     put_adapters(base.model, recipe.lora)
     if initial is not None:
@@ -163,12 +166,18 @@ def blocks_computed_twice(
     return blocks[:count]
 
 
-def layout_for(packing: bool) -> Layout:
-    """How passes are laid out on this device."""
+def layout_for(packing: bool, config: dict[str, Any]) -> Layout:
+    """How passes are laid out on this device.
+
+    Args:
+        packing: whether the model takes packed batches.
+        config: of the model.
+    """
     if on_cpu():
         return Layout(packing)
     # Each new shape is traced and compiled anew, and a small pass leaves a GPU idle.
-    return Layout(packing, few_shapes=True, pass_cost=256)
+    causal = not mx.cuda.is_available() and keeps_no_scores(config)
+    return Layout(packing, few_shapes=True, pass_cost=256, causal_rows=causal)
 
 
 def load_base(section: ModelSection, *, for_inference: bool = False) -> LoadedModel:
@@ -182,6 +191,7 @@ def load_base(section: ModelSection, *, for_inference: bool = False) -> LoadedMo
     template = _template_of(section)
     source = resolve_model(section.path, revision=section.revision)
     values = template_values(section)
+    keep_within(memory_budget())  # whatever the verb is; training sets the recipe's own limit
     base = load_model(source, dtype=section.dtype, chat_template=template, values=values)
     put_own_layers(base.model, section, DTYPES[base.dtype])
     if for_inference and on_cpu():

@@ -9,12 +9,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers
-from mlx.utils import tree_map_with_path
+from mlx.utils import tree_unflatten
 
 from mlxtune.arrays import flat
 from mlxtune.errors import RecipeError
 from mlxtune.recipe.schema import TrainSection
-from mlxtune.train.adamw8bit import AdamW8bit
+from mlxtune.train.adamw8bit import BLOCK, SMALLEST, AdamW8bit
+from mlxtune.train.stacks import Arrays, Stack, joined, split, stacks_of
 
 Optimizer = mlx.optimizers.Optimizer
 
@@ -83,8 +84,23 @@ def make_optimizer(
             remedy="take adamw, or leave the experts out with lora.exclude_modules",
         )
     optimizer = _MAKERS[name](0.0, weight_decay=weight_decay, **options)
-    optimizer.init(model.trainable_parameters())
+    parameters = flat(model.trainable_parameters())
+    optimizer.init(tree_unflatten(list(joined(stacks_for(optimizer, model), parameters).items())))
     return optimizer
+
+
+def stacks_for(optimizer: Optimizer, model: nn.Module) -> tuple[Stack, ...]:
+    """Which trained parameters of a model an optimizer updates together.
+
+    Optimizers that work on each weight alone do the same with parameters that are joined;
+    AdamW in 8 bits too, where each begins a block of its own. Adafactor and Muon look at
+    whole matrices, and are given each by itself.
+    """
+    parameters = flat(model.trainable_parameters())
+    if isinstance(optimizer, AdamW8bit):
+        return stacks_of(parameters, lambda a: a.size >= SMALLEST and a.size % BLOCK == 0)
+    alone = isinstance(optimizer, mlx.optimizers.Adafactor | mlx.optimizers.Muon)
+    return stacks_of(parameters, lambda _: not alone)
 
 
 def optimizer_of(train: TrainSection, model: nn.Module) -> Optimizer:
@@ -139,18 +155,39 @@ _BETAS = {"adamw": (0.9, 0.999), "adamw_8bit": (0.9, 0.999), "lion": (0.9, 0.99)
 def update(
     optimizer: Optimizer, model: nn.Module, gradients: Any, *, lora_plus_ratio: float = 1.0
 ) -> None:
-    """Apply the gradients to the model.
+    """Apply a tree of gradients to the model; see `update_joined`."""
+    stacks = stacks_for(optimizer, model)
+    own = joined(stacks, flat(gradients))
+    update_joined(optimizer, model, stacks, own, lora_plus_ratio=lora_plus_ratio)
+
+
+def update_joined(
+    optimizer: Optimizer,
+    model: nn.Module,
+    stacks: tuple[Stack, ...],
+    gradients: Arrays,
+    *,
+    lora_plus_ratio: float = 1.0,
+) -> None:
+    """Apply gradients to the model.
 
     With `lora_plus_ratio` the B matrices of adapters learn that many times faster than the
     A matrices (LoRA+, Hayou et al. 2024, arXiv:2402.12354). All optimizers here change a
     weight in proportion to the learning rate, so the change is scaled instead of it.
+
+    Args:
+        optimizer: of `make_optimizer`.
+        model: that it was made for.
+        stacks: `stacks_for` of the two.
+        gradients: of each stack, by its name.
+        lora_plus_ratio: 1 for one rate.
     """
-    updated = optimizer.apply_gradients(gradients, model)
+    before = joined(stacks, flat(model.trainable_parameters()))
+    trees = (tree_unflatten(list(arrays.items())) for arrays in (gradients, before))
+    updated = flat(optimizer.apply_gradients(*trees))
     if lora_plus_ratio != 1:
-        before = model.trainable_parameters()
-
-        def faster(path: str, new: mx.array, old: mx.array) -> mx.array:
-            return old + lora_plus_ratio * (new - old) if path.endswith(".lora_b") else new
-
-        updated = tree_map_with_path(faster, updated, before)
-    model.update(updated)
+        for stack in stacks:
+            if stack.paths[0].endswith(".lora_b"):
+                old = before[stack.name]
+                updated[stack.name] = old + lora_plus_ratio * (updated[stack.name] - old)
+    model.update(tree_unflatten(list(split(stacks, updated).items())))

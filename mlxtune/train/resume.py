@@ -16,7 +16,7 @@ from mlxtune.recipe.schema import Recipe
 from mlxtune.train.run import RECIPE, STATUS, Run, meant
 
 # How much memory training may take: a run that had too little goes on with less of it.
-_MEMORY = ("train.memory_limit", "train.gradient_checkpointing")
+_MEMORY = ("train.memory_limit", "train.gradient_checkpointing", "train.wired_memory")
 # What may change while a run is interrupted: nothing of it reaches the weights, but for
 # rounding where blocks are checkpointed. That the model is the same is seen when it is loaded.
 _FREE = (

@@ -24,6 +24,7 @@ from mlxtune.data.inspect import histogram
 from mlxtune.data.store import lengths_of
 from mlxtune.device import device_name
 from mlxtune.layers.dense import dense_tensors
+from mlxtune.memory import keep_within, memory_budget, wire_weights
 from mlxtune.models.heads import split_head
 from mlxtune.models.load import LoadedModel
 from mlxtune.recipe.load import dump_recipe
@@ -37,7 +38,6 @@ from mlxtune.train.ending import trained_ending_notes
 from mlxtune.train.facts import facts_of, require_same, shared_facts
 from mlxtune.train.kept import keep_rows
 from mlxtune.train.loop import Interrupted, Trainer
-from mlxtune.train.memory import keep_within, memory_budget
 from mlxtune.train.metrics import Outline, Reporter, Several, Silent
 from mlxtune.train.model import (
     AdaptedModel,
@@ -144,7 +144,7 @@ def _fine_tune(
         recipe.train.batch_size,
         recipe.train.gradient_accumulation_steps,
         recipe.seed,
-        layout_for(adapted.packing),
+        layout_for(adapted.packing, base.config),
         workers.rank,
         workers.size,
     )
@@ -164,6 +164,8 @@ def _fine_tune(
         facts["plan"] = expected
     budget = memory_budget(recipe.train.memory_limit)
     keep_within(budget)
+    if recipe.train.wired_memory:
+        wire_weights(budget)
     # Blocks computed twice draw their dropout apart, so a resumed run does as it did before.
     if (twice := before.get("checkpointed_blocks")) is None:
         twice = blocks_computed_twice(base.model, plan, recipe.train, budget, notes)

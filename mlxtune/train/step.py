@@ -24,7 +24,9 @@ from mlxtune.models.enable import pack_kind
 from mlxtune.models.heads import split_head
 from mlxtune.train.distributed import Workers
 from mlxtune.train.neftune import embedding_noise, noise_sizes
-from mlxtune.train.optim import update
+from mlxtune.train.optim import stacks_for, update_joined
+from mlxtune.train.shapes import Shapes
+from mlxtune.train.stacks import joined
 
 Arrays = dict[str, mx.array]
 
@@ -34,7 +36,8 @@ LOGITS_AT_ONCE = 1 << 22
 # But no fewer rows than that: all of the head is read for each chunk, so that half as many
 # hidden states take three quarters of the time.
 LEAST_ROWS = 64
-# A GPU wants more to do at once; of that size no figure has been measured yet.
+# A GPU wants more to do at once; of that size no figure has been measured yet. The least rows are
+# the same there: 64 rows of 262,144 float32 logits are 67 MB, and keep it busy.
 _GPU_FACTOR = 4
 
 
@@ -112,8 +115,8 @@ class LossFunction:
 
 def rows_to_a_chunk(vocabulary: int) -> int:
     """How many hidden states have their logits at once."""
-    more = 1 if on_cpu() else _GPU_FACTOR
-    return more * max(LEAST_ROWS, LOGITS_AT_ONCE // max(1, vocabulary))
+    at_once = LOGITS_AT_ONCE * (1 if on_cpu() else _GPU_FACTOR)
+    return max(LEAST_ROWS, at_once // max(1, vocabulary))
 
 
 def batch_arrays(batch: Batch, weight: float = 1.0) -> Arrays:
@@ -146,8 +149,9 @@ class TrainStep:
         model: with its adapters in place and all else frozen.
         optimizer: its learning rate is set before each step.
         max_grad_norm: clip the gradient of a step to this norm; 0 for no clipping.
-        lora_plus_ratio: see `optim.update`.
-        compiled: compile the step; by default wherever that pays.
+        lora_plus_ratio: see `optim.update_joined`.
+        compiled: compile the step, for a few shapes of batches (`Shapes`); by default wherever
+            that pays.
         workers: those that each step's batches are spread over.
         loss: by default one made for the model.
     """
@@ -168,16 +172,19 @@ class TrainStep:
         self._optimizer = optimizer
         self._max_grad_norm = max_grad_norm
         self._lora_plus_ratio = lora_plus_ratio
+        self._stacks = stacks_for(optimizer, model)
         self._gradient = nn.value_and_grad(model, loss or LossFunction(model))
         self._whole: Callable[..., Any] = self.whole
         self._one: Callable[..., Any] = self._gradient
         self._finish: Callable[..., Any] = self._update
+        self.shapes: Shapes | None = None
         if compiled is None:
             # On a CPU compiling is a loss: MLX builds its fused kernels with a C++ compiler
             # (up to 40 s at the first step) and they run no faster, being bound by exp
             # (measured on 2 cores: 3.27 examples/s either way).
             compiled = not on_cpu()
         if compiled:
+            self.shapes = Shapes()
             state = [model.state, optimizer.state, mx.random.state]
             self._whole = mx.compile(self.whole, inputs=state, outputs=state)
             self._one = mx.compile(self._gradient, inputs=state, outputs=state)
@@ -198,14 +205,18 @@ class TrainStep:
             weight = sum(batch.weight for batch in batches)
         if len(batches) == 1 and self._workers.size == 1:
             (batch,) = batches
-            loss, norm = self._whole(batch_arrays(batch, weight), batch.prefix, batch.packed)
+            batch, compiled = self._fitted(batch, "whole")
+            whole = self._whole if compiled else self.whole
+            loss, norm = whole(batch_arrays(batch, weight), batch.prefix, batch.packed)
             return StepResult(loss, norm)
         total = mx.array(weight)
         loss, gradients = mx.array(0.0), None
         with self._workers.own_randomness():
             before: Any = ()
             for batch in batches:
-                more, of_batch = self._one(batch_arrays(batch), batch.prefix, batch.packed)
+                batch, compiled = self._fitted(batch, "one of several")
+                one = self._one if compiled else self._gradient
+                more, of_batch = one(batch_arrays(batch), batch.prefix, batch.packed)
                 loss, gradients = loss + more, _sum(gradients, of_batch)
                 # Each batch's activations are released before the next is begun, which is
                 # made ready meanwhile.
@@ -217,6 +228,10 @@ class TrainStep:
         loss, gradients = self._workers.sum((loss, gradients))
         return StepResult(loss / total, self._finish(gradients, total))
 
+    def _fitted(self, batch: Batch, kind: str) -> tuple[Batch, bool]:
+        """The batch as it is computed, and whether a compiled function does it."""
+        return (batch, False) if self.shapes is None else self.shapes.fit(batch, kind)
+
     # ------------------------------------------------------------------ the step itself
 
     def whole(self, arrays: Arrays, prefix: int, packed: bool) -> tuple[mx.array, mx.array]:
@@ -226,13 +241,19 @@ class TrainStep:
 
     def _update(self, gradients: Any, total: mx.array) -> mx.array:
         """Update with gradients of a sum over the weight `total`; the norm of their mean."""
-        squares = [g.astype(mx.float32).square().sum() for g in flat(gradients).values()]
+        own = joined(self._stacks, flat(gradients))
+        squares = [g.astype(mx.float32).square().sum() for g in own.values()]
         norm = mx.sqrt(sum(squares[1:], squares[0])) / total
         factor = 1 / total
         if self._max_grad_norm:
             factor = factor * mx.minimum(self._max_grad_norm / (norm + 1e-6), 1.0)
-        gradients = tree_map(lambda g: g * factor, gradients)
-        update(self._optimizer, self._model, gradients, lora_plus_ratio=self._lora_plus_ratio)
+        update_joined(
+            self._optimizer,
+            self._model,
+            self._stacks,
+            {name: g * factor for name, g in own.items()},
+            lora_plus_ratio=self._lora_plus_ratio,
+        )
         return norm
 
 

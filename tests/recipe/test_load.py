@@ -99,6 +99,7 @@ DEFAULTS = {
         "packing": True,
         "gradient_checkpointing": "auto",
         "memory_limit": None,
+        "wired_memory": True,
     },
     "eval": {
         "path": None,

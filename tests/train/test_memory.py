@@ -12,11 +12,12 @@ from mlx_lm.models import gemma3
 from mlxtune.arrays import random_key
 from mlxtune.data.pack import pack, pad
 from mlxtune.errors import ModelError
+from mlxtune.memory import GB
 from mlxtune.models.enable import enable_packs
 from mlxtune.models.heads import split_head
 from mlxtune.train.blocks import checkpoint_blocks
 from mlxtune.train.memory import _MARGIN as MARGIN
-from mlxtune.train.memory import GB, blocks_to_checkpoint, keep_freed_buffers, memory_budget
+from mlxtune.train.memory import blocks_to_checkpoint, keep_freed_buffers
 from mlxtune.train.step import LossFunction, batch_arrays
 from support.compare import distance, random_samples
 from support.models import tiny, with_adapters
@@ -128,24 +129,6 @@ def test_a_model_that_cannot_be_measured_says_so():
     assert len(model.layers) == 12
 
 
-def test_a_budget_is_given_or_taken_from_the_device():
-    assert memory_budget(1.5) == 1_500_000_000
-    assert GB < memory_budget(None) < 10**13
-
-
-@pytest.mark.parametrize(
-    ("told", "budget"),
-    [
-        # As MLX describes a Mac and a GPU of NVIDIA's.
-        ({"max_recommended_working_set_size": 11 * GB, "memory_size": 16 * GB}, 11 * GB),
-        ({"total_memory": 24 * GB, "free_memory": 20 * GB}, int(0.8 * 24 * GB)),
-    ],
-)
-def test_the_budget_is_that_of_the_device_that_computes(monkeypatch, told, budget):
-    monkeypatch.setattr(mx, "device_info", lambda: told)
-    assert memory_budget(None) == pytest.approx(budget)
-
-
 def test_as_much_is_kept_of_what_was_freed_as_a_step_needs(monkeypatch):
     limits = []
     monkeypatch.setattr(mx, "set_cache_limit", limits.append)
@@ -153,8 +136,10 @@ def test_as_much_is_kept_of_what_was_freed_as_a_step_needs(monkeypatch):
     mx.eval(held)
     mx.reset_peak_memory()
     mx.eval(mx.zeros((3 << 20,)) + 1)  # gone again
-    keep_freed_buffers()
+    keep_freed_buffers(budget=0)
     assert 3 << 22 <= limits[0] < (7 << 22) - held.nbytes
+    keep_freed_buffers(budget=1 << 30)  # and half of what nobody needs
+    assert limits[1] == ((1 << 30) - mx.get_peak_memory()) // 2
 
 
 def test_models_that_also_see_keep_no_logits_either_and_can_be_measured():
