@@ -53,6 +53,13 @@ _CUDA_KINDS: tuple[tuple[str, Kind], ...] = (
 # CUBLAS_STATUS_ALLOC_FAILED
 _CUBLAS = re.compile(r"\bcublas\w*\(.*?\) failed with code: 3\.", re.DOTALL)
 
+# What helps where it is not known what was computed.
+_LESS = {
+    "memory": "close other programs, and try again",
+    "buffer": "compute less at once: fewer or shorter texts, or a smaller model",
+    "resources": "compute less at once: fewer or shorter texts, or a smaller model",
+}
+
 # Operations to a command buffer, where Metal has 20 to 50 by default: with fewer the GPU is given
 # less to do at once.
 _FEWER = "MLX_MAX_OPS_PER_BUFFER=4"
@@ -164,14 +171,14 @@ def user_error(
         fault: what happened.
         doing: when, such as `at step 12`.
         where: the place, such as a run's folder.
-        less: what to do to take less memory; by default to close other programs.
+        less: what to do to take less memory; by default what helps any program.
         command: what to type to go on after another fault; by default to try again.
         limit: bytes that MLX may take (`train.memory_limit`), if that is known.
     """
     when = f" {doing}" if doing else ""
     told: MlxtuneError
     if fault.is_out_of_memory:
-        remedy = less or "close other programs, and try again"
+        remedy = less or _LESS[fault.kind]
         told = OutOfMemory(_too_much(fault, when, limit), where=where, remedy=remedy)
     else:
         what, in_short = _stopped(fault, when)

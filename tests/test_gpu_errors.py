@@ -23,6 +23,10 @@ from support import faults
         (faults.PAGE_FAULT, GpuFailed, "the GPU failed at step 3"),
         (faults.CUDA_FAULT, GpuFailed, "the GPU failed at step 3"),
     ],
+    ids=[
+        *("memory", "malloc", "CUDA memory", "buffer", "resources", "watchdog", "timeout"),
+        *("page fault", "CUDA fault"),
+    ],
 )
 def test_each_text_is_told_by_what_it_means(text, kind, said):
     error = RuntimeError(text)

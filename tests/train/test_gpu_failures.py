@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mlxtune.adapters.saved import load_arrays
 from mlxtune.recipe.load import dump_recipe
 from mlxtune.report.collect import read_run
 from mlxtune.report.page import page
@@ -187,6 +188,15 @@ def test_a_checkpoint_that_cannot_be_computed_leaves_the_one_before(world):
     assert nothing_half_written(run)
 
 
+def test_an_adapter_that_memory_does_not_hold_is_not_called_damaged(tiny_run, monkeypatch):
+    def full(_arrays):
+        raise RuntimeError(faults.MEMORY)
+
+    monkeypatch.setattr("mlxtune.adapters.saved.mx.eval", full)
+    with pytest.raises(RuntimeError, match="Insufficient Memory"):
+        load_arrays(tiny_run / "adapter/adapters.safetensors")
+
+
 def test_why_a_run_failed_is_told_wherever_its_status_is(world):
     folder = world()
     fails(folder, settling(3), faults.MEMORY)
@@ -199,10 +209,20 @@ def test_why_a_run_failed_is_told_wherever_its_status_is(world):
     assert (run["status"], run["error"]) == ("failed", "out of memory")
 
 
-def test_before_there_is_a_run_nothing_is_written(world):
-    folder = world(train={"gradient_checkpointing": "auto"})
+@pytest.mark.parametrize(
+    "place",
+    [
+        "mlxtune.train.session:adapted_model",
+        # Where other errors mean that a model, a folder or a plan is not as it should be.
+        "mlxtune.models.heads:scalar",
+        "mlx_lm.utils:load_tokenizer",
+        "mlxtune.bench.forecast:this_machine",
+    ],
+)
+def test_before_there_is_a_run_nothing_is_written(world, place):
+    folder = world()
     before = sorted(folder.rglob("*"))
-    fault = Failing("mlxtune.train.session:adapted_model", 1, faults.MEMORY)
+    fault = Failing(place, 1, faults.MEMORY)
     done = mlxtune("lora", "recipe.toml", cwd=folder, fault=fault)
     assert done.returncode == 1
     assert done.stderr.startswith("error: the GPU ran out of memory"), done.stderr
