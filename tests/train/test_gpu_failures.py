@@ -215,6 +215,7 @@ def test_why_a_run_failed_is_told_wherever_its_status_is(world):
         "mlxtune.train.session:adapted_model",
         # Where other errors mean that a model, a folder or a plan is not as it should be.
         "mlxtune.models.heads:scalar",
+        "mlxtune.models.enable:_logits",
         "mlx_lm.utils:load_tokenizer",
         "mlxtune.bench.forecast:this_machine",
     ],
