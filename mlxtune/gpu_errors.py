@@ -71,7 +71,7 @@ class Fault:
 
     Attributes:
         kind: `memory`, a single `buffer` that is too large, too many `resources`, the display's
-            `watchdog`, a `timeout`, or an`other`.
+            `watchdog`, a `timeout`, or `other`.
         text: what MLX or Python says.
         asked: bytes that were to be allocated, if they are named.
         allowed: the most that is: bytes of a buffer, or how many resources.
@@ -230,7 +230,9 @@ def _way_on(fault: Fault, command: str | None) -> str:
         return f"{first}, and {f'go on: {command}' if command else 'try again'}"
     if fault.kind == "timeout":
         first = "close other programs that use the GPU, and give it less to do at once"
-        return f"{first}: {_FEWER} {command or 'in the environment'}"
+        if command is not None and command.startswith("mlxtune"):
+            return f"{first}: {_FEWER} {command}"
+        return f"{first} ({_FEWER} in the environment): {command or 'try again'}"
     return f"go on: {command}" if command else "try again"
 
 

@@ -16,6 +16,7 @@ from support import faults
         (faults.MEMORY, OutOfMemory, "the GPU ran out of memory at step 3"),
         (faults.MALLOC, OutOfMemory, "there was no room for 2.15 GB more"),
         (faults.CUDA_MEMORY, OutOfMemory, "the GPU ran out of memory at step 3"),
+        (faults.CUBLAS_MEMORY, OutOfMemory, "the GPU ran out of memory at step 3"),
         (faults.BUFFER, OutOfMemory, "an array of 20.40 GB at step 3, and allows one of 9.53 GB"),
         (faults.RESOURCES, OutOfMemory, "held 499,000 arrays at once at step 3"),
         (faults.WATCHDOG, GpuFailed, "macOS stopped the GPU at step 3"),
@@ -24,7 +25,16 @@ from support import faults
         (faults.CUDA_FAULT, GpuFailed, "the GPU failed at step 3"),
     ],
     ids=[
-        *("memory", "malloc", "CUDA memory", "buffer", "resources", "watchdog", "timeout"),
+        *(
+            "memory",
+            "malloc",
+            "CUDA memory",
+            "cuBLAS memory",
+            "buffer",
+            "resources",
+            "watchdog",
+            "timeout",
+        ),
         *("page fault", "CUDA fault"),
     ],
 )

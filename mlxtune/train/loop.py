@@ -101,6 +101,7 @@ class Trainer:
         self._optimizer = optimizer_of(train, model)
         self._progress = Progress()
         self._beside: str | None = None  # what is done between steps
+        self.measuring = False  # whether that is the held-out loss, which has no backward pass
         self._mark = 0.0  # until when the time of steps is counted
 
     @property
@@ -306,7 +307,7 @@ class Trainer:
         """Held-out loss; the adapter is kept if it is the best so far, which is returned."""
         if not self._held_out:
             return False
-        now = self._progress
+        now, self.measuring = self._progress, True
         with self._between_steps(f"while the held-out loss was measured {_after(now.step)}"):
             loss = held_out_loss(
                 self._model,
@@ -315,6 +316,7 @@ class Trainer:
                 layout=self._plan.layout,
                 workers=self._workers,
             )
+        self.measuring = False
         if not math.isfinite(loss):
             raise TrainingDiverged(
                 f"the held-out loss is {loss} after step {now.step}",

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
+from typing import TYPE_CHECKING
 
 from mlxtune.errors import MlxtuneError
 from mlxtune.gpu_errors import Fault, fault_of, user_error
 from mlxtune.recipe.schema import TrainSection
 from mlxtune.train.memory import GB
 from mlxtune.train.run import RECIPE
+
+if TYPE_CHECKING:
+    from mlxtune.train.loop import Trainer
 
 # Of what a run might take, what it is told to try where it ran out.
 _LESS = 0.8
@@ -38,11 +42,11 @@ class Remedies:
     alone: bool = True
 
     @contextmanager
-    def told(self, doing: Callable[[], str]) -> Iterator[None]:
+    def told(self, trainer: Trainer) -> Iterator[None]:
         """Raise a failure of the GPU in the block as a user error.
 
         Args:
-            doing: says where it occurred, such as `at step 12`.
+            trainer: whose work the block is.
 
         Raises:
             OutOfMemory, GpuFailed: with what to do about it.
@@ -56,19 +60,25 @@ class Remedies:
                 raise
             raise user_error(
                 fault,
-                doing=doing(),
+                doing=trainer.doing,
                 where=str(self.run),
-                less=self.less(fault),
+                less=self.less(fault, backward=not trainer.measuring),
                 command=self._resume(),
                 limit=self.budget,
             ) from error
 
-    def less(self, fault: Fault) -> str:
-        """How to train in less memory: the change that costs least of those not made yet."""
+    def less(self, fault: Fault, *, backward: bool) -> str:
+        """How to train in less memory: the change that costs least of those not made yet.
+
+        Args:
+            fault: what happened.
+            backward: whether there was a backward pass to come, for which blocks keep what they
+                compute.
+        """
         if not fault.of_gpu:
             return f"close other programs, and go on: {self._resume()}"
         if fault.kind != "buffer":  # which neither of these makes smaller
-            if not self.all_checkpointed:
+            if backward and not self.all_checkpointed:
                 return f"go on with less: {self._resume('train.gradient_checkpointing=true')}"
             if self.train.memory_limit is None:
                 limit = max(0.1, math.floor(10 * _LESS * self.budget / GB) / 10)

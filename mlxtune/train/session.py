@@ -214,7 +214,7 @@ def _fine_tune(
         all_twice, alone = len(twice) == len(base.model.layers), workers.size == 1
         remedies = Remedies(run.path, recipe.train, budget, all_twice, alone)
         kept = _status_kept(run, trackers, workers) if workers.first else nullcontext()
-        with kept, remedies.told(lambda: trainer.doing):
+        with kept, remedies.told(trainer):
             reporter.started(outline)
             trackers.started(outline)
             trainer()

@@ -30,6 +30,7 @@ BUFFER = (
 RESOURCES = "[metal::malloc] Resource limit (499000) exceeded."
 MALLOC = "[malloc] Unable to allocate 2147483648 bytes."
 CUDA_MEMORY = "cudaMallocAsync(&data, size, stream) failed: out of memory"
+CUBLAS_MEMORY = "cublasLtCreate(&storage.handle) failed with code: 3."
 CUDA_FAULT = "cudaMallocManaged(&data, size) failed: an illegal memory access was encountered"
 
 

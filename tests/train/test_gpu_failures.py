@@ -177,6 +177,10 @@ def test_the_held_out_loss_is_a_place_of_its_own(world, call, said_of_it):
     folder = world(eval=HELD_OUT, train={"batch_size": 1})
     said = fails(folder, ("mlxtune.train.heldout:scalar", call), faults.MEMORY)
     assert f"while the held-out loss {said_of_it}" in said
+    assert "gradient_checkpointing" not in said, "there was no backward pass"
+    done = mlxtune("lora", *command(said), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert run_of(folder).recipe().train.memory_limit is not None
 
 
 def test_a_checkpoint_that_cannot_be_computed_leaves_the_one_before(world):
