@@ -14,7 +14,12 @@ class MlxtuneError(Exception):
         what: one sentence saying what is wrong.
         where: the place, such as `data/train.jsonl:17` or `train.learning_rate`.
         remedy: what to do about it.
+
+    Attributes:
+        in_short: a few words for a table or a list; None where `what` is short enough.
     """
+
+    in_short: str | None = None
 
     def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
         super().__init__(what)
@@ -58,6 +63,8 @@ class RunError(MlxtuneError):
 class TrainingDiverged(RunError):
     """The loss or the gradient stopped being a number."""
 
+    in_short = "training diverged"
+
 
 class WorkerLost(RunError):
     """A worker that this one trains with has ended without a word."""
@@ -78,6 +85,25 @@ class WorkerFailed(RunError):
 
 class TooLarge(MlxtuneError):
     """A run would take more memory than there is."""
+
+
+class OutOfMemory(MlxtuneError):
+    """Memory ran out while something was computed: less of it, or more to spare, mends that."""
+
+    in_short = "out of memory"
+
+
+class GpuFailed(MlxtuneError):
+    """The GPU stopped what it computed for another reason than memory.
+
+    Args:
+        what, where, remedy: as of `MlxtuneError`.
+        in_short: the reason in a few words.
+    """
+
+    def __init__(self, what: str, *, in_short: str, **kw: str | None) -> None:
+        super().__init__(what, **kw)
+        self.in_short = in_short
 
 
 class ExportError(MlxtuneError):

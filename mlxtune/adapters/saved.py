@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlxtune.arrays import flat, scalar
 from mlxtune.errors import RunError
 from mlxtune.files import LFS_POINTER, LFS_REMEDY, atomic_file, is_lfs_pointer
+from mlxtune.gpu_errors import fault_of
 
 CONFIG = "adapter_config.json"
 KINDS = ("lora", "dora")
@@ -136,5 +137,7 @@ def load_arrays(path: Path) -> dict[str, mx.array]:
         arrays: Any = mx.load(str(path))
         mx.eval(arrays)
     except (RuntimeError, ValueError, OSError) as error:
+        if fault_of(error) is not None:  # of the GPU, or of memory: not the file's
+            raise
         raise RunError(f"this file cannot be read: {error}", where=str(path)) from None
     return flat(arrays)

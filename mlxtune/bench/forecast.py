@@ -11,6 +11,7 @@ from mlxtune.bench.machine import this_machine
 from mlxtune.bench.plan import Planner, RunPlan
 from mlxtune.bench.words import advice_lines, beyond_line, size, summary_lines
 from mlxtune.errors import MlxtuneError, NoPlan, TargetError, TooLarge
+from mlxtune.gpu_errors import fault_of
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.corpus import Corpus
 
@@ -59,6 +60,8 @@ def forecast(
     except TargetError:
         raise  # what the run would end with
     except Exception as error:
+        if fault_of(error) is not None:
+            raise  # training would end as measuring the machine did
         tell(_FAILED.format(_named(error)))
         return None, (f"plan     failed: {_named(error)}", _NOT_CHECKED)
     if result.at_least:

@@ -44,6 +44,7 @@ from mlxtune.cli.stops import Stopped, stop_on_signals
 from mlxtune.cli.suggest import Verbs, unknown_option
 from mlxtune.device import worker_rank
 from mlxtune.errors import MlxtuneError, RecipeError, WorkerFailed
+from mlxtune.gpu_errors import as_user_error
 from mlxtune.install import explained, program
 
 if TYPE_CHECKING:
@@ -376,7 +377,8 @@ def main() -> None:
             sys.exit(128 + number)
         if debug:
             raise
-        if (said := _missing(error) or of_locale(error)) is not None:
+        said = _missing(error) or of_locale(error) or _of_gpu(error, arguments)
+        if said is not None:
             print(_block(said), file=sys.stderr)
             sys.exit(USER_ERROR)
         print(
@@ -395,6 +397,20 @@ def _missing(error: BaseException | None) -> MlxtuneError | None:
             return found
         error = error.__cause__ or error.__context__
     return None
+
+
+# How to do with less memory what a verb does; others take as much as the model has.
+_LESS_MEMORY = {
+    "lora": "close other programs; `mlxtune plan` says what each change of the recipe would save",
+    "eval": "measure fewer and shorter answers: --limit 32 --max-tokens 64, or less",
+    "chat": "ask for less, in a new conversation or with a smaller --max-tokens",
+}
+
+
+def _of_gpu(error: BaseException, arguments: list[str]) -> MlxtuneError | None:
+    """A failure of the GPU, or memory that ran out, if that is what an error comes from."""
+    verb = next((name for name in arguments if name in cli.commands), "")
+    return as_user_error(error, less=_LESS_MEMORY.get(verb))
 
 
 def _block(error: MlxtuneError) -> str:

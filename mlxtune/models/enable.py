@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from mlxtune.arrays import scalar
 from mlxtune.errors import ModelError
+from mlxtune.gpu_errors import fault_of
 from mlxtune.models.own_calls import leave_packs, take_packs
 from mlxtune.models.packed import OwnAttention, PackCache, PackedRope
 from mlxtune.models.rotation import take_positions
@@ -107,6 +108,8 @@ def _problem(model: nn.Module) -> str | None:
         alone = [model(mx.array([[1, 2, 3]]))[0, 2:], model(mx.array([[1, 2, 4, 5]]))[0, 2:]]
         off = _distance(got, mx.concatenate(alone))
     except Exception as error:  # whatever an unknown architecture does with a cache
+        if fault_of(error) is not None:
+            raise
         return str(error) or type(error).__name__
     return None if off < _bound(got.dtype) else f"logits differ by {off:.1e}"
 

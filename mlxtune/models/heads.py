@@ -16,6 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlxtune.arrays import flat, scalar
+from mlxtune.gpu_errors import fault_of
 
 Body = Callable[..., mx.array]
 Finish = Callable[[mx.array], mx.array]
@@ -100,7 +101,9 @@ def split_head(model: nn.Module, *, proven: bool = False) -> tuple[Body, Head] |
         try:
             got, want = head(body(probe)), model(probe)
             error = scalar(mx.abs(got - want).max() / mx.abs(want).max())
-        except Exception:  # an architecture of another form
+        except Exception as problem:  # an architecture of another form
+            if fault_of(problem) is not None:
+                raise
             return None
     # The two compute the same in the same order; a cap of 30 on small logits shows in the
     # fourth digit.

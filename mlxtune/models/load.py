@@ -35,6 +35,7 @@ from mlxtune.gguf.metadata import end_tokens
 from mlxtune.gguf.model import open_model, read_config
 from mlxtune.gguf.reader import GGUFFile
 from mlxtune.gguf.tokenizer import read_tokenizer
+from mlxtune.gpu_errors import fault_of
 from mlxtune.models.quantization import in_mlx_form, readable
 from mlxtune.models.resolve import ModelSource
 from mlxtune.models.rotation import take_positions, with_older_keys
@@ -315,6 +316,8 @@ def _told(source: ModelSource) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if fault_of(error) is not None:  # of the GPU, or of memory: not the folder's
+            raise
         reason = " ".join(str(error).split())[:300]
         damaged = None if source.is_gguf else _damaged_json(source.path)
         if damaged is not None:

@@ -64,6 +64,12 @@ class RunRecord:
         return str(self.facts["status"])
 
     @property
+    def error(self) -> str | None:
+        """Why it failed, if it did and that is known."""
+        why = self.facts.get("error")
+        return str(why) if self.status == "failed" and why else None
+
+    @property
     def last(self) -> Entry | None:
         """The last report."""
         return self.reports[-1] if self.reports else None

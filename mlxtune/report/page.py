@@ -29,6 +29,7 @@ from mlxtune.report.summary import (
     time_text,
 )
 from mlxtune.report.svg import bars, draw
+from mlxtune.train.run import status_text
 
 # What people call some of the facts.
 _FACT_NAMES = {
@@ -38,7 +39,7 @@ _FACT_NAMES = {
     "quantized_matmul": "how products with quantized weights were computed",
 }
 # Facts that have a place of their own on the page.
-_SHOWN_ELSEWHERE = ("status", "plan", "lengths", "hashes")
+_SHOWN_ELSEWHERE = ("status", "error", "plan", "lengths", "hashes")
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def _facts(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     """Circumstances, a row each, and each run's."""
     tables = []
     for run in runs:
-        facts = {"folder of the run": str(run.path), "status": run.status}
+        facts = {"folder of the run": str(run.path), "status": status_text(run.facts)}
         first = {key: run.facts.get(key) for key in ("command", "started", "ended")}
         for key, value in (first | run.facts).items():
             if key == "versions" and isinstance(value, dict):
@@ -234,6 +235,7 @@ def _template() -> Template:
         "rate": rate_text,
         "clock": clock,
         "time": time_text,
+        "status": status_text,
         "capital": lambda text: text[:1].upper() + text[1:],
         "count": lambda count: "–" if count is None else f"{count:,}",
     }

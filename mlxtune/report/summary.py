@@ -18,6 +18,7 @@ class Summary:
     """A run in short; None where it is not known.
 
     Attributes:
+        error: why it failed.
         steps, epochs: done.
         loss: of the last report.
         first_held_out_loss: before training, or the first there is.
@@ -38,6 +39,7 @@ class Summary:
     name: str
     path: str
     status: str
+    error: str | None
     steps: int | None
     epochs: float | None
     loss: float | None
@@ -74,6 +76,7 @@ def summarize(run: RunRecord) -> Summary:
         name=run.name,
         path=str(run.path),
         status=run.status,
+        error=run.error,
         steps=last.get("step"),
         epochs=last.get("epoch"),
         loss=last.get("loss"),

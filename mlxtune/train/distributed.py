@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from hashlib import sha256
 from types import FrameType, TracebackType
 from typing import Any
@@ -29,6 +29,7 @@ from mlx.utils import tree_unflatten
 from mlxtune.arrays import flat, random_key, set_random_key
 from mlxtune.device import worker_rank
 from mlxtune.errors import RunError, WorkerFailed, WorkerLost
+from mlxtune.gpu_errors import fault_of
 
 # Bytes to a message: few large ones are fastest, and each is held in memory twice.
 MESSAGE_BYTES = 64 << 20
@@ -198,14 +199,14 @@ class Workers:
             told = self._fail(error)
         # The launcher ends the others when one leaves with an error: the first may still
         # have something to write.
-        with suppress(WorkerLost):
+        with _as_far_as_it_goes():
             self.barrier()
         if told is not None:
             raise told from error
 
     def _fail(self, error: Exception) -> WorkerFailed | None:
         """Tell the others; what to raise instead, if one before this one fails with it."""
-        with suppress(WorkerLost):
+        with _as_far_as_it_goes():
             try:
                 self._meet(failure=str(error))
             except WorkerFailed as told:
@@ -310,10 +311,24 @@ def _losing() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if fault_of(error) is not None:
+            raise  # it is this worker's own
         raise WorkerLost(
             f"another worker has ended, or cannot be reached any more: {error}",
             remedy="what it said is above; go on from the latest checkpoint with --resume",
         ) from None
+
+
+@contextmanager
+def _as_far_as_it_goes() -> Iterator[None]:
+    """Of a last message: another worker may be gone, and this one's GPU may have failed."""
+    try:
+        yield
+    except WorkerLost:
+        pass
+    except RuntimeError as error:
+        if fault_of(error) is None:
+            raise
 
 
 def _buckets(arrays: Sequence[mx.array]) -> Iterator[list[int]]:

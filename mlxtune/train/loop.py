@@ -6,7 +6,8 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -101,7 +102,20 @@ class Trainer:
         self._budget = memory_budget(train.memory_limit)
         self._optimizer = optimizer_of(train, model)
         self._progress = Progress()
+        self._beside: str | None = None  # what is done between steps
+        self.measuring = False  # whether that is the held-out loss, which has no backward pass
         self._mark = 0.0  # until when the time of steps is counted
+
+    @property
+    def doing(self) -> str:
+        """Where an error occurred, such as `at step 12`: the first step not known to be done."""
+        return self._beside or f"at step {self._progress.step + 1}"
+
+    @contextmanager
+    def _between_steps(self, doing: str) -> Iterator[None]:
+        self._beside = doing
+        yield
+        self._beside = None  # not after an error, whose place it is
 
     def resume(self) -> tuple[int, list[str]]:
         """Go back to the latest whole checkpoint, if there is any.
@@ -295,14 +309,16 @@ class Trainer:
         """Held-out loss; the adapter is kept if it is the best so far, which is returned."""
         if not self._held_out:
             return False
-        loss = held_out_loss(
-            self._model,
-            self._held_out,
-            batch_size=self._train.batch_size,
-            layout=self._plan.layout,
-            workers=self._workers,
-        )
-        now = self._progress
+        now, self.measuring = self._progress, True
+        with self._between_steps(f"while the held-out loss was measured {_after(now.step)}"):
+            loss = held_out_loss(
+                self._model,
+                self._held_out,
+                batch_size=self._train.batch_size,
+                layout=self._plan.layout,
+                workers=self._workers,
+            )
+        self.measuring = False
         if not math.isfinite(loss):
             raise TrainingDiverged(
                 f"the held-out loss is {loss} after step {now.step}",
@@ -326,23 +342,27 @@ class Trainer:
     def _keep(self, path: Path) -> None:
         """Write the adapter."""
         if self._workers.first:
-            with atomic_folder(path, overwrite=True) as folder:
+            with self._saving(), atomic_folder(path, overwrite=True) as folder:
                 save_adapter(folder, self._model, base=self._base)
 
     def _share_state(self) -> None:
         self._progress = share_state(self._workers, self._model, self._optimizer, self._progress)
 
+    def _saving(self) -> AbstractContextManager[None]:
+        return self._between_steps(f"while the adapter was saved {_after(self._progress.step)}")
+
     def _save(self) -> None:
-        self._share_state()
-        if not self._workers.first:
-            return
-        path = save_checkpoint(
-            self._run.checkpoints,
-            self._model,
-            self._optimizer,
-            self._progress,
-            keep=self._checkpoint.keep,
-        )
+        with self._saving():
+            self._share_state()
+            if not self._workers.first:
+                return
+            path = save_checkpoint(
+                self._run.checkpoints,
+                self._model,
+                self._optimizer,
+                self._progress,
+                keep=self._checkpoint.keep,
+            )
         self._reporter.saved(path)
 
     def _diverged(self, batches: list[Batch], loss: float) -> TrainingDiverged:
@@ -356,6 +376,10 @@ class Trainer:
             remedy="lower train.learning_rate, raise train.warmup_ratio, or look at those "
             f"records; last good checkpoint: {good[-1] if good else 'none yet'}",
         )
+
+
+def _after(step: int) -> str:
+    return f"after step {step}" if step else "before training"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlxtune.arrays import flat, random_key, set_random_key
 from mlxtune.data.pack import Batch
 from mlxtune.errors import ModelError
+from mlxtune.gpu_errors import fault_of, is_out_of_memory
 from mlxtune.memory import freed_to_keep
 from mlxtune.models.heads import language_model, training
 from mlxtune.train.step import LossFunction, batch_arrays
@@ -45,6 +46,9 @@ def blocks_to_checkpoint(model: nn.Module, batch: Batch, budget: int, state: int
         budget: bytes, of everything.
         state: bytes that the optimizer keeps.
 
+    Returns:
+        All blocks, where there is not memory enough to measure a few.
+
     Raises:
         ModelError: the model does not run with fewer blocks, so nothing can be measured.
     """
@@ -53,7 +57,10 @@ def blocks_to_checkpoint(model: nn.Module, batch: Batch, budget: int, state: int
     # each to make its masks: whole turns of them, or nothing is known of the rest.
     turn = _turn(model)
     few, more = (min(count, -(-blocks // turn) * turn) for blocks in (2, max(6, turn + 2)))
-    least, most = (_peak(model, batch, blocks) for blocks in (few, more))
+    try:
+        least, most = (_peak(model, batch, blocks) for blocks in (few, more))
+    except _NotEnoughError:
+        return count
     kept = max(1, (most - least) // max(1, more - few))
     # A checkpointed block keeps its input alone; one of them at a time is computed again.
     saved = max(1, kept - _input_bytes(model, batch))
@@ -69,6 +76,10 @@ def _turn(model: nn.Module) -> int:
     """After how many blocks windows and full sight begin anew: a number, or `LLLG`."""
     named: Any = getattr(getattr(language_model(model), "args", None), _TURN, None)
     return max(1, len(named) if isinstance(named, str) else int(named or 1))
+
+
+class _NotEnoughError(Exception):
+    """A pass through a few blocks takes more memory than there is."""
 
 
 def _peak(model: nn.Module, batch: Batch, blocks: int) -> int:
@@ -87,6 +98,10 @@ def _peak(model: nn.Module, batch: Batch, blocks: int) -> int:
             mx.eval(nn.value_and_grad(model, loss)(arrays, batch.prefix, batch.packed))
         return max(0, mx.get_peak_memory() - before)
     except Exception as error:  # whatever an unknown architecture does without its blocks
+        if is_out_of_memory(error):
+            raise _NotEnoughError from error
+        if fault_of(error) is not None:
+            raise  # the GPU's, and no matter of the architecture
         raise ModelError(
             f"its memory cannot be measured block by block: {type(error).__name__}"
         ) from error

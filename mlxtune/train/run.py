@@ -1,7 +1,7 @@
 """A run's folder: everything needed to continue, judge or ship it.
 
 recipe.toml     the recipe as it was resolved
-run.json        status, versions, device, hashes, seed
+run.json        status, why it failed, versions, device, hashes, seed
 metrics.jsonl   one object a report
 held-out.jsonl  the records that were held out, as they are
 trained-rows.u64  fingerprints of the records that are trained on
@@ -15,7 +15,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -177,7 +177,7 @@ class Run:
             if steps := self.checkpoint_names():
                 remedy += f"; or take it as it is: {self.path}@{steps[-1]}"
             raise RunError(
-                f"this run has no adapter yet; its status is {self.status()['status']!r}",
+                f"this run has no adapter yet; its status is '{status_text(self.status())}'",
                 where=str(self.path),
                 remedy=remedy,
             )
@@ -303,6 +303,16 @@ class Run:
         """Drop what metrics.jsonl says of steps after `step`, which will be run again."""
         kept = [entry for entry in self.metrics() if entry["step"] <= step]
         write_text(self.path / METRICS, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+def status_text(status: Mapping[str, Any]) -> str:
+    """A run's status for people; of one that failed also why, as in `failed: out of memory`.
+
+    Args:
+        status: what run.json says.
+    """
+    word, why = str(status["status"]), status.get("error")
+    return f"{word}: {why}" if word == "failed" and why else word
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -23,6 +23,7 @@ from mlxtune.data.batches import Plan
 from mlxtune.data.inspect import histogram
 from mlxtune.data.store import lengths_of
 from mlxtune.device import device_name
+from mlxtune.errors import MlxtuneError
 from mlxtune.layers.dense import dense_tensors
 from mlxtune.memory import keep_within, memory_budget, wire_weights
 from mlxtune.models.heads import split_head
@@ -48,6 +49,7 @@ from mlxtune.train.model import (
 from mlxtune.train.neftune import add_embedding_noise
 from mlxtune.train.notes import context_notes, part_lengths, warmup_notes
 from mlxtune.train.places import with_absolute_paths
+from mlxtune.train.remedies import Remedies
 from mlxtune.train.resume import flat_keys, resumable
 from mlxtune.train.run import RECIPE, Run, checkpoints
 from mlxtune.train.subject import find_subject, saved_adapter
@@ -85,7 +87,7 @@ def fine_tune(
 
     Raises:
         MlxtuneError: whatever is wrong with the recipe's model, data or targets, before
-            anything is written; or with the disk or the numbers while training.
+            anything is written; or with the disk, the numbers or the GPU while training.
         Interrupted: after Ctrl-C, with everything saved.
     """
     workers = workers or join()
@@ -211,7 +213,10 @@ def _fine_tune(
             notes += resumption.begin(first, trainer.total_steps)
         outline = _outline(recipe, run, adapted, corpus, notes, first, trainer.total_steps, workers)
         outline = replace(outline, plan=said)
-        with _status_kept(run, trackers, workers) if workers.first else nullcontext():
+        all_twice, alone = len(twice) == len(base.model.layers), workers.size == 1
+        remedies = Remedies(run.path, recipe.train, budget, all_twice, alone)
+        kept = _status_kept(run, trackers, workers) if workers.first else nullcontext()
+        with kept, remedies.told(trainer):
             reporter.started(outline)
             trackers.started(outline)
             trainer()
@@ -222,20 +227,29 @@ def _fine_tune(
 def _status_kept(run: Run, trackers: Trackers, workers: Workers) -> Iterator[None]:
     """run.json says how it went, and the trackers are told."""
     with trackers.closed() as tell:
-        run.write_status(status="running", ended=None)
+        run.write_status(status="running", ended=None, error=None)
         try:
             yield
         except (Interrupted, KeyboardInterrupt, BrokenPipeError):
             run.write_status(status="interrupted", ended=_now())
             tell("interrupted")
             raise
-        except Exception:
+        except Exception as error:
             if workers.size > 1:
                 end_in_peace()
-            run.write_status(status="failed", ended=_now())
+            run.write_status(status="failed", ended=_now(), error=_in_short(error))
             raise
         run.write_status(status="finished", ended=_now())
         tell("finished")
+
+
+def _in_short(error: Exception) -> str:
+    """Why a run failed, on one line."""
+    if isinstance(error, MlxtuneError):
+        text = error.in_short or error.what
+    else:
+        text = f"{type(error).__name__}: {error}"
+    return next(iter(text.splitlines()), "")[:300]
 
 
 def _now() -> str:

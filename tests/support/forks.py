@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 
+from support import faults
 from support.process import HANGS
 
 IMPORTED = (
@@ -37,6 +38,8 @@ def serve() -> None:
         asked = json.loads(line)
         if not (child := os.fork()):
             become(asked)
+            if "fault" in asked:
+                faults.install(asked["fault"])
             main()
             return
         _, status, used = os.wait4(child, 0)

@@ -12,11 +12,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from support import process
+from support.faults import Failing, as_json
 from support.process import HANGS
 
 _PROGRAM = (sys.executable, "-m", "mlxtune")
@@ -43,16 +45,25 @@ def _at_import(environ: dict[str, str]) -> dict[str, str]:
     return {name: environ[name] for name in read if name in environ}
 
 
-def mlxtune(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run the program: on Linux in a fork, which spares its imports."""
+def mlxtune(
+    *arguments: str, cwd: Path, fault: Failing | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the program: on Linux in a fork, which spares its imports.
+
+    Args:
+        arguments: of the program.
+        cwd: where it runs.
+        fault: what fails in it.
+    """
     environ = environment()
     if sys.platform != "linux" or _at_import(environ) != _at_import(_OF_FORKS):
-        return mlxtune_afresh(*arguments, cwd=cwd)
+        return mlxtune_afresh(*arguments, cwd=cwd, fault=fault)
     forks = _forks()
     with tempfile.TemporaryDirectory() as folder:
         stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
         asked = {"arguments": arguments, "cwd": str(cwd), "environment": environ}
         asked |= {"stdout": str(stdout), "stderr": str(stderr)}
+        asked |= {} if fault is None else {"fault": asdict(fault)}
         forks.stdin.write(json.dumps(asked) + "\n")
         forks.stdin.flush()
         status, seconds = json.loads(forks.stdout.readline())
@@ -63,12 +74,13 @@ def mlxtune(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def mlxtune_afresh(
-    *arguments: str, cwd: Path, stdin: str | None = None
+    *arguments: str, cwd: Path, stdin: str | None = None, fault: Failing | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run the program in a process of its own."""
     given = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
+    failing = (sys.executable, "-m", "support.faults", "" if fault is None else as_json(fault))
     return subprocess.run(
-        [*_PROGRAM, *arguments],
+        [*(_PROGRAM if fault is None else failing), *arguments],
         cwd=cwd,
         env=environment(),
         capture_output=True,

@@ -28,6 +28,7 @@ from mlxtune.train import distributed
 from mlxtune.train.distributed import Workers, join
 from mlxtune.train.loop import Trainer
 from mlxtune.train.metrics import Silent
+from support import faults
 
 
 def main() -> None:
@@ -64,6 +65,10 @@ def fail() -> None:
     raise DataError("the disk with the data is gone", where="few.jsonl")
 
 
+def fail_by_gpu() -> None:
+    raise RuntimeError(faults.MEMORY)
+
+
 class Full(Silent):
     """A disk that has room for one checkpoint."""
 
@@ -71,7 +76,11 @@ class Full(Silent):
         raise StorageError("no space left", where=str(path))
 
 
-HAPPENS = {"fail": fail, "interrupt": lambda: os.kill(os.getpid(), signal.SIGINT)}
+HAPPENS = {
+    "fail": fail,
+    "fail by GPU": fail_by_gpu,
+    "interrupt": lambda: os.kill(os.getpid(), signal.SIGINT),
+}
 
 
 def train(workers: Workers, folder: Path, name: str, run: dict) -> None:

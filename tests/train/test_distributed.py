@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -18,13 +19,13 @@ from mlxtune.adapters.store import load_arrays
 from mlxtune.data.batches import Part, Plan
 from mlxtune.data.passes import Layout
 from mlxtune.device import find_blas, worker_rank
-from mlxtune.errors import RunError
+from mlxtune.errors import OutOfMemory, RunError
 from mlxtune.recipe.load import dump_recipe, parse_recipe
 from mlxtune.train.distributed import Workers, join
 from mlxtune.train.metrics import Silent
 from mlxtune.train.run import Run, checkpoints
 from mlxtune.train.session import fine_tune
-from support import program
+from support import faults, program
 from support.compare import distance, random_samples
 from support.files import SHELL_TRAIN, write_jsonl
 from support.process import HANGS, THREADS
@@ -131,6 +132,12 @@ def launched(folder, values):
         "bad data": {"recipe": values(), "rank_1": {"cwd": "bad"}},
         "other data": {"recipe": values(), "rank_1": {"cwd": "other"}},
         "full": {"recipe": dropout, "full": True},
+        "no memory": {"recipe": values(), "rank_1": {"at": 1, "what": "fail by GPU"}},
+        "less memory": {
+            "recipe": values(train=TWO | {"max_steps": 4, "gradient_checkpointing": True}),
+            "folder": "no memory",
+            "resume": True,
+        },
     }
     (folder / "runs.json").write_text(json.dumps(runs))
     done = launch(*WORKERS, str(folder))
@@ -357,6 +364,21 @@ def test_an_error_on_one_worker_ends_all(launched, folder, name, failing, kind, 
 
 
 @pytest.mark.slow
+def test_a_worker_without_memory_says_what_to_do_and_all_go_on(launched, folder):
+    """Its folder has gone on already: with less memory, from the beginning."""
+    (first, second) = said_by(folder, "no memory")
+    assert second["type"] == "OutOfMemory" and "ran out of memory at step 2" in second["text"]
+    remedy = "the same command with --resume --set train.gradient_checkpointing=true"
+    assert remedy in second["text"]
+    assert second["notes"][-1] == "  on worker 1 of 2"
+    assert first["type"] == "WorkerFailed" and "worker 1 has failed" in first["text"]
+    assert said_by(folder, "less memory") == [None, None]
+    status = Run(folder / "runs/no memory").status()
+    assert (status["status"], status["error"]) == ("finished", None)
+    assert status["checkpointed_blocks"] == [0, 1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["other recipe", "other data"])
 def test_workers_that_differ_are_refused(launched, folder, name):
     what = name.split()[1]
@@ -395,6 +417,40 @@ def test_without_a_launcher_a_process_is_alone(monkeypatch, tmp_path):
     monkeypatch.setenv("MLX_RANK", "1")
     monkeypatch.setenv("MLX_WORLD_SIZE", "1")
     assert worker_rank() is None
+
+
+class NoMessages:
+    """Two workers, as MLX has them."""
+
+    def rank(self) -> int:
+        return 1
+
+    def size(self) -> int:
+        return 2
+
+
+@pytest.fixture
+def no_messages(monkeypatch):
+    """A worker whose GPU fails at every message."""
+
+    def fails(*_arguments, **_named):
+        raise RuntimeError(faults.MEMORY)
+
+    monkeypatch.setattr("mlxtune.train.distributed.mx.distributed.all_gather", fails)
+    return Workers(NoMessages())
+
+
+def test_a_gpu_that_fails_in_a_message_is_no_lost_worker(no_messages):
+    with pytest.raises(RuntimeError, match=re.escape(faults.MEMORY)):
+        no_messages.barrier()
+
+
+def test_a_failed_gpu_that_sends_no_more_messages_ends_with_its_error(no_messages, monkeypatch):
+    monkeypatch.setattr("mlxtune.train.distributed._end_when_told", lambda: None)
+    monkeypatch.setattr("mlxtune.train.distributed.end_in_peace", lambda: None)
+    with pytest.raises(OutOfMemory, match="at step 2") as caught, no_messages:
+        raise OutOfMemory("no memory at step 2")
+    assert caught.value.__notes__ == ["  on worker 1 of 2"]
 
 
 def test_an_error_of_one_that_is_alone_is_its_own():

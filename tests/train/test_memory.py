@@ -129,6 +129,38 @@ def test_a_model_that_cannot_be_measured_says_so():
     assert len(model.layers) == 12
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        # As MLX has them in metal/device.cpp and metal/allocator.cpp.
+        "[METAL] Command buffer execution failed: Insufficient Memory "
+        "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory).",
+        "[metal::malloc] Attempting to allocate 20000000000 bytes which is greater than the "
+        "maximum allowed buffer size of 9000000000 bytes.",
+    ],
+)
+def test_where_memory_runs_out_while_it_is_measured_every_block_is_recomputed(monkeypatch, text):
+    model = model_of()
+
+    def fails(*_):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(mx, "eval", fails)
+    assert blocks_to_checkpoint(model, BATCH, GB) == len(model.layers)
+
+
+def test_a_gpu_that_was_stopped_while_it_was_measured_is_told(monkeypatch):
+    watchdog = "[METAL] Command buffer execution failed: Impacting Interactivity (0000000e:)."
+
+    def fails(*_):
+        raise RuntimeError(watchdog)
+
+    model = model_of()
+    monkeypatch.setattr(mx, "eval", fails)
+    with pytest.raises(RuntimeError, match="Impacting"):
+        blocks_to_checkpoint(model, BATCH, GB)
+
+
 def test_as_much_is_kept_of_what_was_freed_as_a_step_needs(monkeypatch):
     limits = []
     monkeypatch.setattr(mx, "set_cache_limit", limits.append)

@@ -19,7 +19,7 @@ from mlxtune.adapters.peft import write_peft
 from mlxtune.adapters.saved import load_arrays
 from mlxtune.adapters.store import read_adapter
 from mlxtune.arrays import flat
-from mlxtune.errors import OutputExists, RecipeError, RunError, TrainingDiverged
+from mlxtune.errors import OutOfMemory, OutputExists, RecipeError, RunError, TrainingDiverged
 from mlxtune.fuse import fuse_run
 from mlxtune.recipe.load import parse_recipe
 from mlxtune.train.loop import Interrupted
@@ -352,7 +352,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_as_it_did(recipe, few, 
         eval={"path": str(few), "max_overlap": 1.0, "max_samples": 2, "steps": 3},
     )
     straight = fine_tune(settings, tmp_path / "straight", Silent())
-    with pytest.raises(MemoryError):
+    with pytest.raises(OutOfMemory):
         fine_tune(settings, tmp_path / "run", Dies())
     run = fine_tune(settings, tmp_path / "run", Silent(), resume=True)
     assert losses(run) == losses(straight)
