@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from mlxtune.errors import MlxtuneError
 from mlxtune.gpu_errors import Fault, fault_of, user_error
+from mlxtune.memory import GB
 from mlxtune.recipe.schema import TrainSection
-from mlxtune.train.memory import GB
 from mlxtune.train.run import RECIPE
 
 if TYPE_CHECKING:
