@@ -86,13 +86,13 @@ def _peak(model: nn.Module, batch: Batch, blocks: int) -> int:
     """Bytes that a pass through the first blocks takes beside what is there already."""
     loss = LossFunction(model)
     arrays = batch_arrays(batch)
-    mx.eval(arrays)
     body: Any = getattr(language_model(model), "model", None)
     layers = model.layers
     key = random_key()  # dropout draws, and the run begins where it would have
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
     try:
+        mx.eval(arrays)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
         body.layers = layers[:blocks]
         with training(model):  # or the loss would keep all logits
             mx.eval(nn.value_and_grad(model, loss)(arrays, batch.prefix, batch.packed))
