@@ -85,6 +85,15 @@ def cost_of(graph: Graph, rates: Rates) -> Cost:
     return replace(total, seconds=total.seconds / rates.efficiency)
 
 
+def launches_of(graph: Graph) -> int:
+    """How many kernels a GPU is given for the graph, before MLX fuses any by compiling.
+
+    Views launch none; what is concatenated is copied, one array after another.
+    """
+    computing = (op for op in graph.order if op.name not in _FREE and op.name != "Reshape")
+    return sum(len(op.inputs) if op.name == "Concatenate" else 1 for op in computing)
+
+
 def flops_of(graph: Graph) -> float:
     """Floating-point operations of the graph's products, two for a multiply-add."""
     return sum(_flops(graph, operation) for operation in graph.order)

@@ -1,10 +1,10 @@
-"""Norms, rotations and causal attention as on a GPU, in graphs that are traced on a CPU.
+"""Norms, rotations, losses and causal attention as on a GPU, in graphs traced on a CPU.
 
-`mx.fast.rms_norm`, `layer_norm` and `rope` are one kernel on a GPU, forward and backward; on a
-CPU MLX computes them by some ten operations, which a graph traced there shows. And a CPU keeps
-all scores of attention, where Metal keeps none under a causal mask. Graphs that are traced for
-a GPU have stand-ins instead: they read, keep and write arrays of the same shapes, and their
-values do not matter.
+`mx.fast.rms_norm`, `layer_norm`, `rope` and `cross_entropy` are one kernel on a GPU, forward and
+backward; on a CPU MLX computes them by some ten operations, which a graph traced there shows.
+And a CPU keeps all scores of attention, where Metal keeps none under a causal mask. Graphs that
+are traced for a GPU have stand-ins instead: they read, keep and write arrays of the same shapes,
+and their values do not matter.
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ def fused_kernels() -> Iterator[None]:
     if on_cpu() or mx.default_device() != mx.cpu:
         yield
         return
-    names: dict[str, Any] = {"rms_norm": _norm, "layer_norm": _norm, "rope": _rope}
+    names: dict[str, Any] = {
+        "rms_norm": _norm,
+        "layer_norm": _norm,
+        "rope": _rope,
+        "cross_entropy": _cross_entropy,
+    }
     before = {name: getattr(mx.fast, name) for name in (*names, _ATTENTION)}
     names[_ATTENTION] = partial(_attention, before[_ATTENTION])
     try:
@@ -53,6 +58,12 @@ def _rope(x: mx.array, *_args: Any, **_options: Any) -> mx.array:
     return turned
 
 
+def _cross_entropy(logits: mx.array, _targets: mx.array, **_options: Any) -> mx.array:
+    """As `mx.fast.cross_entropy`."""
+    losses: mx.array = _losses(logits)
+    return losses
+
+
 def _attention(
     own: Any, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, **more: Any
 ) -> mx.array:
@@ -63,6 +74,13 @@ def _attention(
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
     mixed: mx.array = _attended(grouped, k, v)[0]
     return mixed.reshape(*q.shape[:-1], v.shape[-1])
+
+
+@custom_gradient(
+    lambda logits, cotangent, _output: cotangent.astype(logits.dtype)[:, None] * logits
+)
+def _losses(logits: mx.array) -> mx.array:
+    return logits.max(axis=-1).astype(mx.float32)
 
 
 def _attended_backward(primals: Any, cotangents: Any, _outputs: Any) -> Any:

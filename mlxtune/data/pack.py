@@ -252,10 +252,10 @@ def _rounded_width(width: int, few_shapes: bool) -> int:
 
 
 def _rounded(value: int, step: int, few_shapes: bool) -> int:
-    """Up to a multiple of `step`; if shapes are to be few, to one of two sizes an octave."""
+    """Up to a multiple of `step`; if shapes are to be few, to one of three sizes an octave."""
     if few_shapes:
         octave = 1 << max(0, (value - 1).bit_length() - 1)
-        step = max(step, octave // 2)
+        step = max(step, _round_up(octave // 3, step))
     return _round_up(value, step)
 
 
