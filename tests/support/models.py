@@ -70,10 +70,9 @@ def tiny_llama(*, tied: bool = True, seed: int = 0, dims: int = 64, vocabulary: 
     return model
 
 
-def tiny(kind: str, **changes: object) -> nn.Module:
-    """A random two-block model of one of mlx-lm's architectures."""
-    module = import_module(f"mlx_lm.models.{kind}")
-    sizes = {
+def tiny_config(kind: str, **changes: object) -> dict[str, object]:
+    """The config of a two-block model of one of mlx-lm's architectures."""
+    return {
         "model_type": kind,
         "hidden_size": 64,
         "num_hidden_layers": 2,
@@ -85,9 +84,14 @@ def tiny(kind: str, **changes: object) -> nn.Module:
         "vocab_size": 128,
         "max_position_embeddings": 512,
         "rope_theta": 10000.0,
-    }
+    } | changes
+
+
+def tiny(kind: str, **changes: object) -> nn.Module:
+    """A random two-block model of one of mlx-lm's architectures."""
+    module = import_module(f"mlx_lm.models.{kind}")
     mx.random.seed(0)
-    model = module.Model(module.ModelArgs.from_dict(sizes | changes))
+    model = module.Model(module.ModelArgs.from_dict(tiny_config(kind, **changes)))
     mx.eval(model.parameters())
     return model
 
