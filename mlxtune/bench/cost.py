@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from mlxtune.arrays import exp
 from mlxtune.bench.graph import CUSTOM, Graph, Operation
 from mlxtune.device import on_cpu
 
@@ -154,7 +155,7 @@ def measure_rates() -> Rates:
         products=products,
         packed=2 * 64 * 1024 * 1024 / packed_seconds,
         bytes=3 * big.nbytes / seconds_of(lambda: big + big),
-        powers=big.size / seconds_of(lambda: mx.power(math.e, big)),
+        powers=big.size / seconds_of(lambda: exp(big)),
         overhead=seconds_of(lambda: _chain(chain)) / chain,
     )
 

@@ -16,13 +16,15 @@ from typing import Any
 from mlxtune.bench.graph import CUSTOM, Graph, Operation, Shape
 from mlxtune.device import on_cpu
 
-# MLX hands work on ahead of time, ten tasks at most (MAX_ACTIVE_TASKS); what an operation reads
-# is let go of when it has been computed. To the thread of a CPU a task is ten dispatches. To a
-# GPU it is a command buffer, of so many operations or bytes (MLX_MAX_OPS_PER_BUFFER and
-# MLX_MAX_MB_PER_BUFFER of most Macs).
+# MLX hands work on ahead of time, and waits once more tasks than this are not done yet
+# (MAX_ACTIVE_TASKS); what an operation reads is let go of when it has been computed. To the thread
+# of a CPU a task is ten dispatches. To a GPU it is a command buffer, which is full with more
+# kernels than this, or with more elements of the arrays that they read and write, each counted
+# once (`CommandEncoder::needs_commit`; MLX_MAX_OPS_PER_BUFFER and MLX_MAX_MB_PER_BUFFER of most
+# Macs, the latter in millions of elements whatever its name says).
 _TASKS = 10
 _DISPATCHES = 10
-_BUFFER_OPERATIONS, _BUFFER_BYTES = 40, 40 << 20
+_BUFFER_KERNELS, _BUFFER_ELEMENTS = 40, 40 << 20
 
 _RESHAPES = {"Reshape", "Flatten", "Unflatten", "ExpandDims", "Squeeze"}
 _VIEWS = _RESHAPES | {"Broadcast", "Copy", "Slice", "StopGradient", "Transpose", "View"}
@@ -60,6 +62,13 @@ class _Array:
     buffer: int
     shape: Shape
     strides: Strides
+
+    @property
+    def elements(self) -> int:
+        """How many there are in memory."""
+        return math.prod(
+            dim for dim, stride in zip(self.shape.dims, self.strides, strict=True) if stride
+        )
 
     @property
     def in_order(self) -> bool:
@@ -109,31 +118,49 @@ class _Heap:
 
 
 class _CPUClock:
-    """Tasks that were handed to the thread of a CPU."""
+    """Tasks that were handed to the thread of a CPU.
+
+    Attributes:
+        ahead: how many there are at most that are not done.
+    """
+
+    ahead = _TASKS
 
     def __init__(self) -> None:
         self._dispatches = 0
 
-    def __call__(self, computes: bool, _size: int) -> float:
+    def begin(self, computes: bool) -> float:
+        """The time of the next operation: how many tasks came before its own."""
         # One dispatch lets go of what was read, and one computes.
         self._dispatches += 2 if computes else 1
         return self._dispatches / _DISPATCHES
+
+    def end(self, kernels: int, bound: dict[int, int]) -> None:
+        """What the operation was: how often it computes, and elements of the buffers it uses."""
 
 
 class _GPUClock:
     """Command buffers that were handed to a GPU."""
 
-    def __init__(self) -> None:
-        self._buffers = self._operations = self._bytes = 0
+    ahead = _TASKS + 1  # the one that is being filled too
 
-    def __call__(self, computes: bool, size: int) -> float:
-        if computes:
-            self._operations += 1
-            self._bytes += size
-        if self._operations >= _BUFFER_OPERATIONS or self._bytes >= _BUFFER_BYTES:
-            self._buffers += 1
-            self._operations = self._bytes = 0
+    def __init__(self) -> None:
+        self._buffers = self._kernels = self._elements = 0
+        self._bound: set[int] = set()
+
+    def begin(self, _computes: bool) -> float:
         return self._buffers
+
+    def end(self, kernels: int, bound: dict[int, int]) -> None:
+        self._kernels += kernels
+        self._elements += sum(n for buffer, n in bound.items() if buffer not in self._bound)
+        self._bound |= bound.keys()
+        # By whole millions, as there: a buffer takes up to a million more.
+        full = _BUFFER_ELEMENTS + (1 << 20) - 1
+        if self._kernels > _BUFFER_KERNELS or self._elements > full:
+            self._buffers += 1
+            self._kernels = self._elements = 0
+            self._bound.clear()
 
 
 class _Account:
@@ -156,20 +183,24 @@ class _Account:
 
     def __call__(self) -> int:
         for operation in self._order:
-            sizes = (self._graph.shapes[name].nbytes for name in operation.outputs)
-            time = self._clock(operation.name not in _COMPUTE_NOTHING, sum(sizes))
+            computes = operation.name not in _COMPUTE_NOTHING
+            time = self._clock.begin(computes)
             while self._leaving and (
                 self._leaving[0][0] <= time or self._heap.active > self._limit
             ):
                 for buffer in self._leaving.popleft()[1]:
                     self._heap.drop(buffer)
             read = self._compute(operation)
+            if computes:
+                names = (*operation.inputs, *operation.outputs)
+                bound = {self._arrays[name].buffer: self._arrays[name].elements for name in names}
+                self._clock.end(1 + len(read), bound)
             own = {self._arrays[name].buffer for name in operation.outputs}
             read += [self._arrays[name].buffer for name in operation.inputs]
             read = [buffer for buffer in read if buffer not in own]
             for buffer in read:
                 self._heap.refer(buffer)
-            self._leaving.append((time + _TASKS, read))
+            self._leaving.append((time + self._clock.ahead, read))
             for name in operation.inputs:
                 self._uses[name] -= 1
                 if not self._uses[name]:

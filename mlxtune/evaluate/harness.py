@@ -6,6 +6,7 @@ a GGUF or an adapter is measured as any other model is.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -13,6 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlxtune.data.render import Renderer
 from mlxtune.errors import MlxtuneError
 from mlxtune.install import install_extra
 from mlxtune.models.load import LoadedModel
@@ -130,7 +134,31 @@ def _wrapped(wrapper: Any, loaded: LoadedModel) -> Any:
     """mlx-lm's adapter around a model that is loaded already: its own would load another."""
     made = wrapper.__new__(wrapper)
     super(wrapper, made).__init__()
-    made._model, made.tokenizer = loaded.model, loaded.tokenizer
+    made._model, made.tokenizer = loaded.model, _with_rows_checked(loaded)
     made._max_tokens, made._batch_size, made._sampler = None, 8, None
     made.use_chat_template = loaded.tokenizer.chat_template is not None
     return made
+
+
+class _RowsChecked(TokenizerWrapper):  # type: ignore[misc]
+    """A tokenizer that refuses text with tokens that the model's embedding has no rows for."""
+
+    _renderer: Renderer
+
+    def encode(self, text: str, **options: Any) -> list[int]:
+        """Token ids of a text, as transformers gives them.
+
+        Raises:
+            ModelError: one of them has no row in the embedding.
+        """
+        ids: list[int] = self._tokenizer.encode(text, **options)
+        self._renderer.require_rows(ids)
+        return ids
+
+
+def _with_rows_checked(loaded: LoadedModel) -> TokenizerWrapper:
+    """The model's tokenizer for mlx-lm's adapter, which encodes texts itself."""
+    checked = copy.copy(loaded.tokenizer)
+    checked.__class__ = _RowsChecked
+    checked._renderer = loaded.renderer()
+    return checked

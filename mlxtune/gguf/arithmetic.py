@@ -41,6 +41,10 @@ class Arithmetic(Protocol):
     """What both libraries offer. `out` may be None."""
 
     def __hash__(self) -> int: ...
+
+    def array(self, a: Array) -> Array:
+        """An array of NumPy's as one of this library's."""
+
     def add(self, a: Array, b: Array, out: Array = None) -> Array: ...
     def subtract(self, a: Array, b: Array, out: Array = None) -> Array: ...
     def multiply(self, a: Array, b: Array, out: Array = None) -> Array: ...
@@ -84,6 +88,9 @@ class Arithmetic(Protocol):
 class _NumPy:
     add, subtract, multiply, divide = np.add, np.subtract, np.multiply, np.divide
     rint, absolute, minimum = np.rint, np.absolute, np.minimum
+
+    def array(self, a: Array) -> Array:
+        return a
 
     def clip(self, a: Array, low: float, high: float, out: Array = None) -> Array:
         return a.clip(low, high, out=out)
@@ -153,7 +160,7 @@ class _MLX:
     rint, absolute = staticmethod(_without_out(mx.round)), staticmethod(_without_out(mx.abs))
     clip = staticmethod(_without_out(mx.clip))
     where, minimum = staticmethod(mx.where), staticmethod(mx.minimum)
-    stack = staticmethod(mx.stack)
+    array, stack = staticmethod(mx.array), staticmethod(mx.stack)
 
     def nearest(self, a: Array, out: Array = None) -> Array:
         bits = (a + _MAGIC).view(mx.int32)

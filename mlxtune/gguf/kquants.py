@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType as Type
@@ -59,11 +58,30 @@ class Groups:
         np.sqrt(self.variance + self.x * self.x, out=result)
         return cast(Floats, np.multiply(self.importance, result, out=result))
 
-    def search(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> list[Floats]:
-        """The results of a search, whose arrays may be on the GPU, as NumPy's."""
-        if self.xp is not NUMPY:
-            arguments = tuple(mx.array(a) if isinstance(a, np.ndarray) else a for a in arguments)
-        return [np.array(result) for result in function(self.xp, *arguments, **named)]
+    def search(
+        self, function: Callable[..., Any], x: Floats, *arguments: Any, **named: Any
+    ) -> list[Floats]:
+        """The results of a search, whose arrays may be on the GPU, as NumPy's.
+
+        Args:
+            function: one of `scales`.
+            x: float32 (elements, groups).
+            arguments: weights of that shape, and others that are no arrays.
+            named: too.
+        """
+        given = (x, *arguments)
+        own = (self.xp.array(a) if isinstance(a, np.ndarray) else a for a in given)
+        results = [np.array(result) for result in function(self.xp, *own, **named)]
+        if self.xp is NUMPY:
+            return results
+        weights = next((a for a in arguments if isinstance(a, np.ndarray)), None)
+        tiny = np.flatnonzero(_tiny(x, weights))
+        if tiny.size:
+            # In the same order in memory, by which NumPy decides in which order it sums.
+            some = (np.take(a, tiny, axis=1) if isinstance(a, np.ndarray) else a for a in given)
+            for result, exact in zip(results, function(NUMPY, *some, **named), strict=True):
+                result[..., tiny] = exact
+        return results
 
     def per_block(self, groups: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """(groups,) to (groups of a block, blocks)."""
@@ -73,6 +91,41 @@ class Groups:
         """Codes laid out as `x` to (blocks, weights)."""
         groups = codes.astype(np.uint8).reshape(len(codes), -1, self.blocks)
         return np.ascontiguousarray(groups.transpose(2, 1, 0)).reshape(self.blocks, -1)
+
+
+# Apple's GPUs take numbers for zero that are smaller than float32's normal ones, 1.2e-38. The
+# searches multiply no more than this with each other, w³x², and with x² for w that is x⁸. Of that
+# much is left over for cancellation, and single elements may be smaller by this much.
+_TINY_PRODUCT, _TINY_ELEMENT = 1e-30, 1e-10
+
+
+def _tiny(x: Floats, weights: Floats | None) -> npt.NDArray[np.bool_]:
+    """Groups in whose search numbers may come up that a GPU flushes to zero.
+
+    Args:
+        x: float32 (elements, groups).
+        weights: as `x`; squares of `x` where there are none.
+
+    Returns:
+        bool (groups,). Groups of zeros are none of them.
+    """
+    sizes = np.abs(x)
+    peak = sizes.max(axis=0)
+    least = _least(sizes)
+    found = least < _TINY_ELEMENT
+    if weights is None:
+        weight = peak * peak
+    else:
+        weight = _least(weights)
+        found |= weight < _TINY_ELEMENT
+    peak, weight = np.asarray(peak, np.float64), np.asarray(weight, np.float64)
+    return np.asarray((peak > 0) & (found | (weight**3 * peak**2 < _TINY_PRODUCT)))
+
+
+def _least(sizes: Floats) -> Floats:
+    """The smallest of each column that is not zero; infinite where all are."""
+    result: Floats = np.where(sizes == 0, np.float32(np.inf), sizes).min(axis=0)
+    return result
 
 
 # ------------------------------------------------------------------------ types with a minimum

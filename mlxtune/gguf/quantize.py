@@ -207,8 +207,9 @@ _USUAL, _TINY = 1024, 512
 def gives_the_same(xp: Arithmetic) -> bool:
     """Whether another arithmetic gives NumPy's bytes for a sample of blocks of each type.
 
-    A GPU may fuse products with sums, flush tiny numbers to zero or divide less exactly.
-    Types of few bits seldom show it, so all are tried together, with an importance too.
+    A GPU may fuse products with sums or divide less exactly. That Apple's flush tiny numbers
+    to zero is no matter: groups in which there may be any are left to NumPy. Types of few bits
+    seldom show a difference, so all are tried together, with an importance too.
     """
     rng = np.random.default_rng(0)
     values = rng.standard_normal((_USUAL + _TINY, 256), np.float32)

@@ -5,14 +5,19 @@ the number of rows and on the direction. The two round differently, so one run h
 one way: routes are chosen before the first step, kept with the run and taken from there
 when it is resumed. What has been measured on an idle device is remembered in the cache
 folder.
+
+A GPU has finished such a product before its launch has been paid for, and runs at a lower
+clock until it has been busy for a while. So there many products are timed together, after
+others that warm it up, and expanding has to win clearly.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +33,7 @@ from mlxtune.layers.switch import QuantizedSwitchLinear
 
 CACHE = "quantized_matmul.json"
 
+Product = Callable[[], mx.array]
 # Class of shapes to the rows from which it expands: forward, backward.
 Routes = dict[str, tuple[int | None, int | None]]
 
@@ -39,6 +45,11 @@ _GPU_ROWS = (16, 64, 256, 1024, 4096)
 # needs enough of them to be busy.
 _CPU_WEIGHTS, _GPU_WEIGHTS = 1 << 18, 1 << 22
 _EXPERTS = 4
+# Products that a GPU is given at once take so many seconds together, unless their results take
+# more memory than this; and the share of the time that expanding may take to be chosen there.
+_GPU_MOMENT = 0.01
+_GPU_RESULTS = 256 << 20
+_GPU_WIN = 0.9
 # On a machine that is busy with other things, shapes not measured by then go by `Route.prior`.
 _AT_MOST = 2.0
 
@@ -96,19 +107,44 @@ def measure(layer: PackedLayer, dtype: mx.Dtype) -> tuple[int | None, int | None
 
 def _crossing(sample: PackedLayer, dtype: mx.Dtype, *, forward: bool) -> int | None:
     width = sample.shape[-1 if forward else -2]
-    for rows in _CPU_ROWS if on_cpu() else _GPU_ROWS:
+
+    def wins(rows: int) -> bool:
         packed, expanded = (
-            _seconds(_product(sample, rows, width, dtype, forward=forward, expand=expand))
+            _product(sample, rows, width, dtype, forward=forward, expand=expand)
             for expand in (False, True)
         )
-        if expanded < packed:
-            return rows
-    return None
+        return _wins(expanded, packed)
+
+    if on_cpu():
+        return next((rows for rows in _CPU_ROWS if wins(rows)), None)
+    # Where it does not pay for most rows it pays for none, which is soon known.
+    if not wins(_GPU_ROWS[-1]):
+        return None
+    return next((rows for rows in _GPU_ROWS[:-1] if wins(rows)), _GPU_ROWS[-1])
+
+
+def _wins(expanded: Product, packed: Product) -> bool:
+    """Whether the first is so much faster that it is to be taken."""
+    if on_cpu():
+        times = _seconds((expanded, packed), 1)
+        return times[0] < times[1]
+    times = _seconds((expanded, packed), _warmed_up(packed))
+    return times[0] < _GPU_WIN * times[1]
+
+
+def _warmed_up(product: Product) -> int:
+    """Keep a GPU busy with a product, and return how many of them fill a moment."""
+    most = max(1, _GPU_RESULTS // max(1, product().nbytes))
+    count = 1
+    while (taken := _time(product, count)) < _GPU_MOMENT and count < most:
+        enough = math.ceil(count * _GPU_MOMENT / taken) if taken > 0 else most
+        count = min(most, max(2 * count, enough))
+    return count
 
 
 def _product(
     sample: PackedLayer, rows: int, width: int, dtype: mx.Dtype, *, forward: bool, expand: bool
-) -> Callable[[], mx.array]:
+) -> Product:
     if isinstance(sample, QuantizedSwitchLinear):
         experts = sample.num_experts
         indices = mx.repeat(mx.arange(experts), rows)
@@ -121,14 +157,18 @@ def _product(
     return lambda: sample.product(x, forward=forward, expand=expand)
 
 
-def _seconds(product: Callable[[], mx.array]) -> float:
-    """The best of three; the first is never it."""
-    taken = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        mx.eval(product())
-        taken.append(time.perf_counter() - begun)
-    return min(taken)
+def _seconds(products: Sequence[Product], count: int) -> list[float]:
+    """The best time of so many of each product, in turns; the first turn is for warming up."""
+    _, *turns = ([_time(product, count) for product in products] for _ in range(4))
+    return [min(times) for times in zip(*turns, strict=True)]
+
+
+def _time(product: Product, count: int) -> float:
+    """How long so many of them take together, in seconds."""
+    products = [product() for _ in range(count)]  # which takes Python longer than a GPU
+    begun = time.perf_counter()
+    mx.eval(products)
+    return time.perf_counter() - begun
 
 
 def _sample(layer: PackedLayer) -> PackedLayer:

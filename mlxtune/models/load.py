@@ -176,7 +176,9 @@ def embedding_rows(config: dict[str, Any]) -> int | None:
     except Exception:  # whatever is missing from a config is said where the model is built
         return None
     text = getattr(args, "text_config", None)
-    rows = getattr(args, "vocab_size", None) or (text or {}).get("vocab_size")
+    # Some architectures make an object of that part; Phixtral has a name of its own.
+    nested = text.get("vocab_size") if isinstance(text, dict) else getattr(text, "vocab_size", None)
+    rows = getattr(args, "vocab_size", None) or nested or getattr(args, "num_vocab", None)
     return rows if type(rows) is int else None
 
 

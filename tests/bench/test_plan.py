@@ -6,13 +6,14 @@ import gc
 import json
 import platform
 import re
+from contextlib import nullcontext
 
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 
 from mlxtune.arrays import custom_gradient
-from mlxtune.bench import machine
+from mlxtune.bench import cost, machine
 from mlxtune.bench.chips import CHIPS
 from mlxtune.bench.compare import BEGIN, END, renewed
 from mlxtune.bench.depth import StepEstimator, shallow
@@ -31,7 +32,7 @@ from mlxtune.cli.bench import rates_text
 from mlxtune.cli.plan import plan as plan_command
 from mlxtune.data.batches import Part
 from mlxtune.data.pack import pack, pad
-from mlxtune.device import cores_of, gpu_cores
+from mlxtune.device import as_on_gpu, cores_of, gpu_cores
 from mlxtune.errors import ChipError, ModelError, RunError
 from mlxtune.models.known import known_config
 from mlxtune.recipe.load import load_recipe
@@ -145,6 +146,39 @@ def test_a_function_with_a_gradient_of_its_own_is_traced_with_it():
     for operation in graph.order:
         assert set(operation.inputs) <= known
         known |= set(operation.outputs)
+
+
+def in_flight(dtype: mx.Dtype, size: int) -> float:
+    """Results of a chain of exponentials that exist at one time on a GPU, at most."""
+
+    def chain(x):
+        for _ in range(2000):
+            x = mx.exp(x[::-1])  # which does not lie as its result does, so cannot become it
+        return [x]
+
+    with as_on_gpu():
+        x = mx.zeros((size,), dtype)
+        return peak_memory(trace(chain, x)) / x.nbytes
+
+
+def test_a_gpu_is_handed_so_many_operations_or_elements_ahead():
+    """As `CommandEncoder::needs_commit` of MLX's Metal backend: bytes do not matter."""
+    few, many = in_flight(mx.float32, 1 << 22), in_flight(mx.float32, 16)
+    assert in_flight(mx.bfloat16, 1 << 22) == few
+    # A buffer is full with the 10th new array of 4 Mi elements after the first that it reads.
+    assert few == pytest.approx(11 * 10, abs=12)
+    assert many == pytest.approx(11 * 41, abs=42)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_rate_of_exponentials_is_that_of_the_operation_that_training_takes(monkeypatch, gpu):
+    measured = []
+    monkeypatch.setattr(cost, "seconds_of", lambda function: measured.append(function) or 1.0)
+    with as_on_gpu() if gpu else nullcontext():
+        cost.measure_rates()
+        graphs = [trace(lambda x, f=f: [x + f().sum()], mx.zeros(1)) for f in measured]
+    names = {operation.name for graph in graphs for operation in graph.order}
+    assert ("Exp" in names, "Power" in names) == (gpu, not gpu)
 
 
 def test_a_config_without_sizes_is_refused():

@@ -11,11 +11,12 @@ import mlx_lm
 import pytest
 from click.testing import CliRunner
 
-from mlxtune.errors import MlxtuneError
+from mlxtune.errors import MlxtuneError, ModelError
 from mlxtune.evaluate import harness
 from mlxtune.evaluate.harness import run_tasks
 from mlxtune.evaluate.results import write_tasks
 from support.files import write_jsonl
+from support.models import save_with_unknown_tokens
 
 
 def test_names_of_tasks_may_have_spaces_between_them(monkeypatch):
@@ -133,6 +134,17 @@ def test_tasks_that_generate_print_json_alone(tiny_folder, tasks, tmp_path, monk
     printed = capfd.readouterr()
     assert json.loads(printed.out)["results"]["say"]["exact_match,none"] == 0
     assert "batch_generate" in printed.err and "git" not in printed.err
+
+
+@pytest.mark.parametrize("task", ["spell", "say"])
+def test_a_task_whose_text_has_a_token_without_a_row_is_refused(task, tasks, tmp_path):
+    first = save_with_unknown_tokens(tmp_path / "m")
+    choices = [{"question": "an <image>", "choices": ["b", "c"], "answer": 0}]
+    folder = tasks(choices, [{"question": "an <image>", "answer": "x"}])
+    for name in {"spell", "say"} - {task}:
+        (folder / f"{name}.yaml").unlink()
+    with pytest.raises(ModelError, match=f"'<image>' has the id {first + 1}"):
+        run_tasks(str(tmp_path / "m"), [task], task_path=folder)
 
 
 def test_a_task_that_is_not_there(tiny_folder, tasks, monkeypatch):

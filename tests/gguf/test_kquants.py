@@ -16,8 +16,9 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from mlxtune.errors import ExportError
+from mlxtune.gguf import kquants
 from mlxtune.gguf import quantize as driver
-from mlxtune.gguf.arithmetic import MLX
+from mlxtune.gguf.arithmetic import MLX, NUMPY
 from mlxtune.gguf.quantize import dequantize, quantize, quantizers
 from mlxtune.gguf.reader import GGUFFile
 from support.properties import ALL
@@ -245,19 +246,40 @@ class Backwards:
         return MLX.sum_rows(a[::-1])
 
 
-class Flushing:
-    """MLX, but what is smaller than a normal number is zero, as on many GPUs."""
+class Flushed(np.ndarray):
+    """Numbers smaller than float32's normal ones are zeros in all that is done with it."""
 
-    def __getattr__(self, name: str):
-        function = getattr(MLX, name)
-        if name not in ("add", "subtract", "multiply", "divide", "sum_rows"):
-            return function
-        return lambda *given, out=None: self.flushed(function(*map(self.flushed, given)))
+    def __array_ufunc__(self, ufunc, method, *given, **named):
+        assert "out" not in named or method != "at"
+        named.pop("out", None)
+        plain = [zeroed(a.view(np.ndarray)) if isinstance(a, Flushed) else a for a in given]
+        result = zeroed(np.asarray(getattr(ufunc, method)(*plain, **named)))
+        return result.view(Flushed)
 
-    def flushed(self, a):
-        if not isinstance(a, mx.array):
-            return a
-        return mx.where(mx.abs(a) < float(np.finfo(np.float32).tiny), mx.zeros_like(a), a)
+
+def zeroed(array: np.ndarray) -> np.ndarray:
+    if array.dtype != np.float32:
+        return array
+    return np.where(np.abs(array) < np.finfo(np.float32).tiny, array * np.float32(0), array)
+
+
+class Flushing(type(NUMPY)):
+    """NumPy, but as Apple's GPUs compute: what is smaller than a normal number is zero."""
+
+    flushed = 0
+
+    def array(self, a: np.ndarray) -> np.ndarray:
+        self.flushed += int(np.count_nonzero(zeroed(a) != a))
+        return a.view(Flushed)
+
+    def scratch(self, like: np.ndarray, count: int) -> list[None]:
+        return [None] * count
+
+    def sum_rows(self, a: np.ndarray) -> np.ndarray:
+        total = a[0]
+        for row in a[1:]:
+            total = total + row
+        return total
 
 
 class WeighedBackwards(Backwards):
@@ -270,11 +292,57 @@ class WeighedBackwards(Backwards):
         return MLX.sum_rows(a[::-1]) if self.weights else MLX.sum_rows(a)
 
 
+def flushing(
+    monkeypatch, type_: Type, weights: str, kinds=tuple(KINDS), count: int = 3
+) -> dict[str, int]:
+    """Blocks of each kind that come out otherwise where tiny numbers are flushed."""
+    arithmetic = Flushing()
+    monkeypatch.setattr(driver, "_arithmetic", lambda type_: arithmetic)
+    found = {}
+    for kind in kinds:
+        values = rows(kind, count)
+        want = driver._quantize(values, type_, importance(weights), NUMPY, threads=1)
+        found[kind] = differing(quantize(values, type_, importance(weights)), want, type_)
+    assert arithmetic.flushed
+    return found
+
+
+@pytest.mark.parametrize("weights", ["none", "some zero", "spread"])
+@pytest.mark.parametrize("type_", K_TYPES, ids=lambda t: t.name)
+def test_a_gpu_that_flushes_tiny_numbers_gives_the_same_bytes(monkeypatch, type_, weights):
+    assert set(flushing(monkeypatch, type_, weights).values()) == {0}
+
+
+def test_weights_of_every_size_are_the_same_where_tiny_numbers_are_flushed(monkeypatch):
+    """What flushing would do begins at another size for each type and importance."""
+    monkeypatch.setattr(driver, "_arithmetic", lambda type_: Flushing())
+    rng = np.random.default_rng(3)
+    for type_ in K_TYPES:
+        for weights in ("none", "uneven", "spread"):
+            sizes = 10.0 ** np.linspace(-24, 0, 25)[:, None]
+            values = (sizes * rng.standard_normal((25, WIDTH))).astype(np.float32)
+            want = driver._quantize(values, type_, importance(weights), NUMPY, threads=1)
+            got = quantize(values, type_, importance(weights))
+            assert differing(got, want, type_) == 0, (type_, weights)
+
+
+def test_flushing_would_show_and_is_only_looked_for_where_it_may(monkeypatch):
+    usual, tiny = rows("normal", 20).reshape(-1, 16).T, rows("tiny", 20).reshape(-1, 16).T
+    assert kquants._tiny(usual, None).mean() < 0.001
+    assert kquants._tiny(usual, np.abs(usual)).mean() < 0.001
+    assert kquants._tiny(tiny, None).mean() > 0.9
+    monkeypatch.setattr(kquants, "_tiny", lambda x, weights: np.zeros(x.shape[1], bool))
+    kinds = ("tiny", "groups of all sizes", "normal")
+    found = [flushing(monkeypatch, type_, "none", kinds, count=8) for type_ in K_TYPES]
+    assert sum(of["tiny"] > 0 for of in found) >= 2
+    assert not any(of["normal"] for of in found)
+
+
 @pytest.mark.slow
 def test_an_arithmetic_that_gives_other_bytes_is_found_out(monkeypatch):
     assert driver.gives_the_same(MLX)
     assert not driver.gives_the_same(Backwards())
-    assert not driver.gives_the_same(Flushing())
+    assert driver.gives_the_same(Flushing())
     only, groups = WeighedBackwards(), driver.Groups
 
     def seen(x, count, weights, variance, xp):

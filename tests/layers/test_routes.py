@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -50,6 +52,53 @@ def packed_layers(model: nn.Module) -> list[PackedLayer]:
     return [m for m in model.modules() if isinstance(m, PackedLayer)]
 
 
+class FakeDevice:
+    """Time that passes as products are computed: results are the seconds that they take.
+
+    Args:
+        launch: seconds that each evaluation takes beside them, at most; drawn for each.
+        waking: until so many seconds have been worked, all takes three times as long.
+    """
+
+    def __init__(self, monkeypatch, *, gpu=False, launch=0.0, waking=0.0, seed=0):
+        self.now, self.launch, self.waking = 0.0, launch, waking
+        self.random = random.Random(seed)
+        self.evaluations = 0
+        monkeypatch.setattr(routes, "on_cpu", lambda: not gpu)
+        monkeypatch.setattr(routes.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(routes.mx, "eval", self.evaluate)
+
+    def evaluate(self, *trees):
+        for results in trees:
+            if any(isinstance(result, Result) for result in results):
+                self.evaluations += 1
+                slow = 3 if self.waking > 0 else 1
+                spent = slow * sum(result.seconds for result in results)
+                self.waking -= spent
+                self.now += spent + self.launch * self.random.random()
+
+
+@dataclass
+class Result:
+    seconds: float
+    nbytes: int = 1 << 15
+
+
+def measured(monkeypatch, packed, expanded):
+    """Rows from which it expands, forward and backward, with these seconds for so many rows."""
+
+    def product(_sample, rows, _width, _dtype, *, forward, expand):
+        if not forward:
+            return lambda: Result(1e-5 if expand else 2e-5)
+        return lambda: Result((expanded if expand else packed)(rows))
+
+    monkeypatch.setattr(routes, "_product", product)
+    return measure(PACKED, mx.float32)
+
+
+PACKED = QuantizedLinear.from_weight(nn.Linear(64, 32), packing_named(4))
+
+
 @pytest.mark.parametrize(
     ("packed", "expanded", "want"),
     [
@@ -60,16 +109,51 @@ def packed_layers(model: nn.Module) -> list[PackedLayer]:
     ],
 )
 def test_expanding_begins_where_it_is_measured_to_be_faster(monkeypatch, packed, expanded, want):
-    def product(_sample, rows, _width, _dtype, *, forward, expand):
-        if forward:
-            return expanded(rows) if expand else packed(rows)
-        return 1.0 if expand else 2.0
+    FakeDevice(monkeypatch)
+    assert measured(monkeypatch, packed, expanded) == (want, 1)
 
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(
+    ("packed", "expanded", "want"),
+    [
+        (lambda n: 4e-6 + 2e-8 * n, lambda n: 2e-5 + 1e-8 * n, 4096),  # from 2,300 rows on
+        (lambda n: 4e-6 + 2e-8 * n, lambda n: 5e-6 + 1e-8 * n, 256),
+        (lambda n: 2e-8 * n, lambda n: 1e-8 * n, 16),
+        (lambda n: 2e-8 * n, lambda n: 2e-5 + 2e-8 * n, None),
+        # No clear win: what nobody has measured stays.
+        (lambda n: 2e-8 * n, lambda n: 1.9e-8 * n, None),
+    ],
+)
+def test_a_gpu_is_warm_and_busy_while_it_is_measured(monkeypatch, packed, expanded, want, seed):
+    """Launches that take more than a product, and a clock that is slow at first."""
+    FakeDevice(monkeypatch, gpu=True, launch=3e-4, waking=0.02, seed=seed)
+    assert measured(monkeypatch, packed, expanded) == (want, 16)
+
+
+def test_a_gpu_on_which_expanding_does_not_pay_is_measured_for_most_rows_alone(monkeypatch):
+    device = FakeDevice(monkeypatch, gpu=True)
+    monkeypatch.setattr(routes, "_product", lambda *_a, expand, **_k: lambda: Result(1 + expand))
+    assert measure(PACKED, mx.float32) == (None, None)
+    assert device.evaluations < 20
+
+
+def test_results_that_are_timed_together_stay_within_bounds(monkeypatch):
+    counts = []
+
+    def product(*_arguments, **_options):
+        return lambda: Result(1e-7, nbytes=1 << 26)
+
+    def evaluate(results):
+        counts.append(len(results))
+        device.evaluate(results)
+
+    device = FakeDevice(monkeypatch, gpu=True)
     monkeypatch.setattr(routes, "_product", product)
-    monkeypatch.setattr(routes, "_seconds", lambda seconds: seconds)
-    monkeypatch.setattr(routes, "on_cpu", lambda: True)
-    layer = QuantizedLinear.from_weight(nn.Linear(64, 32), packing_named(4))
-    assert measure(layer, mx.float32) == (want, 1)
+    monkeypatch.setattr(routes.mx, "eval", lambda tree: evaluate(tree) if tree else None)
+    monkeypatch.setattr(routes, "_sample", lambda layer: layer)
+    assert measure(PACKED, mx.float32) == (None, None)
+    assert max(counts) * (1 << 26) <= 256 << 20
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mlxtune.data.records import Conversation, Turn
 from mlxtune.data.render import Renderer
@@ -16,28 +14,8 @@ from mlxtune.models.resolve import ModelSource, resolve_model
 from mlxtune.recipe.schema import ModelSection
 from mlxtune.train.model import rows_of, tokenizer_of
 from support.files import write_jsonl
-from support.models import SMOLLM2, save_tiny_model
+from support.models import SMOLLM2, save_with_unknown_tokens
 from support.program import mlxtune
-
-
-def with_tokens(folder: Path, *, template: bool = False) -> int:
-    """Tokens added as transformers adds them, and the embedding not resized.
-
-    Returns:
-        The id of the first of them, which is how many rows the embedding has.
-    """
-    folder.mkdir(exist_ok=True)
-    save_tiny_model(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert isinstance(tokenizer, PreTrainedTokenizerFast)
-    first = len(tokenizer)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>", "<image>"]})
-    assert tokenizer.convert_tokens_to_ids("<tool>") == first
-    if template:
-        tokenizer.chat_template = str(tokenizer.chat_template).replace("<|im_start|>", "<tool>")
-    tokenizer.save_pretrained(folder)
-    return first
-
 
 RECIPE = """
 name = "r"
@@ -62,7 +40,7 @@ def said(first: int, token: str, number: int) -> str:
 
 
 def test_a_sample_with_such_a_token_is_refused_before_anything_is_trained(tmp_path):
-    first = with_tokens(tmp_path / "m")
+    first = save_with_unknown_tokens(tmp_path / "m")
     (tmp_path / "r.toml").write_text(RECIPE)
     write_jsonl(tmp_path / "data.jsonl", [PLAIN, USED])
     for verb in (("lora", "r.toml", "--output=run"), ("data", "inspect", "r.toml")):
@@ -76,7 +54,7 @@ def test_a_sample_with_such_a_token_is_refused_before_anything_is_trained(tmp_pa
 
 def test_a_tokenizer_that_only_lists_such_tokens_keeps_working(tmp_path):
     """As Gemma 3's does with `<image_soft_token>`."""
-    first = with_tokens(tmp_path / "m")
+    first = save_with_unknown_tokens(tmp_path / "m")
     (tmp_path / "r.toml").write_text(RECIPE)
     write_jsonl(tmp_path / "data.jsonl", [PLAIN])
     done = mlxtune("lora", "r.toml", "--output=run", cwd=tmp_path)
@@ -90,7 +68,7 @@ def test_a_tokenizer_that_only_lists_such_tokens_keeps_working(tmp_path):
 
 @pytest.mark.parametrize("form", ["template", "prompt"])
 def test_a_prompt_with_such_a_token_is_not_answered(form, tmp_path):
-    first = with_tokens(tmp_path / "m", template=form == "template")
+    first = save_with_unknown_tokens(tmp_path / "m", template=form == "template")
     prompt = "hello" if form == "template" else "hello <tool>"
     done = mlxtune("chat", "m", f"--prompt={prompt}", cwd=tmp_path)
     assert done.returncode == 1
@@ -99,7 +77,7 @@ def test_a_prompt_with_such_a_token_is_not_answered(form, tmp_path):
 
 @pytest.mark.parametrize("name", ["text.txt", "text.jsonl"])
 def test_a_text_to_calibrate_on_with_such_a_token_is_refused(name, tmp_path):
-    with_tokens(tmp_path / "m")
+    save_with_unknown_tokens(tmp_path / "m")
     if name == "text.txt":
         (tmp_path / name).write_text("some <image> text " * 20)
     else:
@@ -113,7 +91,7 @@ def test_a_text_to_calibrate_on_with_such_a_token_is_refused(name, tmp_path):
 
 
 def test_a_question_of_an_evaluation_with_such_a_token_is_refused(tmp_path):
-    with_tokens(tmp_path / "m")
+    save_with_unknown_tokens(tmp_path / "m")
     loaded = load_model(ModelSource("m", tmp_path / "m"))
     asked = Conversation((Turn("user", "an <image>"), Turn("assistant", "yes")))
     with pytest.raises(ModelError, match="'<image>' has the id"):
@@ -130,6 +108,8 @@ ROWS = {
         {"model_type": "qwen3_5", "text_config": {"vocab_size": 300, "hidden_size": 8}},
         300,
     ),
+    "nested, an object": ({"model_type": "kimi_vl", "text_config": {"vocab_size": 300}}, 300),
+    "another name": ({"model_type": "phixtral", "num_vocab": 300}, 300),
     "unknown": ({"model_type": "nothing known"}, None),
 }
 

@@ -1,8 +1,9 @@
 """Real tokenizers and chat templates for tests, from packages with pinned contents.
 
-And llama.cpp's own library, for Linux on x86-64, which quantizes whole files.
+And llama.cpp's own library, for Linux on x86-64, which quantizes whole files, and what MLX's
+wheel for macOS says of its kernels.
 
-    python tests/support/downloads.py     fetch what is missing (about 400 MB, once)
+    python tests/support/downloads.py     fetch what is missing (about 450 MB, once)
 
 They go to `.cache/tokenizers`, or to the folder that MLXTUNE_TEST_CACHE names. Nothing of
 them is kept in the repository. `load(NAME)` gives one as a fast Hugging Face tokenizer.
@@ -15,6 +16,8 @@ import hashlib
 import json
 import os
 import platform
+import re
+import struct
 import subprocess
 import sys
 import tarfile
@@ -129,7 +132,20 @@ _LIBLLAMA = Archive(
     },
 )  # fmt: skip
 
+# MLX for Macs, in the version that everything here was last read against.
+METAL = "0.32.4"
+_METAL = Archive(
+    (
+        *_PIP, "--no-deps", "--only-binary=:all:", "--platform=macosx_15_0_arm64",
+        f"mlx-metal=={METAL}",
+    ),
+    f"mlx_metal-{METAL}-py3-none-macosx_15_0_arm64.whl",
+    "9f0a3cc26d89724434d9684932fc6f3e4e83669d2a895d858ed2c8a55eb84e8b",
+    {f"mlx-metal/{file}": f"mlx/lib/{file}" for file in ("mlx.metallib", "libmlx.dylib")},
+)  # fmt: skip
+
 ARCHIVES = (
+    _METAL,
     _npm(
         "tokenizer-qwen3",
         "3.7.2",
@@ -242,8 +258,11 @@ def _extract(path: Path, members: dict[str, str]) -> None:
             target = CACHE / name
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_suffix(target.suffix + ".partial")
-            head = ".part" in member and name.startswith("vocab/")
-            partial.write_bytes(_without_tensors(data) if head else data)
+            if ".part" in member and name.startswith("vocab/"):
+                data = _without_tensors(data)
+            if name.endswith(".metallib"):
+                data = _without_code(data)
+            partial.write_bytes(data)
             partial.replace(target)
 
 
@@ -252,6 +271,35 @@ def _without_tensors(data: bytes) -> bytes:
     first = b"output_norm.weight"  # of Gemma's
     end = data.index(len(first).to_bytes(8, "little") + first)
     return data[:8] + bytes(8) + data[16:end]
+
+
+def _without_code(data: bytes) -> bytes:
+    """A Metal library up to the end of its list of functions, a fiftieth of it."""
+    start, size = struct.unpack_from("<QQ", data, 24)
+    return data[: start + size]
+
+
+def metal_functions() -> frozenset[str]:
+    """The names of all kernels in MLX's Metal library.
+
+    Raises:
+        FileNotFoundError: it was not fetched.
+    """
+    data = (CACHE / "mlx-metal/mlx.metallib").read_bytes()
+    [start] = struct.unpack_from("<Q", data, 24)
+    [count] = struct.unpack_from("<I", data, start)
+    found = [name.decode() for name in re.findall(rb"NAME..([ -~]+)\0TYPE", data, re.DOTALL)]
+    assert len(found) == count, "its list of functions is of another form"
+    return frozenset(found)
+
+
+def metal_texts() -> bytes:
+    """MLX's library for macOS, in which its messages stand.
+
+    Raises:
+        FileNotFoundError: it was not fetched.
+    """
+    return (CACHE / "mlx-metal/libmlx.dylib").read_bytes()
 
 
 def _contents(path: Path, members: set[str]) -> Iterator[tuple[str, bytes]]:

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mlxtune.arrays import flat
 from mlxtune.layers.inject import add_lora, lora_layers, projections
@@ -70,10 +70,9 @@ def tiny_llama(*, tied: bool = True, seed: int = 0, dims: int = 64, vocabulary: 
     return model
 
 
-def tiny(kind: str, **changes: object) -> nn.Module:
-    """A random two-block model of one of mlx-lm's architectures."""
-    module = import_module(f"mlx_lm.models.{kind}")
-    sizes = {
+def tiny_config(kind: str, **changes: object) -> dict[str, object]:
+    """The config of a two-block model of one of mlx-lm's architectures."""
+    return {
         "model_type": kind,
         "hidden_size": 64,
         "num_hidden_layers": 2,
@@ -85,9 +84,14 @@ def tiny(kind: str, **changes: object) -> nn.Module:
         "vocab_size": 128,
         "max_position_embeddings": 512,
         "rope_theta": 10000.0,
-    }
+    } | changes
+
+
+def tiny(kind: str, **changes: object) -> nn.Module:
+    """A random two-block model of one of mlx-lm's architectures."""
+    module = import_module(f"mlx_lm.models.{kind}")
     mx.random.seed(0)
-    model = module.Model(module.ModelArgs.from_dict(sizes | changes))
+    model = module.Model(module.ModelArgs.from_dict(tiny_config(kind, **changes)))
     mx.eval(model.parameters())
     return model
 
@@ -135,6 +139,25 @@ def save_tiny_model(folder: Path, *, merged: bool = False) -> None:
 
 
 REAL_TOKENS = 4096  # of the 49,152: reading and writing all of them takes seconds each time
+
+
+def save_with_unknown_tokens(folder: Path, *, template: bool = False) -> int:
+    """Tokens added as transformers adds them, and the embedding not resized.
+
+    Returns:
+        The id of the first of them, which is how many rows the embedding has.
+    """
+    folder.mkdir(exist_ok=True)
+    save_tiny_model(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    first = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>", "<image>"]})
+    assert tokenizer.convert_tokens_to_ids("<tool>") == first
+    if template:
+        tokenizer.chat_template = str(tokenizer.chat_template).replace("<|im_start|>", "<tool>")
+    tokenizer.save_pretrained(folder)
+    return first
 
 
 @cache
