@@ -264,12 +264,13 @@ def filled_up(batch: Batch, rows: int, width: int, targets: int) -> Batch:
 
     Args:
         batch: to be filled up.
-        rows, width: of the larger grid. The width is the batch's own where it has a prefix.
+        rows, width: of the larger grid. The width is the batch's own where its prefix is longer
+            than a row.
         targets: how many; those added have no weight.
     """
     below, right = rows - batch.tokens.shape[0], width - batch.tokens.shape[1]
     more = targets - len(batch.targets)
-    if below < 0 or right < 0 or more < 0 or (right and batch.prefix):
+    if below < 0 or right < 0 or more < 0 or (right and batch.prefix > batch.tokens.shape[1]):
         raise ValueError(f"a batch of {batch.tokens.shape} cannot be filled up to {rows, width}")
 
     def grid(array: Ints, value: int = 0) -> Ints:

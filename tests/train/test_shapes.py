@@ -52,7 +52,7 @@ def test_few_shapes_are_compiled_in_many_steps(packing, batch_size):
             if compiled:
                 seen.add((*fitted.tokens.shape, fitted.prefix, len(fitted.targets)))
     assert len(seen) <= len(shapes) <= MOST == 32
-    assert uncompiled < 0.08 * count
+    assert uncompiled < 0.04 * count
     assert after < 1.3 * before
 
 
@@ -61,9 +61,8 @@ def test_a_batch_that_is_filled_up_has_the_same_step(packed):
     samples = random_samples((30, 20, 25, 18), prefix=9, untrained=10)
     batch = pack(samples) if packed else pad(samples)
     rows, width = batch.tokens.shape
-    wider = width if batch.prefix else width + 24
-    larger = filled_up(batch, rows + 2, wider, len(batch.targets) + 32)
-    assert larger.tokens.shape == (rows + 2, wider)
+    larger = filled_up(batch, rows + 2, width + 24, len(batch.targets) + 32)
+    assert larger.tokens.shape == (rows + 2, width + 24)
     results = []
     for given in (batch, larger):
         model = tiny_llama()
@@ -79,10 +78,10 @@ def test_a_batch_that_is_filled_up_has_the_same_step(packed):
         assert np.abs(np.array(array) - np.array(filled[name])).max() < 2e-5, name
 
 
-def test_a_batch_with_a_prefix_keeps_its_width():
-    batch = pack(random_samples((30, 20, 25, 18), prefix=9, untrained=10))
+def test_a_prefix_over_several_rows_keeps_its_width():
+    batch = pack(random_samples((330, 310, 325, 318), prefix=300, untrained=301))
     rows, width = batch.tokens.shape
-    assert batch.prefix
+    assert batch.prefix > width
     for larger in ((rows, width + 8, 64), (rows - 1, width, 64)):
         with pytest.raises(ValueError, match="cannot be filled up"):
             filled_up(batch, *larger)
