@@ -62,6 +62,8 @@ def check_machine(path: Path, *, overwrite: bool, as_json: bool) -> bool:
     except KeyboardInterrupt as error:
         stopped = error
         progress.clear()
+        if not outcomes:
+            raise  # there is nothing to keep
         rest = names[len(outcomes) :]
         outcomes += [Outcome(name, NOT_RUN, errors=("interrupted",)) for name in rest]
     outcomes = with_memory(outcomes)

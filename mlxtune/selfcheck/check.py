@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 PASSED, FAILED, LEFT_OUT, NOT_RUN = "passed", "failed", "left out", "not run"
 # Frames of a traceback that are kept: where it happened, and what called that.
@@ -155,11 +156,8 @@ def distance(got: mx.array, want: mx.array) -> float:
     """Largest difference, relative to the largest value; infinite where shapes differ."""
     if got.shape != want.shape:
         return math.inf
-    got, want = got.astype(mx.float32), want.astype(mx.float32)
     # In NumPy, so that the device which is checked has no part in it.
-    import numpy as np
-
-    ours, theirs = np.array(got), np.array(want)
+    ours, theirs = (np.array(each.astype(mx.float32)) for each in (got, want))
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 

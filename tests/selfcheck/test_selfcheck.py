@@ -374,6 +374,15 @@ def test_after_an_interrupt_the_file_holds_what_was_done(program, tmp_path):
     assert states == ["passed", *["not run"] * (len(CHECKS) - 1), "passed"]
 
 
+def test_an_interrupt_before_anything_was_done_writes_nothing(program, tmp_path):
+    def interrupted():
+        raise KeyboardInterrupt
+        yield
+
+    assert program("--check", outcomes=interrupted()).exit_code != 0
+    assert not list(tmp_path.iterdir())
+
+
 def test_out_of_time_is_said_in_the_file(program, tmp_path):
     done = program("--check", outcomes=[of("a"), of("b", "not run", errors=("late",))])
     assert done.exit_code == 0 and "1 not run" in done.stdout
