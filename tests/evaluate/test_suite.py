@@ -364,7 +364,8 @@ def test_the_bash_that_was_asked_is_named_in_the_file_the_table_and_the_report(
     from mlxtune.cli.tables import show_comparison
 
     monkeypatch.setattr("mlxtune.evaluate.scores.shell_versions", lambda: {"bash": "3.2.57"})
-    shutil.copytree(tiny_run, tmp_path / "run")
+    # Other tests evaluate the run that all share.
+    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("eval"))
     suite = Suite(name="s", metrics=("shell",))
     result = compare_run(tmp_path / "run", suite=suite, limit=1, max_tokens=2)
     assert figures_json(result)["shells"] == {"bash": "3.2.57"}
