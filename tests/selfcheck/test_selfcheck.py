@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from mlxtune.cli import check as verb
 from mlxtune.cli.app import cli
+from mlxtune.device import as_on_gpu
 from mlxtune.doctor import Finding
 from mlxtune.errors import OutputExists
 from mlxtune.layers.packing import Packing
@@ -141,6 +142,16 @@ def test_training_that_goes_another_way_fails(monkeypatch):
     monkeypatch.setattr(training, "pack", mixed_up)
     wrong = outcome_of("LoRA, float32")  # which is compared with padded batches
     assert wrong.state == "failed" and "losses of all steps" in beyond(wrong)
+
+
+def test_compiled_steps_that_differ_fail_by_name(monkeypatch):
+    """On a GPU: on a CPU nothing is compiled, and the check is left out."""
+    apart = {"float32": 0.0, "bfloat16": 1.0}
+    monkeypatch.setattr(training, "both_ways", lambda _, t: Difference("losses", apart[t], 0.1))
+    with as_on_gpu():
+        wrong = outcome_of("compiled steps against plain ones")
+    assert wrong.state == "failed"
+    assert beyond(wrong) == [f"{name}, bfloat16" for name in training._COMPILED]
 
 
 def test_a_loss_that_does_not_fall_fails(monkeypatch):
