@@ -17,12 +17,16 @@ from mlxtune.errors import ExportError
 from mlxtune.export.ollama import Ollama, base_url
 from mlxtune.files import cache_folder
 from mlxtune.install import explained, pip_install
+from mlxtune.watchdog import VARIABLE, is_relaxed
 
 GB = 10**9
 # Packages whose versions matter; the last ones are extras.
 PACKAGES = ("mlxtune", "mlx", "mlx-lm", "transformers", "gguf", "xllamacpp", "mistralrs")
 # A model of some billions of weights, its cache and an export take that much.
 _ROOM = 20 * GB
+# Of a Mac's memory: what is left to macOS, and from how much on there is something to give.
+_FOR_MACOS = 5 * GB
+_LEAST_TO_WIRE = 16 * 2**30
 _MISTRAL_RS = "https://github.com/EricLBuehler/mistral.rs"
 
 
@@ -80,6 +84,8 @@ def _mlx() -> Iterator[Finding]:
     yield Finding("device", "good", device_name())
     yield _memory()
     yield from _wired_limit()
+    if sys.platform == "darwin":
+        yield watchdog()
     yield from _blas()
 
 
@@ -104,12 +110,36 @@ def _wired_limit() -> Iterator[Finding]:
     info = mx.device_info()
     total, allowed = int(info["memory_size"]), int(info["max_recommended_working_set_size"])
     said = f"the GPU may hold {allowed / GB:.1f} GB"
-    if allowed < 0.7 * total:
-        megabytes = int(0.8 * total / 2**20)
+    megabytes = wired_limit_mb(total)
+    if megabytes is not None and allowed < 0.7 * total:
         remedy = f"more, until the next start: sudo sysctl iogpu.wired_limit_mb={megabytes}"
         yield Finding("wired memory", "missing", said, remedy)
     else:
         yield Finding("wired memory", "good", said)
+
+
+def wired_limit_mb(total: int) -> int | None:
+    """How much memory a Mac's GPU may be allowed to hold, in MiB; None to leave it as it is.
+
+    macOS and the programs beside training keep at least a fifth, and never less than 5 GB:
+    memory that is wired cannot be taken from the GPU, and a Mac that has too little left stops.
+    With less than 16 GB there is nothing to give.
+
+    Args:
+        total: bytes of memory.
+    """
+    if total < _LEAST_TO_WIRE:
+        return None
+    return min(total * 4 // 5, total - _FOR_MACOS) // 2**20
+
+
+def watchdog() -> Finding:
+    """Whether macOS's GPU watchdog is relaxed for training; see `mlxtune.watchdog`."""
+    if is_relaxed():
+        return Finding("GPU watchdog", "good", f"relaxed ({VARIABLE}=1)")
+    value = os.environ.get(VARIABLE, "")
+    said = f"not relaxed ({VARIABLE}={value}): macOS may stop training while a display is on"
+    return Finding("GPU watchdog", "missing", said, f"unset {VARIABLE}")
 
 
 def _blas() -> Iterator[Finding]:

@@ -41,7 +41,7 @@ def measure_machine(
         "versions": {name: version(name) for name in ("mlx", "mlx-lm")}
         | {"mlxtune": mlxtune.__version__, "python": platform.python_version()},
         "budget_bytes": machine.budget,
-        "rates": _rates(machine.rates),
+        "rates": rates_figures(machine.rates),
         "workloads": list(_workloads(machine, WORKLOADS, everything, progress)),
     }
 
@@ -79,7 +79,8 @@ def _workloads(
         mx.clear_cache()
 
 
-def _rates(rates: Rates) -> Figures:
+def rates_figures(rates: Rates) -> Figures:
+    """Rates, and what is measured beside them: products with 4-bit weights, and attention."""
     dtype = training_dtype()
     return {
         "products": {f"{round(size ** (1 / 3))}": rate for size, rate in rates.products},

@@ -52,10 +52,17 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Measured:
-    """A step that was run: seconds, and bytes at most."""
+    """Steps that were run.
+
+    Attributes:
+        seconds: of a step, the first one left out.
+        peak: bytes, at most.
+        first: seconds of the first step, in which kernels are compiled.
+    """
 
     seconds: float
     peak: int
+    first: float
 
 
 class StepModel:
@@ -124,22 +131,33 @@ class StepModel:
         mx.eval(self._optimizer.state)
 
     def measure(
-        self, batch: Batch, checkpointed: Iterable[int] = (), *, steps: int = 4
+        self,
+        batch: Batch,
+        checkpointed: Iterable[int] = (),
+        *,
+        steps: int = 4,
+        compiled: bool | None = None,
     ) -> Measured:
         """Run steps for real, after `materialize`.
 
+        Args:
+            batch: to train on.
+            checkpointed: numbers of the blocks that are computed twice.
+            steps: two at least.
+            compiled: compile them; by default wherever that pays.
+
         Returns:
-            The median time of a step after the first, and the peak.
+            The median time of a step after the first, the peak, and the time of the first.
         """
         seconds = []
-        with self._step(checkpointed) as step:
+        with self._step(checkpointed, compiled=compiled) as step:
             mx.reset_peak_memory()
             for _ in range(steps):
                 begun = time.perf_counter()
                 result = step([batch], 1e-5)
                 mx.eval(self.model.state, self._optimizer.state, result.loss, result.grad_norm)
                 seconds.append(time.perf_counter() - begun)
-        return Measured(median(seconds[1:]), mx.get_peak_memory())
+        return Measured(median(seconds[1:]), mx.get_peak_memory(), seconds[0])
 
     def graph(self, batch: Batch, checkpointed: Iterable[int] = ()) -> Graph:
         """One whole step on one pass: forward, backward, update.

@@ -10,7 +10,8 @@ from pathlib import Path
 import click
 from click.shell_completion import get_completion_class
 
-from mlxtune.cli.shared import prepare
+from mlxtune.cli.check import FILE, check_machine
+from mlxtune.cli.shared import PATH, prepare
 from mlxtune.cli.suggest import NearChoice
 
 # Where each shell reads what it does at its start.
@@ -20,11 +21,24 @@ _SIGNS = {"good": ("ok", "green"), "missing": ("--", "yellow"), "bad": ("!!", "r
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def doctor(as_json: bool) -> None:
+@click.option("--check", is_flag=True, help="Train small random models in every way, and compare.")
+@click.option("-o", "--output", type=PATH, help=f"With --check: the file.  [default: {FILE}]")
+@click.option("--overwrite", is_flag=True, help="With --check: replace a file that is there.")
+def doctor(as_json: bool, check: bool, output: Path | None, overwrite: bool) -> None:
     """Look at this machine: device, memory, BLAS, disk, hub, Ollama, llama.cpp, mistral.rs.
 
-    Ends with 1 if something is there that training suffers from.
+    Ends with 1 if something is there that training suffers from. With --check it also computes:
+    attention, losses, quantized weights and small random models, each against a plain formula on
+    the CPU, and measures speed. That takes up to ten minutes and downloads nothing; one file
+    holds all that came out, to be sent where something is wrong.
     """
+    if check:
+        prepare(long=True)
+        if not check_machine(output or FILE, overwrite=overwrite, as_json=as_json):
+            raise SystemExit(1)
+        return
+    if output is not None or overwrite:
+        raise click.UsageError("--output and --overwrite go with --check")
     with suppress(ImportError):  # MLX, which is then the first finding
         prepare()
     from mlxtune.doctor import examine

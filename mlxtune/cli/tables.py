@@ -21,6 +21,7 @@ from mlxtune.evaluate.results import (
     first_words,
     judge_line,
     share,
+    shells_line,
     task_rows,
     which_models,
 )
@@ -36,7 +37,7 @@ def show_comparison(result: Comparison, *, samples: int) -> None:
     for line, warns in first_words(figures):
         console.print(Text(f"warning: {line}" if warns else line, style="bold red" * warns))
     console.print(_figures(result, console.width))
-    if line := which_models(figures):
+    for line in filter(None, (which_models(figures), shells_line(figures))):
         console.print(Text(line, style="dim"))
     first = next(iter(result.figures.values()))
     if any(first.metrics.values()):

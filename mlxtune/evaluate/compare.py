@@ -233,6 +233,7 @@ def _compare(
         answers=tuple(answered),
         notes=tuple(notes),
         judge=judge.report() if judge is not None else None,
+        shells=scorer.shells(),
         source=Source(
             tuple(source.path for source in options.sources()),
             own=options.data is None,

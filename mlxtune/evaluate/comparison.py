@@ -116,6 +116,7 @@ class Comparison:
         answers: of records that ask for one.
         notes: what could not be measured.
         judge: what the judge did and cost; None without one.
+        shells: shell to version, of those that were asked what parses.
         source: which records they are, and which models.
     """
 
@@ -126,6 +127,7 @@ class Comparison:
     answers: tuple[Answered, ...]
     notes: tuple[str, ...] = ()
     judge: dict[str, Any] | None = None
+    shells: dict[str, str] = field(default_factory=dict)
     source: Source = field(default_factory=Source)
 
     @property

@@ -168,6 +168,7 @@ def figures_json(result: Comparison) -> dict[str, Any]:
             for metric in metrics
         },
         "judge": result.judge,
+        "shells": result.shells,
         "notes": list(result.notes),
     }
 
@@ -358,6 +359,18 @@ def which_models(figures: dict[str, Any]) -> str:
     known = others.items() if isinstance(others, dict) else ()
     told = {"base": "the model before training", "tuned": f"the same with {adapter}", **dict(known)}
     return "; ".join(f"{name}: {told[name]}" for name in names if name in told)
+
+
+def shells_line(figures: dict[str, Any]) -> str:
+    """Which versions of the shells say what parses; nothing where none says its own.
+
+    Args:
+        figures: what `figures_json` made.
+    """
+    shells = figures.get("shells")
+    if not isinstance(shells, dict) or not shells:
+        return ""
+    return "parses: according to " + ", ".join(f"{name} {said}" for name, said in shells.items())
 
 
 def judge_line(judge: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from mlxtune.evaluate.shell import (
     same_programs,
 )
 from mlxtune.evaluate.suite import Suite
-from mlxtune.evaluate.syntax import SHELLS, parses
+from mlxtune.evaluate.syntax import SHELLS, parses, shell_versions
 from mlxtune.evaluate.text import NORMALISATIONS, edit_similarity, exact_match, token_f1
 
 Scores = dict[str, float | None]
@@ -54,6 +54,10 @@ class Scorer:
                 "does not know: they are left out of programs, flags and shell"
             )
         return notes
+
+    def shells(self) -> dict[str, str]:
+        """Shell to version, of those that say what parses; empty without shell metrics."""
+        return shell_versions() if "shell" in self._suite.metrics else {}
 
     def score(self, answer: str, expected: str) -> Scores:
         """Metric to score."""

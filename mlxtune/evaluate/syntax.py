@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
-from functools import lru_cache
+from functools import cache, lru_cache
 
 SHELLS = ("bash", "dash")
 _SECONDS = 5.0
@@ -26,6 +27,31 @@ def parses(text: str, shell: str) -> bool | None:
     """
     path = shutil.which(shell)
     return None if path is None else _reads(path, text.strip())
+
+
+def shell_versions() -> dict[str, str]:
+    """The version of each installed shell that says its own; dash does not.
+
+    Bash 3.2, which macOS has, reads other texts than newer ones do.
+    """
+    found = {shell: _version(path) for shell in SHELLS if (path := shutil.which(shell))}
+    return {shell: said for shell, said in found.items() if said}
+
+
+@cache
+def _version(shell: str) -> str:
+    try:
+        done = subprocess.run(
+            [shell, "--version"],
+            env=_ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    said = re.search(rb"version ([0-9][^ \n]*)", done.stdout)
+    return said[1].decode(errors="replace") if said else ""
 
 
 @lru_cache(maxsize=10_000)

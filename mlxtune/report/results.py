@@ -17,6 +17,7 @@ from mlxtune.evaluate.results import (
     is_short,
     judge_line,
     share,
+    shells_line,
     which_models,
 )
 from mlxtune.report.collect import RunRecord
@@ -132,6 +133,7 @@ def _suite(suite: str, runs: Sequence[RunRecord]) -> Results:
     records = {described(column.stored.figures) for column in columns}
     notes = [str(n) for c in columns for n in c.stored.figures.get("notes") or ()]
     notes += _judges(suite, runs)
+    notes += [text for text, _ in _said(suite, runs, _shells)]
     return Results(
         id=f"evaluation-{quote(suite, safe='')}",
         suite=suite,
@@ -169,6 +171,11 @@ def _said(
 def _judge(figures: dict[str, Any]) -> Lines:
     judge = figures.get("judge")
     return [(judge_line(judge), False)] if isinstance(judge, dict) else []
+
+
+def _shells(figures: dict[str, Any]) -> Lines:
+    text = shells_line(figures)
+    return [(text, False)] if text else []
 
 
 def _models(figures: dict[str, Any]) -> Lines:

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from mlxtune import doctor
+from mlxtune.bench.chips import working_set_bytes
 from mlxtune.doctor import examine
 from mlxtune.recipe.presets import write_preset
+from mlxtune.watchdog import VARIABLE
 from support.ollama import stand_in
 from support.program import mlxtune
 
@@ -88,7 +90,7 @@ def test_a_slow_blas_is_bad_and_ends_with_1(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("allowed", "state", "remedy"),
-    [(10, "missing", "sudo sysctl iogpu.wired_limit_mb=13107"), (12, "good", None)],
+    [(10, "missing", "sudo sysctl iogpu.wired_limit_mb="), (12, "good", None)],
 )
 def test_what_the_gpu_of_a_mac_may_hold(tmp_path, monkeypatch, allowed, state, remedy):
     info = {
@@ -101,6 +103,45 @@ def test_what_the_gpu_of_a_mac_may_hold(tmp_path, monkeypatch, allowed, state, r
     found = states(tmp_path)["wired memory"]
     assert found.state == state and f"{allowed * 2**30 / 1e9:.1f} GB" in found.said
     assert found.remedy is None if remedy is None else remedy in found.remedy
+
+
+@pytest.mark.parametrize("memory", [16, 18, 24, 36, 64, 128])
+def test_what_the_gpu_is_given_leaves_macos_enough(memory):
+    """5 GB at least, and a fifth of a large memory; and it is more than the GPU has by default."""
+    total = memory * 2**30
+    advised = doctor.wired_limit_mb(total) * 2**20
+    left = total - advised
+    assert left >= 5e9 and left >= 0.2 * total
+    assert advised > working_set_bytes(memory)
+    # And not less than that asks for.
+    assert left <= max(5e9, 0.2 * total) + 2**20
+
+
+def test_a_small_mac_is_left_as_it_is(tmp_path, monkeypatch):
+    assert doctor.wired_limit_mb(8 * 2**30) is None
+    info = {
+        "device_name": "Apple M1",
+        "memory_size": 8 * 2**30,
+        "max_recommended_working_set_size": 8 * 2**30 * 2 // 3,
+    }
+    monkeypatch.setattr("mlx.core.metal.is_available", lambda: True)
+    monkeypatch.setattr("mlx.core.device_info", lambda *_: info)
+    found = states(tmp_path)["wired memory"]
+    assert (found.state, found.remedy) == ("good", None)
+
+
+@pytest.mark.parametrize(("value", "state"), [("1", "good"), ("0", "missing"), (None, "missing")])
+def test_a_mac_is_told_whether_its_watchdog_is_relaxed(monkeypatch, value, state):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    if value is not None:
+        monkeypatch.setenv(VARIABLE, value)
+    found = doctor.watchdog()
+    assert found.state == state and VARIABLE in found.said
+    # And this is told on a Mac only.
+    monkeypatch.setattr(doctor, "watchdog", lambda: found)
+    for platform, told in (("linux", False), ("darwin", True)):
+        monkeypatch.setattr(doctor.sys, "platform", platform)
+        assert (found in list(doctor._mlx())) == told
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

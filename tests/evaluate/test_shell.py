@@ -17,7 +17,7 @@ from mlxtune.evaluate.shell import (
     same_flags,
     same_programs,
 )
-from mlxtune.evaluate.syntax import SHELLS, parses
+from mlxtune.evaluate.syntax import SHELLS, parses, shell_versions
 from support.files import SHELL_HELDOUT
 from support.properties import examples
 
@@ -153,6 +153,16 @@ def test_shells_tell_what_parses():
     assert parses("diff <(ls a) <(ls b)", "bash") is True
     assert parses("diff <(ls a) <(ls b)", "dash") is False
     assert parses("-c 'x'; --version", "bash") is True
+
+
+def test_the_bash_that_reads_is_named(tmp_path, monkeypatch):
+    """macOS has one of 2007, which takes other texts than today's for commands."""
+    said = "GNU bash, version 3.2.57(1)-release (arm64-apple-darwin24)"
+    for name, text in (("bash", said), ("dash", "0: Illegal option --")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{text}'\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert shell_versions() == {"bash": "3.2.57(1)-release"}
 
 
 def test_nothing_is_executed(tmp_path, monkeypatch):

@@ -30,6 +30,8 @@ from mlxtune.export.convert import convert
 from mlxtune.fuse import fuse_run
 from mlxtune.recipe.load import parse_recipe
 from mlxtune.recipe.schema import ModelSection
+from mlxtune.report.collect import read_run
+from mlxtune.report.results import results
 from mlxtune.train.metrics import Silent
 from mlxtune.train.model import tokenizer_of
 from mlxtune.train.run import Run
@@ -354,6 +356,26 @@ def test_models_are_compared_on_the_records_that_all_have(tmp_path, tiny_folder)
     figures, _ = write_results(short, tmp_path / "out")
     assert short.records == 2 and "-first-3-" in figures.name
     assert described(figures_json(short)).startswith("2 of the first 3 held-out records")
+
+
+def test_the_bash_that_was_asked_is_named_in_the_file_the_table_and_the_report(
+    tiny_run, tmp_path, monkeypatch, capsys
+):
+    from mlxtune.cli.tables import show_comparison
+
+    monkeypatch.setattr("mlxtune.evaluate.scores.shell_versions", lambda: {"bash": "3.2.57"})
+    # Other tests evaluate the run that all share.
+    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("eval"))
+    suite = Suite(name="s", metrics=("shell",))
+    result = compare_run(tmp_path / "run", suite=suite, limit=1, max_tokens=2)
+    assert figures_json(result)["shells"] == {"bash": "3.2.57"}
+    show_comparison(result, samples=0)
+    assert "bash 3.2.57" in capsys.readouterr().out
+    write_results(result, tmp_path / "run/eval")
+    [page] = results([read_run(tmp_path / "run")])
+    assert any("bash 3.2.57" in note for note in page.notes)
+    without = compare_run(tmp_path / "run", suite=Suite(name="t"), limit=1, max_tokens=2)
+    assert figures_json(without)["shells"] == {}
 
 
 def test_the_table_fits_60_columns(tiny_run, monkeypatch, capsys):

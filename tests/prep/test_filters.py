@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from mlxtune.data.records import Conversation, Segment, ToolCall, Turn
@@ -213,3 +215,9 @@ def test_a_wrong_language_and_a_missing_package_are_told(monkeypatch):
         with pytest.raises(DataError) as error:
             need()
         assert error.value.remedy == install_extra("prep")
+    # There pip would bring no such package.
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(sys, "version_info", (3, 14, 0))
+    with pytest.raises(DataError, match=r"no wheel for Python 3\.14 on macOS") as error:
+        language_in(["en"])
+    assert "3.13" in error.value.remedy
