@@ -90,15 +90,10 @@ def _mlx() -> Iterator[Finding]:
 
 
 def _memory() -> Finding:
-    import mlx.core as mx
+    from mlxtune.memory import machine_memory, memory_budget
 
-    from mlxtune.memory import memory_budget
-
-    total = mx.device_info().get("memory_size") or (
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    )
-    budget = memory_budget(None)
-    said = f"{int(total) / GB:.1f} GB, of which training takes up to {budget / GB:.1f}"
+    budget = memory_budget()
+    said = f"{machine_memory() / GB:.1f} GB, of which training takes up to {budget / GB:.1f}"
     return Finding("memory", "good", f"{said} (train.memory_limit)")
 
 

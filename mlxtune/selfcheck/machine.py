@@ -12,9 +12,9 @@ import mlx.core as mx
 
 from mlxtune.device import device_name, gpu_cores, on_cpu
 from mlxtune.doctor import examine
+from mlxtune.memory import memory_budget
 from mlxtune.selfcheck.check import Found
 from mlxtune.selfcheck.tiny import scratch
-from mlxtune.train.memory import memory_budget
 from mlxtune.watchdog import VARIABLE
 
 _PACKAGES = ("mlxtune", "mlx", "mlx-metal", "mlx-lm", "numpy", "transformers", "tokenizers")
