@@ -40,13 +40,20 @@ def beyond(outcome: Outcome) -> list[str]:
 
 
 here = cache(outcome_of)  # with nothing wrong
-SLOW = "the same with 4-bit weights"
+# What others show too, at a smaller size or in another type.
+SLOW = {
+    "a step of SmolLM2-135M",
+    "the same with 4-bit weights",
+    "K-quants",
+    "LoRA, bfloat16",
+    "QLoRA, 4 bits, packed products",
+}
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(check.name, marks=[pytest.mark.slow] * (check.name == SLOW))
+        pytest.param(check.name, marks=[pytest.mark.slow] * (check.name in SLOW))
         for check in CHECKS
         if check.name not in ("doctor", "rates")
     ],
@@ -58,6 +65,7 @@ def test_each_check_passes_here(name):
     assert Outcome.from_json(json.loads(json.dumps(outcome.as_json()))) == outcome
 
 
+@pytest.mark.slow
 def test_a_real_step_says_how_fast_and_of_how_many_operations_it_is():
     figures = here("a step of SmolLM2-135M").figures
     plain = figures["plain"]
@@ -262,6 +270,7 @@ def test_a_check_that_ends_the_process_ends_no_other():
     assert processes[0] != processes[1] == processes[2]
 
 
+@pytest.mark.slow
 def test_a_check_that_hangs_is_ended_and_none_is_begun_without_time():
     limits = Limits(begin=8.0, end=600.0, check=8.0)
     hung, other = run_checks(["hangs", "speaks"], command=OWN, limits=limits)
