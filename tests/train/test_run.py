@@ -146,6 +146,17 @@ def test_the_same_recipe_gives_the_same_bits(recipe, few, tmp_path, plain_adapte
     assert same_arrays(adapter(again), plain_adapter)
 
 
+@pytest.mark.parametrize("wired", [True, False])
+def test_weights_are_wired_unless_the_recipe_says_otherwise(
+    wired, recipe, few, tmp_path, monkeypatch
+):
+    budgets = []
+    monkeypatch.setattr("mlxtune.train.session.wire_weights", budgets.append)
+    train = {"wired_memory": wired, "memory_limit": 3, "max_steps": 1}
+    fine_tune(recipe(few, train=train), tmp_path / "run", Silent())
+    assert budgets == ([3_000_000_000] if wired else [])
+
+
 def test_what_mlx_keeps_of_freed_memory_is_bounded_by_a_step(recipe, few, tmp_path, monkeypatch):
     limits = []
     monkeypatch.setattr(mx, "set_cache_limit", limits.append)
