@@ -49,6 +49,10 @@ RECIPES = {
 }
 
 
+def slow(name: str):
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
 def step_of(kind: str, sections: dict, dtype: str = "bfloat16"):
     """What a step computes on a GPU."""
     recipe = recipe_of(**sections)
@@ -67,13 +71,13 @@ def test_a_step_of_each_recipe_is_computed_on_metal(name):
     assert not_on_metal(step_of("llama", RECIPES[name])) == set()
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", [slow("float16"), "float32"])
 @pytest.mark.parametrize("name", ["lora", "qlora", "nf4"])
 def test_a_step_in_each_type_is_computed_on_metal(name, dtype):
     assert not_on_metal(step_of("llama", RECIPES[name], dtype)) == set()
 
 
-@pytest.mark.parametrize("name", ["lora", "qlora", "nf4"])
+@pytest.mark.parametrize("name", [slow("lora"), slow("qlora"), "nf4"])
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "llama"])
 def test_a_step_of_each_model_is_computed_on_metal(kind, name):
     assert not_on_metal(step_of(kind, RECIPES[name])) == set()

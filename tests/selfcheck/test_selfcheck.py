@@ -47,6 +47,11 @@ SLOW = {
     "K-quants",
     "LoRA, bfloat16",
     "QLoRA, 4 bits, packed products",
+    "QLoRA, mxfp4",
+    "DoRA",
+    "8-bit AdamW",
+    "gradient checkpointing",
+    "padded batches",
 }
 
 
@@ -258,6 +263,7 @@ serve(sys.stdin, int(sys.argv[1]), checks)
 OWN = (sys.executable, "-c", CHECKED)
 
 
+@pytest.mark.slow
 def test_a_check_that_ends_the_process_ends_no_other():
     begun: list[str] = []
     names = ["speaks", "aborts", "speaks again", "speaks"]

@@ -69,6 +69,9 @@ def run_of(world: Path) -> Run:
     return Run.open(world / "runs/run")
 
 
+SLOW = pytest.mark.slow
+
+
 def nothing_half_written(run: Run) -> bool:
     return not [path for path in run.path.rglob("*") if path.name.startswith(".")]
 
@@ -76,12 +79,11 @@ def nothing_half_written(run: Run) -> bool:
 @pytest.mark.parametrize(
     ("place", "text"),
     [
-        (settling(4), faults.MEMORY),
-        (beginning(4), faults.MALLOC),
-        (settling(4), faults.RESOURCES),
-        (settling(4), ""),
+        pytest.param(settling(4), faults.MEMORY, id="when it is waited for"),
+        pytest.param(beginning(4), faults.MALLOC, id="when it is begun", marks=SLOW),
+        pytest.param(settling(4), faults.RESOURCES, id="too many arrays", marks=SLOW),
+        pytest.param(settling(4), "", id="MemoryError", marks=SLOW),
     ],
-    ids=["when it is waited for", "when it is begun", "too many arrays", "MemoryError"],
 )
 def test_a_run_out_of_memory_says_so_and_goes_on_as_it_is_told(world, place, text):
     folder = world()
