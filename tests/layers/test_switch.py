@@ -9,7 +9,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers
 import mlx_lm.utils
 import pytest
 from mlx.utils import tree_flatten
@@ -376,8 +375,7 @@ def test_a_compiled_step_with_packed_experts_is_the_plain_step():
         quantize_projections(model, packing_named("nf4"))
         with_adapters(model, targets(model, "all-linear"))
         enable_packs(model)
-        optimizer = mlx.optimizers.SGD(0.1)
-        optimizer.init(model.trainable_parameters())
+        optimizer = make_optimizer("sgd", model, weight_decay=0.0)
         step = TrainStep(model, optimizer, max_grad_norm=1.0, compiled=compiled)
         model.train()
         batch = pack(random_samples((31, 32, 41, 29, 36, 30), prefix=24, untrained=25))

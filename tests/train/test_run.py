@@ -640,13 +640,13 @@ def test_dequantize_expands_a_packed_model_and_computes_the_same(smollm2):
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_compiled_step_is_the_plain_step(accumulation):
-    import mlx.optimizers
     import numpy as np
 
     from mlxtune.data.batches import Part, Plan
     from mlxtune.data.render import Sample
     from mlxtune.layers.inject import add_lora, projections
     from mlxtune.models.enable import enable_packs
+    from mlxtune.train.optim import make_optimizer
     from mlxtune.train.step import TrainStep
     from support.models import tiny_llama
 
@@ -665,8 +665,7 @@ def test_a_compiled_step_is_the_plain_step(accumulation):
         mx.random.seed(1)
         add_lora(model, projections(model), rank=2, scale=2.0, dropout=0.1)
         enable_packs(model)
-        optimizer = mlx.optimizers.SGD(0.1)
-        optimizer.init(model.trainable_parameters())
+        optimizer = make_optimizer("sgd", model, weight_decay=0.0)
         step = TrainStep(model, optimizer, max_grad_norm=1.0, compiled=compiled)
         model.train()
         plan = Plan([Part(samples)], 4 // accumulation, accumulation, 0)
