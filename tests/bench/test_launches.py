@@ -42,7 +42,7 @@ def graph_of(layout=pack, **changes) -> Graph:
 
 
 def test_joined_updates_halve_the_launches_of_a_step(monkeypatch):
-    blocks = 30
+    blocks = 20
     joined = launches_of(graph_of(num_hidden_layers=blocks))
     monkeypatch.setattr(optim, "stacks_of", lambda arrays, _: stacks_of(arrays, lambda _: False))
     alone = launches_of(graph_of(num_hidden_layers=blocks))

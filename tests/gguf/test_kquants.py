@@ -307,7 +307,9 @@ def flushing(
     return found
 
 
-@pytest.mark.parametrize("weights", ["none", "some zero", "spread"])
+@pytest.mark.parametrize(
+    "weights", ["none", *(pytest.param(w, marks=pytest.mark.slow) for w in ("some zero", "spread"))]
+)
 @pytest.mark.parametrize("type_", K_TYPES, ids=lambda t: t.name)
 def test_a_gpu_that_flushes_tiny_numbers_gives_the_same_bytes(monkeypatch, type_, weights):
     assert set(flushing(monkeypatch, type_, weights).values()) == {0}

@@ -47,7 +47,9 @@ SLOW = {
     "K-quants",
     "LoRA, bfloat16",
     "QLoRA, 4 bits, packed products",
+    "QLoRA, 4 bits, expanded",
     "QLoRA, mxfp4",
+    "LoRA, float32",
     "DoRA",
     "8-bit AdamW",
     "gradient checkpointing",
@@ -118,6 +120,7 @@ def test_a_wrong_gradient_fails_though_values_are_right(monkeypatch):
     assert beyond(wrong) and all("gradient" in what for what in beyond(wrong))
 
 
+@pytest.mark.slow
 def test_a_wrong_product_fails_where_weights_are_packed(monkeypatch):
     right = Packing.product
 
@@ -130,6 +133,7 @@ def test_a_wrong_product_fails_where_weights_are_packed(monkeypatch):
     assert all(what.endswith("packed") for what in beyond(wrong))
 
 
+@pytest.mark.slow
 def test_a_mode_that_the_device_lacks_fails_alone(monkeypatch):
     right = Packing.pack
 
@@ -144,6 +148,7 @@ def test_a_mode_that_the_device_lacks_fails_alone(monkeypatch):
     assert [error.partition(",")[0] for error in wrong.errors] == ["nvfp4", "nvfp4"]
 
 
+@pytest.mark.slow
 def test_training_that_goes_another_way_fails(monkeypatch):
     right = training.pack
 
@@ -167,6 +172,7 @@ def test_compiled_steps_that_differ_fail_by_name(monkeypatch):
     assert beyond(wrong) == [f"{name}, bfloat16" for name in training._COMPILED]
 
 
+@pytest.mark.slow
 def test_a_loss_that_does_not_fall_fails(monkeypatch):
     right = training.recipe_of
 

@@ -119,6 +119,7 @@ def test_without_a_checkpoint_it_begins_again(world, recipe, few, tmp_path):
     assert same_arrays(adapter(run), adapter(straight))
 
 
+@pytest.mark.slow
 def test_each_remedy_is_another_until_one_is_enough(world):
     """More blocks computed twice, then a smaller limit, then smaller passes."""
     folder = world()
