@@ -16,21 +16,11 @@ from mlxtune.bench.lengths import samples_of
 from mlxtune.bench.step import StepModel
 from mlxtune.data.pack import pack, pad
 from mlxtune.device import as_on_gpu
+from mlxtune.models.known import known_config
 from mlxtune.recipe.load import parse_recipe
 from mlxtune.train.stacks import stacks_of
 
-# SmolLM2-135M.
-CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 576,
-    "num_hidden_layers": 30,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-}
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LENGTHS = (100, 80, 60, 120, 90, 70, 150, 40)
 RECIPES = {
     "LoRA": {},
@@ -46,7 +36,7 @@ def graph_of(sections: dict[str, dict[str, object]]) -> Graph:
     values["model"] = {"path": "t", **sections.get("model", {})}
     with as_on_gpu():
         recipe = parse_recipe(values, where="launches")
-        step = StepModel(recipe, CONFIG, None, "bfloat16")
+        step = StepModel(recipe, known_config(MODEL) or {}, None, "bfloat16")
         layout = pack if recipe.train.packing else pad
         return step.graph(layout(samples_of(LENGTHS)))
 

@@ -110,7 +110,7 @@ def sequences_within(model: Any, length: int, budget: int, *, most: int = 128) -
     vocabulary = logits.shape[-1]
     mx.eval(logits, [entry.state for entry in cache])
     of_one = max(1, mx.get_active_memory() - before - logits.nbytes)
-    # A cache grows by so many tokens at a time, and is copied as it grows.
+    # A cache grows by `_CACHE_STEP` tokens at a time, and is copied as it grows.
     steps = -(-max(1, length) // _CACHE_STEP)
     each = 2 * steps * of_one + _LOGITS_BYTES * vocabulary
     return int(max(1, min(most, (budget - before) // each)))

@@ -142,7 +142,7 @@ class StepModel:
 
         Args:
             batch: to train on.
-            checkpointed: numbers of the blocks that are computed twice.
+            checkpointed: numbers of the blocks that are recomputed in the backward pass.
             steps: two at least.
             compiled: compile them; by default wherever that pays.
 

@@ -45,8 +45,8 @@ _GPU_ROWS = (16, 64, 256, 1024, 4096)
 # needs enough of them to be busy.
 _CPU_WEIGHTS, _GPU_WEIGHTS = 1 << 18, 1 << 22
 _EXPERTS = 4
-# Products that a GPU is given at once take so many seconds together, unless their results take
-# more memory than this; and the share of the time that expanding may take to be chosen there.
+# Seconds that the products take which a GPU is given at once, unless their results take more
+# bytes than this; and the share of the time that expanding may take to be chosen there.
 _GPU_MOMENT = 0.01
 _GPU_RESULTS = 256 << 20
 _GPU_WIN = 0.9
@@ -158,13 +158,13 @@ def _product(
 
 
 def _seconds(products: Sequence[Product], count: int) -> list[float]:
-    """The best time of so many of each product, in turns; the first turn is for warming up."""
+    """The best time of `count` calls of each product, in turns; the first turn warms up."""
     _, *turns = ([_time(product, count) for product in products] for _ in range(4))
     return [min(times) for times in zip(*turns, strict=True)]
 
 
 def _time(product: Product, count: int) -> float:
-    """How long so many of them take together, in seconds."""
+    """How long `count` of them take together, in seconds."""
     products = [product() for _ in range(count)]  # which takes Python longer than a GPU
     begun = time.perf_counter()
     mx.eval(products)

@@ -54,7 +54,7 @@ def run_checks(
         names: of checks in the registry.
         limits: of the time that they take.
         command: starts the process that runs them, see `worker`.
-        begins: is told the name of each that is begun.
+        begins: called with the name of each check before it runs.
     """
     started = time.monotonic()
     with (

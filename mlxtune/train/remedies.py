@@ -19,7 +19,7 @@ from mlxtune.train.run import RECIPE
 if TYPE_CHECKING:
     from mlxtune.train.loop import Trainer
 
-# Of what a run might take, what it is told to try where it ran out.
+# The share of a run's budget that is named as the next one to try.
 _LESS = 0.8
 
 
@@ -31,7 +31,7 @@ class Remedies:
         run: its folder.
         train: `[train]` of its recipe.
         budget: bytes that it may take.
-        all_checkpointed: whether all blocks are computed twice, so that none is left.
+        all_checkpointed: whether all blocks are recomputed already, so that none is left.
         alone: whether this process trains it, or several workers do.
     """
 

@@ -15,22 +15,14 @@ from mlxtune.data.pack import pack, pad
 from mlxtune.device import as_on_gpu
 from mlxtune.layers.packing import Packing
 from mlxtune.layers.quantized import QuantizedLinear
+from mlxtune.models.known import known_config
 from mlxtune.recipe.load import parse_recipe
 from mlxtune.train import optim
 from mlxtune.train.stacks import stacks_of
 
 # SmolLM2-135M's sizes, but for the number of blocks.
-CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 576,
-    "num_hidden_layers": 6,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-}
+BLOCKS = 6
+CONFIG = known_config("HuggingFaceTB/SmolLM2-135M-Instruct") | {"num_hidden_layers": BLOCKS}
 LENGTHS = (100, 80, 60, 120, 90, 70, 150, 40)
 
 
@@ -64,7 +56,7 @@ def test_causal_attention_keeps_no_scores_where_metals_does_not(heads):
     rows, width = pad(samples_of(LENGTHS)).tokens.shape
     softmaxes = [op for op in graph.order if op.name == "Softmax"]
     # One a block, forward, whose result is kept; and the backward pass reads that.
-    assert len(softmaxes) == (CONFIG["num_hidden_layers"] if heads == 18 else 0)
+    assert len(softmaxes) == (BLOCKS if heads == 18 else 0)
     scores = [graph.shapes[op.outputs[0]].size for op in softmaxes]
     assert all(size == rows * heads * width * width for size in scores)
 
