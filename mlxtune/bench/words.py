@@ -15,13 +15,15 @@ _FIT = "mlxtune plan RECIPE --fit FILE"
 
 def plan_lines(result: RunPlan) -> list[str]:
     """A whole plan."""
+    memory, *time = summary_lines(result)
     lines = [
         f"machine  {result.machine}, {result.dtype}",
         f"model    {result.model}",
         f"adapter  {result.parameters_trained / 1e6:.2f} M parameters train",
         f"data     {result.lengths}",
-        *summary_lines(result),
+        memory,
         *_left_lines(result),
+        *time,
         "",
         parts_line(result),
     ]

@@ -23,7 +23,7 @@ from mlxtune.models.known import known_config
 from mlxtune.train.corpus import Corpus
 from mlxtune.train.notes import context_length
 from support import models, program
-from support.files import write_jsonl
+from support.files import SHELL_TRAIN, write_jsonl
 from support.plans import recipe_of
 
 CONTEXT = 64
@@ -337,3 +337,18 @@ def test_a_warmup_that_outlasts_the_run_is_told_with_the_rate_that_is_reached(pl
     assert f"ends at {max(rates):.2g} and never reaches 0.0002" in shown
     enough = ("--set", "train.warmup_steps=2", "--set", "train.max_steps=2")
     assert "rises over" not in mlxtune(place, "plan", "r.toml", *enough).stdout
+
+
+def test_a_plan_says_what_is_left_to_the_system(tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        'name = "t"\n[model]\npath = "HuggingFaceTB/SmolLM2-135M-Instruct"\n'
+        f'[[data]]\npath = "{SHELL_TRAIN}"\n'
+    )
+    for memory, left in ((8, "3.72 GB of 8.59 GB"), (16, "7.44 GB of 17.18 GB")):
+        said = program.mlxtune(
+            "plan", str(recipe), "--chip", "M1", "--memory", str(memory), cwd=tmp_path
+        ).stdout
+        lines = said.splitlines()
+        [at] = [n for n, line in enumerate(lines) if line.startswith("memory ")]
+        assert lines[at + 1].split(" are left")[0].strip() == left
