@@ -148,6 +148,7 @@ def test_an_incomplete_row_is_told_with_its_file(tmp_path):
     assert done.returncode == 1 and path.name in done.stderr and "bug" not in done.stderr
 
 
+@pytest.mark.slow
 def test_of_a_measured_machine_what_it_left_out_is_still_estimated(monkeypatch):
     left = "SmolLM2-135M, 1,024 tokens"
     monkeypatch.setattr(compare, "_EXPECTED", (SMOLLM2, left))

@@ -98,6 +98,7 @@ def test_any_small_batch_has_the_peak_that_is_planned(samples, packing, twice):
     assert planned == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.slow
 @examples(40, few=10)
 @given(batches(), st.booleans())
 def test_any_small_batch_is_planned_as_on_a_gpu_too(samples, packing):

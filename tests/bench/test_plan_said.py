@@ -237,6 +237,7 @@ def test_blocks_are_counted_where_an_architecture_has_its_own_name_for_them():
         depth._block_count({"model_type": "llama"})
 
 
+@pytest.mark.slow
 def test_a_model_that_also_sees_is_planned_by_its_language_model():
     text = models_config() | {"model_type": "gemma3_text", "num_hidden_layers": 12, "head_dim": 16}
     text |= {"sliding_window": 16, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16}
@@ -249,6 +250,7 @@ def test_a_model_that_also_sees_is_planned_by_its_language_model():
     assert found.step(batch).peak == pytest.approx(alone.step(batch).peak, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_model_whose_last_blocks_have_the_keys_of_others_is_planned():
     """As Gemma 4's small ones: the first few blocks by themselves are none."""
     config = {k: v for k, v in vars(models.tiny("gemma4_text", **models.GEMMA4).args).items() if v}
@@ -325,6 +327,7 @@ def test_a_models_context_is_what_its_config_says(config, context):
     assert context_length(config) == context
 
 
+@pytest.mark.slow
 def test_a_warmup_that_outlasts_the_run_is_told_with_the_rate_that_is_reached(place):
     warmup = ("--set", "train.warmup_steps=40", "--set", "train.max_steps=2")
     shown = mlxtune(place, "plan", "r.toml", *warmup).stdout

@@ -80,6 +80,7 @@ def test_a_thought_is_no_part_of_what_was_said(monkeypatch, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_temperature_draws_as_mlx_lm_does(loaded):
     messages = [{"role": "user", "content": QUESTION}]
     mx.random.seed(5)

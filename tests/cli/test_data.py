@@ -96,7 +96,7 @@ def test_inspect_tells_of_each_source_and_of_one_that_is_not_there(folder):
 
 
 @pytest.mark.parametrize(
-    "kill", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+    "kill", [pytest.param(kill, marks=pytest.mark.slow) for kill in (signal.SIGINT, signal.SIGKILL)]
 )
 def test_inspect_that_is_stopped_takes_its_processes_with_it(folder, kill):
     """As a terminal's Ctrl-C reaches all of them; whoever is left would keep stderr open."""

@@ -59,6 +59,7 @@ def test_verbs_that_print_records_end_well(world, terminal):
     check(world, terminal, "data", "inspect", "recipe.toml")
 
 
+@pytest.mark.slow
 def test_the_other_verbs_end_well_too_whatever_is_asked(world):
     """In the narrowest locale, in which what is typed and piped has no characters either."""
     check(world, "C", "data", "prep", "data.jsonl", "out")
@@ -81,6 +82,7 @@ def test_signs_are_told_by_others_and_characters_by_their_escapes(world):
     assert "# " in out.decode()  # the bars of lengths
 
 
+@pytest.mark.slow
 def test_json_keeps_every_character(world):
     verb = ("data", "inspect", "recipe.toml", "--json", "--rows=1")
     made = [json.loads(called(*verb, cwd=world, **e)[1]) for e in (TERMINALS["ascii"], {})]

@@ -252,12 +252,17 @@ HARMONY = {
 # fmt: on
 
 
-@pytest.mark.parametrize("kind", HARMONY)
-def test_token_ids_of_gpt_oss(kind):
+@pytest.fixture(scope="module")
+def gpt_oss():
     """Its vocabulary is OpenAI's; the prompt begins with a page of instructions."""
     tokenizer = copy.deepcopy(downloads.load("gptoss"))
     tokenizer.chat_template = templates.source("openai-gpt-oss-120b")
-    prompt, answer, after = three_parts(tokenizer, *KINDS[kind])
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", HARMONY)
+def test_token_ids_of_gpt_oss(gpt_oss, kind):
+    prompt, answer, after = three_parts(gpt_oss, *KINDS[kind])
     assert prompt[-len(HARMONY_END) :] == HARMONY_END
     assert (answer, after) == (HARMONY[kind], [])
 
@@ -281,8 +286,8 @@ R1_IDS = {
 # fmt: on
 
 
-@pytest.mark.parametrize("kind", R1_IDS)
-def test_token_ids_of_the_r1_distill(kind):
+@pytest.fixture(scope="module")
+def r1_distill():
     """Its vocabulary is Qwen's, with other marks in the place of Qwen's."""
     rules = json.loads(downloads.load("qwen3").backend_tokenizer.to_str())
     like = rules["added_tokens"][0]
@@ -293,5 +298,10 @@ def test_token_ids_of_the_r1_distill(kind):
     core = Tokenizer.from_str(json.dumps(rules))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos)
     tokenizer.chat_template = templates.source("deepseek-ai-DeepSeek-R1-Distill-Qwen-32B")
-    prompt, answer, after = three_parts(tokenizer, *KINDS[kind])
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", R1_IDS)
+def test_token_ids_of_the_r1_distill(r1_distill, kind):
+    prompt, answer, after = three_parts(r1_distill, *KINDS[kind])
     assert (prompt, answer, after) == (*R1_IDS[kind], [])

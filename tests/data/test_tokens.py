@@ -117,6 +117,7 @@ def test_many_processes_make_the_same_samples_as_one(renderer, cache, monkeypatc
         assert a.record == b.record and np.array_equal(a.tokens, b.tokens)
 
 
+@pytest.mark.slow
 def test_a_wrong_row_in_another_process_is_told_as_any(
     renderer, cache, monkeypatch, tmp_path, without_torch
 ):

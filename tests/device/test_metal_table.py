@@ -78,7 +78,9 @@ def test_a_step_in_each_type_is_computed_on_metal(name, dtype):
 
 
 @pytest.mark.parametrize("name", [slow("lora"), slow("qlora"), "nf4"])
-@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "llama"])
+@pytest.mark.parametrize(
+    "kind", [slow(kind) if kind == "qwen3_5" else kind for kind in MODELS if kind != "llama"]
+)
 def test_a_step_of_each_model_is_computed_on_metal(kind, name):
     assert not_on_metal(step_of(kind, RECIPES[name])) == set()
 

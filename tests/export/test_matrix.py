@@ -226,7 +226,7 @@ def written(
 
 SLOW = pytest.mark.slow
 # One of each form; CI runs them all.
-FEW = ("llama", "gemma3_text")
+FEW = ("llama",)
 
 
 ADAPTED = ("llama-3-rope", "qwen3", "gemma3_text", "gemma4", "qwen3_5")

@@ -159,6 +159,7 @@ def test_how_answers_begin_is_compared(world, opened, tmp_path):
     assert "2 of 3 answers begin as MLX's own" in done.note  # the server says: ls
 
 
+@pytest.mark.slow
 def test_a_server_without_tools_is_quoted(world, opened, tmp_path):
     world.known.tools = False
     tool = {"type": "function", "function": {"name": "list_files", "parameters": {}}}

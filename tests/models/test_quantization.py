@@ -106,7 +106,9 @@ def test_awq_is_what_mlx_lm_makes_of_it(zeros, folder, tmp_path):
     assert distance(ours(IDS), theirs(IDS).astype(mx.float32)) < 1e-2
 
 
-@pytest.mark.parametrize("method", ["awq", pytest.param("gptq", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method", [pytest.param(method, marks=pytest.mark.slow) for method in ("awq", "gptq")]
+)
 def test_every_verb_takes_a_quantized_checkpoint(method, folder, tmp_path):
     save_quantized(folder, tmp_path / "m", method)
     write_jsonl(

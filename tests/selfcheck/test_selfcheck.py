@@ -42,6 +42,8 @@ def beyond(outcome: Outcome) -> list[str]:
 here = cache(outcome_of)  # with nothing wrong
 # What others show too, at a smaller size or in another type.
 SLOW = {
+    "a run, stopped and resumed",
+    "QLoRA, nf4",
     "a step of SmolLM2-135M",
     "the same with 4-bit weights",
     "K-quants",

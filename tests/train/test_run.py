@@ -531,7 +531,11 @@ RECURRENT = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "sizes"), [("qwen3_5", HYBRID), ("mamba2", RECURRENT)], ids=["hybrid", "recurrent"]
+    ("kind", "sizes"),
+    [
+        pytest.param("qwen3_5", HYBRID, id="hybrid", marks=pytest.mark.slow),
+        pytest.param("mamba2", RECURRENT, id="recurrent"),
+    ],
 )
 def test_models_that_remember_otherwise_are_padded_and_say_so(
     recipe, few, tmp_path, tiny_folder, kind, sizes
