@@ -200,3 +200,26 @@ def few(once) -> Path:
         write_jsonl(folder / "few.jsonl", map(json.loads, lines))
 
     return once("few", write) / "few.jsonl"
+
+
+@pytest.fixture(scope="session")
+def pairs(once) -> Path:
+    """Preference pairs: requests of the shell data, their commands, and those of others."""
+
+    def write(folder: Path) -> None:
+        rows = [json.loads(line) for line in SHELL_TRAIN.read_text().splitlines()[::21]]
+        others = [*rows[7:], *rows[:7]]
+        write_jsonl(
+            folder / "pairs.jsonl",
+            [
+                {
+                    "prompt": row["prompt"],
+                    "chosen": row["expected_command"],
+                    "rejected": other["expected_command"],
+                }
+                for row, other in zip(rows, others, strict=True)
+                if row["expected_command"] != other["expected_command"]
+            ],
+        )
+
+    return once("pairs", write) / "pairs.jsonl"

@@ -83,7 +83,7 @@ def held_out_loss(model: Any, job: dict[str, Any]) -> float:
         loss = LossFunction(model)
         for at in range(0, len(samples), 8):
             batch = pad(samples[at : at + 8])
-            total += loss(batch_arrays(batch), 0, False).item()
+            total += loss(batch_arrays(batch), 0, False)[0].item()
             weight += batch.weight
     return total / weight
 

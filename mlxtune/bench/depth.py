@@ -146,7 +146,12 @@ class StepEstimator:
 def _shapes(batch: Batch) -> Hashable:
     """All of a batch that its step's graph hangs on."""
     arrays = batch_arrays(batch)
-    return batch.prefix, batch.packed, tuple((name, a.shape) for name, a in arrays.items())
+    return (
+        batch.groups,
+        batch.prefix,
+        batch.packed,
+        tuple((name, a.shape) for name, a in arrays.items()),
+    )
 
 
 def _combined(each: Sequence[StepTotals], line: Callable[[Sequence[float]], float]) -> StepTotals:

@@ -15,6 +15,7 @@ from mlxtune.data.render import Sample
 from mlxtune.data.sources import HUB
 from mlxtune.errors import DataError, MlxtuneError
 from mlxtune.models.resolve import ModelSource
+from mlxtune.objectives import objective_of
 from mlxtune.recipe.schema import DataSource, Recipe
 from mlxtune.train.asking import settled
 from mlxtune.train.corpus import read_corpus, source_of
@@ -61,7 +62,7 @@ def lengths_of_recipe(recipe: Recipe, source: ModelSource | None) -> Lengths:
         try:
             asking = settled(recipe, source)
             parts = read_corpus(asking.recipe, asking.renderer()).parts
-            count = sum(len(part.samples) for part in parts)
+            count = sum(len(part.groups) for part in parts)
             return Lengths(parts, "tokenized", f"{count} records, tokenized")
         except DataError as error:
             problem = error
@@ -73,7 +74,9 @@ def lengths_of_recipe(recipe: Recipe, source: ModelSource | None) -> Lengths:
     except DataError as error:
         count = recipe.train.batch_size * recipe.train.gradient_accumulation_steps
         limit = recipe.train.max_seq_length
-        part = Part([_sample(i, limit, limit) for i in range(count)])
+        # Of a pair each side, with no prompt to share.
+        sides = 2 if objective_of(recipe).form == "pairs" else 1
+        part = Part([_sample(i, limit, limit, i % sides) for i in range(sides * count)])
         note = f"every record taken for {limit} tokens long ({error.what})"
         # What is not there yet may come; what is there and wrong stays so.
         there = all(Path(section.path).expanduser().exists() for section in recipe.data)
@@ -83,26 +86,32 @@ def lengths_of_recipe(recipe: Recipe, source: ModelSource | None) -> Lengths:
 def _estimated(recipe: Recipe) -> Lengths:
     parts: list[Part] = []
     whole, limit, longer = True, recipe.train.max_seq_length, 0
+    pairs = objective_of(recipe).form == "pairs"
     for section in recipe.data:
         records = iter(source_of(section))
         first = list(islice(records, _LOOKED_AT))
+        records_of = [c.sides() if pairs else (c,) for c in first if c.rejected or not pairs]
         sizes = [
-            (total, trained)
-            for conversation in first
-            if (trained := _size(conversation, section, trained=True))
-            and (total := _size(conversation, section, trained=False))
+            [(_size(c, section, trained=False), _size(c, section, trained=True)) for c in sides]
+            for sides in records_of
         ]
+        sizes = [sides for sides in sizes if all(total and trained for total, trained in sides)]
         if not sizes:
             raise DataError("it has no records", where=section.path)
-        samples = [_sample(i, min(size, limit), own) for i, (size, own) in enumerate(sizes)]
-        longer += sum(size > limit for size, _ in sizes) if section.truncate == "error" else 0
+        groups = [
+            [_sample(i, min(size, limit), own, side) for side, (size, own) in enumerate(sides)]
+            for i, sides in enumerate(sizes)
+        ]
+        if section.truncate == "error":
+            longer += sum(any(size > limit for size, _ in sides) for sides in sizes)
         if section.path.startswith(HUB):  # which would be downloaded to be counted
             whole = whole and len(first) < _LOOKED_AT
         else:
-            others = round(sum(1 for _ in records) * len(samples) / len(first))
-            samples = list(chain(samples, islice(cycle(samples), others)))
+            others = round(sum(1 for _ in records) * len(groups) / len(first))
+            groups = list(chain(groups, islice(cycle(groups), others)))
+        samples = [sample for group in groups for sample in group]
         parts.append(Part(samples, section.epochs or 1.0))
-    count = sum(len(part.samples) for part in parts)
+    count = sum(len(part.groups) for part in parts)
     least = "" if whole else "at least "
     note = f"{least}{count} records, their lengths estimated from characters"
     notes = [
@@ -118,18 +127,20 @@ def _size(conversation: Conversation, section: DataSource, *, trained: bool) -> 
     texts += [
         turn.content + turn.reasoning
         for turn in conversation.turns
-        if not trained or section.train_on_inputs or turn.role in section.roles_to_train
+        if not trained
+        or section.train_on_inputs
+        or (turn.role in section.roles_to_train and turn.train is not False)
     ]
     return sum(_TOKENS_TO_TURN + round(len(text) / _CHARACTERS_TO_TOKEN) for text in texts)
 
 
-def _sample(number: int, length: int, trained: int) -> Sample:
-    """A sample of nobody's words: no two begin alike."""
+def _sample(number: int, length: int, trained: int, side: int = 0) -> Sample:
+    """A sample of nobody's words: no two begin alike, unless they have one number."""
     length = max(2, length)
     tokens = np.random.default_rng(number).integers(0, _TOKENS, length).astype(np.int32)
     weights = np.zeros(length, np.float32)
     weights[-max(1, min(trained, length - 1)) :] = 1
-    return Sample(tokens, weights, number + 1)
+    return Sample(tokens, weights, number + 1, side=side)
 
 
 def samples_of(lengths: Sequence[int], trained: float = 0.5) -> list[Sample]:

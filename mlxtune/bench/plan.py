@@ -31,10 +31,10 @@ from mlxtune.device import as_on_gpu
 from mlxtune.errors import DataError, ModelError
 from mlxtune.memory import GB
 from mlxtune.models.skeleton import Config
+from mlxtune.objectives.base import rows_to_a_chunk
 from mlxtune.recipe.schema import Recipe, TrainSection
 from mlxtune.train.model import layout_for
 from mlxtune.train.notes import context_notes, part_lengths, warmup_notes
-from mlxtune.train.step import rows_to_a_chunk
 
 # Steps that are looked at to know an average one.
 _STEPS = 8
@@ -445,4 +445,5 @@ def _logits_bytes(config: Config, batch: Batch) -> int:
 def _cut(sample: Sample, limit: int) -> Sample:
     if len(sample.tokens) <= limit:
         return sample
-    return replace(sample, tokens=sample.tokens[:limit], weights=np.ones(limit, np.float32))
+    ones = np.ones(limit, np.float32)
+    return replace(sample, tokens=sample.tokens[:limit], weights=ones, references=None)

@@ -23,11 +23,12 @@ from mlxtune.models.enable import enable_packs
 from mlxtune.models.heads import split_head
 from mlxtune.models.load import DTYPES
 from mlxtune.models.skeleton import Config, Forms, hollow, skeleton, tiny_twin
+from mlxtune.objectives import objective_of
 from mlxtune.recipe.schema import Recipe, TrainSection
 from mlxtune.train.blocks import checkpoint_blocks
 from mlxtune.train.model import put_adapters, put_own_layers
 from mlxtune.train.optim import optimizer_of
-from mlxtune.train.step import LossFunction, TrainStep, batch_arrays
+from mlxtune.train.step import LossFunction, TrainStep, arrays_for
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class StepModel:
 
     def __init__(self, recipe: Recipe, config: Config, forms: Forms | None, dtype: str) -> None:
         self._train = recipe.train
+        self._objective = objective_of(recipe)
         self.model = model = skeleton(config, DTYPES[dtype], forms)
         classes: GatedClasses = {}
         self.packing = recipe.train.packing
@@ -167,7 +169,7 @@ class StepModel:
             checkpointed: numbers of the blocks that are computed twice.
         """
         model, optimizer = self.model, self._optimizer
-        arrays = batch_arrays(batch, batch.weight)
+        arrays = arrays_for(self._objective, batch)
         optimizer.learning_rate = mx.array(0.0)
         trees = [flat(tree) for tree in (model.parameters(), optimizer.state, arrays)]
 
@@ -178,9 +180,9 @@ class StepModel:
                 parameters, state, inputs = ({name: next(each) for name in t} for t in trees)
                 model.update(tree_unflatten(list(parameters.items())))
                 optimizer.state = tree_unflatten(list(state.items()))
-                loss, norm = step.whole(inputs, batch.prefix, batch.packed)
+                loss, norm, sums = step.whole(inputs, batch.prefix, batch.packed)
                 after = [*flat(model.parameters()).values(), *flat(optimizer.state).values()]
-                return [*after, loss, norm]
+                return [*after, loss, norm, *sums]
 
             try:
                 with fused_kernels():
@@ -203,7 +205,7 @@ class StepModel:
                 max_grad_norm=self._train.max_grad_norm,
                 lora_plus_ratio=self._train.lora_plus_ratio,
                 compiled=compiled,
-                loss=LossFunction(self.model, comes_apart=self._comes_apart),
+                loss=LossFunction(self.model, self._objective, comes_apart=self._comes_apart),
             )
         finally:
             for layer, original in zip(self.model.layers, classes, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,6 +44,13 @@ class PlainDisplay:
             self._begun = now
             self._tell(f"tokenizing {path}: {rows:,} records")
 
+    def referenced(self, done: int, total: int) -> None:
+        """Say it every few seconds."""
+        now = time.monotonic()
+        if now - self._begun >= _PATIENCE:
+            self._begun = now
+            self._tell(f"asking the model before training: {done:,} of {total:,} tokens")
+
     def _tell(self, line: str) -> None:
         self._say(line)
 
@@ -65,20 +72,21 @@ class PlainDisplay:
         left = _time_left(self._outline, report.step, time.monotonic() - self._begun)
         self._say(
             f"step {report.step}/{self._outline.total_steps}  loss {report.loss:.4f}  "
+            f"{_figures(report.figures, self._outline.shown)}"
             f"lr {report.learning_rate:.2e}  {report.tokens_per_second:.0f} tok/s  "
             f"{report.examples_per_second:.2f} ex/s  {_gigabytes(report.peak_memory_bytes)}  "
             f"{left} left"
         )
 
-    def measured(self, step: int, held_out_loss: float, best: bool) -> None:
+    def measured(self, step: int, figures: Mapping[str, float], best: bool) -> None:
         """One line."""
-        if self._outline is not None and step == self._outline.first_step:
+        assert self._outline is not None
+        if step == self._outline.first_step:
             self._begun = time.monotonic()  # what comes before the first step is no step
-        self._history.held_out[step] = held_out_loss
-        if step:
-            self._say(f"step {step}  held-out loss {held_out_loss:.4f}{' (best so far)' * best}")
-        else:
-            self._say(f"before training  held-out loss {held_out_loss:.4f}")
+        self._history.held_out[step] = loss = figures["loss"]
+        when = f"step {step}" if step else "before training"
+        line = f"{when}  held-out loss {loss:.4f}  {_figures(figures, self._outline.shown)}"
+        self._say(f"{line.rstrip()}{' (best so far)' * (best and step > 0)}")
 
     def saved(self, path: Path) -> None:
         """One line."""
@@ -96,6 +104,11 @@ class PlainDisplay:
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _figures(figures: Mapping[str, float], shown: tuple[str, ...]) -> str:
+    """Those of an objective's figures that a line has room for, each followed by two spaces."""
+    return "".join(f"{name} {figures[name]:.3f}  " for name in shown if name in figures)
 
 
 class LiveDisplay(PlainDisplay):

@@ -1,17 +1,19 @@
-"""The order in which samples are seen: shuffled, repeatable, resumable anywhere."""
+"""The order in which groups of samples are seen: shuffled, repeatable, resumable anywhere."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
+from mlxtune.data.groups import Group
 from mlxtune.data.pack import Batch, common_prefix
 from mlxtune.data.passes import Layout, passes
 from mlxtune.data.render import Sample
-from mlxtune.data.store import lengths_of
+from mlxtune.data.store import Groups
 
 Order = npt.NDArray[np.int32]
 
@@ -27,10 +29,15 @@ class Part:
     samples: Sequence[Sample]
     epochs: float = 1.0
 
+    @cached_property
+    def groups(self) -> Groups:
+        """The samples by group."""
+        return Groups(self.samples)
+
     @property
     def per_epoch(self) -> int:
-        """Samples that an epoch takes from it."""
-        return max(1, round(self.epochs * len(self.samples)))
+        """Groups that an epoch takes from it."""
+        return max(1, round(self.epochs * len(self.groups)))
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,8 @@ class Plan:
 
     Attributes:
         parts: everything that is trained on.
-        batch_size: samples to a forward pass, at most.
-        accumulation: times that many samples are a step.
+        batch_size: groups to a forward pass, at most; a sample by itself is one.
+        accumulation: times that many groups are a step.
         seed: of the shuffle.
         layout: how a step's samples are laid out.
         rank, ranks: of several workers, which one this is: the order is the same for all,
@@ -59,15 +66,15 @@ class Plan:
     ranks: int = 1
 
     @property
-    def samples_per_step(self) -> int:
-        """Samples that all workers together see in a step."""
+    def groups_per_step(self) -> int:
+        """Groups that all workers together see in a step."""
         return self.batch_size * self.accumulation * self.ranks
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps to an epoch; the last may be smaller."""
         total = sum(part.per_epoch for part in self.parts)
-        return -(-total // self.samples_per_step)
+        return -(-total // self.groups_per_step)
 
     def total_steps(self, *, epochs: float, max_steps: int | None) -> int:
         """Steps of a run: `max_steps` if given, else of that many epochs."""
@@ -78,7 +85,7 @@ class Plan:
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """This worker's batches of each step from `start` to `stop`, counted from 0.
 
-        There are none where a small last step has fewer samples than there are workers.
+        There are none where a small last step has fewer groups than there are workers.
         """
         return self._laid_out(range(start, stop))
 
@@ -89,19 +96,18 @@ class Plan:
             epoch, within = divmod(step, self.steps_per_epoch)
             if epoch != current:
                 order, current = self._order(epoch), epoch
-            group = order[within * self.samples_per_step :][: self.samples_per_step]
-            chosen = [
-                self.parts[part].samples[int(at)] for part, at in group[self.rank :: self.ranks]
-            ]
+            seen = order[within * self.groups_per_step :][: self.groups_per_step]
+            own = seen[self.rank :: self.ranks]
+            chosen = [s for part, at in own for s in self.parts[part].groups[int(at)]]
             yield passes(chosen, self.batch_size, self.layout)
 
     def largest_of_run(self, steps: int) -> Batch:
         """The largest pass that any worker has in the first so many steps.
 
         Where they are many, those are laid out in which it is expected. Of a run that sees
-        more samples than one would look through it is `largest`.
+        more groups than one would look through it is `largest`.
         """
-        if steps * self.samples_per_step > _LOOKED_THROUGH:
+        if steps * self.groups_per_step > _LOOKED_THROUGH:
             return self.largest()
         expected = self._expected(steps)
         chosen = np.argsort(-expected, axis=None, kind="stable")[:_LAID_OUT]
@@ -117,9 +123,9 @@ class Plan:
 
     def _expected(self, steps: int) -> npt.NDArray[np.float64]:
         """(steps, ranks): about how many tokens the largest pass of each has."""
-        lengths = [lengths_of(part.samples) for part in self.parts]
+        lengths = [part.groups.lengths() for part in self.parts]
         starts = np.cumsum([0, *map(len, lengths)])
-        each, size = np.concatenate(lengths), self.samples_per_step
+        each, size = np.concatenate(lengths), self.groups_per_step
         rows = []
         for epoch in range(-(-steps // self.steps_per_epoch)):
             order = self._order(epoch)
@@ -131,42 +137,44 @@ class Plan:
         return np.stack([largest_expected(s, self.batch_size, self.layout) for s in shares], axis=1)
 
     def largest(self) -> Batch:
-        """The largest pass of a step of the longest samples that there are.
+        """The largest pass of a step of the longest groups that there are.
 
-        A step of shorter samples may have a larger one, where the longest are divided into
+        A step of shorter ones may have a larger one, where the longest are divided into
         several passes. If the longest begin alike, one that begins otherwise may take the place
         of one of them, so that less is computed once for all.
         """
         count = self.batch_size * self.accumulation
-        lengths = [lengths_of(part.samples) for part in self.parts]
+        lengths = [part.groups.lengths() for part in self.parts]
         places = [(p, at) for p, own in enumerate(lengths) for at in _longest(own, count)]
         places.sort(key=lambda place: -lengths[place[0]][place[1]])
-        chosen = [self.parts[part].samples[at] for part, at in places[:count]]
+        chosen = [self.parts[part].groups[at] for part, at in places[:count]]
         found = self._largest_of(chosen)
         if found.prefix and (other := self._parting(chosen)) is not None:
             parted = self._largest_of([*chosen[:-1], other])
             found = max(found, parted, key=_tokens_of)
         return found
 
-    def _largest_of(self, samples: list[Sample]) -> Batch:
-        found = passes(samples, self.batch_size, self.layout)
+    def _largest_of(self, groups: list[Group]) -> Batch:
+        found = passes(_flat(groups), self.batch_size, self.layout)
         return max(found, key=_tokens_of)
 
-    def _parting(self, chosen: list[Sample]) -> Sample | None:
-        """Of all samples the one that, in the place of the last of these, makes most tokens."""
-        shared, others = common_prefix(chosen), len(chosen) - 1
-        begin, last = chosen[0].tokens[:shared], len(chosen[-1].tokens)
+    def _parting(self, chosen: list[Group]) -> Group | None:
+        """Of all groups the one that, in the place of the last of these, makes most tokens."""
+        samples = _flat(chosen)
+        shared, others = common_prefix(samples), len(samples) - len(chosen[-1])
+        begin, last = samples[0].tokens[:shared], sum(len(s.tokens) for s in chosen[-1])
         best, found = 0, None
-        for sample in (sample for part in self.parts for sample in part.samples):
-            alike = begin[: len(sample.tokens)] == sample.tokens[:shared]
+        for group in (group for part in self.parts for group in part.groups):
+            first = group[0].tokens
+            alike = begin[: len(first)] == first[:shared]
             common = len(alike) if alike.all() else int(np.argmin(alike))
-            gain = len(sample.tokens) - last + others * (shared - common)
+            gain = sum(len(s.tokens) for s in group) - last + others * (shared - common)
             if gain > best:
-                best, found = gain, sample
+                best, found = gain, group
         return found
 
     def _order(self, epoch: int) -> Order:
-        """(part, index in it) of each sample of an epoch."""
+        """(part, group of it) of an epoch, in the order in which they are seen."""
         picks = [
             np.stack([np.full(part.per_epoch, number, np.int32), self._picks(part, number, epoch)])
             for number, part in enumerate(self.parts)
@@ -177,9 +185,9 @@ class Plan:
     def _picks(self, part: Part, number: int, epoch: int) -> npt.NDArray[np.int32]:
         """What an epoch takes from one part: the next stretch of its shuffled rounds.
 
-        So at no time was a sample seen two times more than another.
+        So at no time was a group seen two times more than another.
         """
-        size, count = len(part.samples), part.per_epoch
+        size, count = len(part.groups), part.per_epoch
         if count == size:
             return np.arange(size, dtype=np.int32)
         start, stop = epoch * count, (epoch + 1) * count
@@ -215,6 +223,10 @@ def largest_expected(
         largest = np.where(cost < least, tokens.max(axis=1), largest)
         least = np.minimum(cost, least)
     return largest
+
+
+def _flat(groups: Iterable[Group]) -> list[Sample]:
+    return [sample for group in groups for sample in group]
 
 
 def _tokens_of(batch: Batch) -> int:

@@ -181,9 +181,9 @@ def _to_input_output(conversation: Conversation) -> Record:
 def _to_preference(conversation: Conversation) -> Record:
     if not conversation.rejected:
         _refuse("preference", "a conversation without a rejected side", conversation)
-    asked = len(conversation.prompt_turns())
-    if not 0 < asked < len(conversation.turns):
-        _refuse("preference", "a prompt or a chosen side without a turn in it", conversation)
+    asked = len(conversation.turns) - conversation.chosen
+    if asked < 1:
+        _refuse("preference", "a prompt without a turn in it", conversation)
     sides = {
         "prompt": conversation.turns[:asked],
         "chosen": conversation.turns[asked:],

@@ -249,7 +249,10 @@ def _parse_preference(record: Record, where: str) -> Conversation:
         )
     if chosen == rejected:
         raise DataError("'chosen' and 'rejected' are the same", where=where)
-    return Conversation((*asked, *chosen), rejected=rejected)
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if not any(turn.role == "assistant" for turn in side):
+            raise DataError(f"{name!r} has no answer of the assistant", where=where)
+    return Conversation((*asked, *chosen), rejected=rejected, chosen=len(chosen))
 
 
 # Beside the turns. A `system` of `shell` records is more likely the operating system.

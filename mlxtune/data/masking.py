@@ -40,10 +40,10 @@ class Masking:
         """
         if conversation.rejected:
             raise DataError(
-                "this record is a preference pair, and the loss here is that of one answer",
+                'this record is a preference pair, and objective = "sft" trains single answers',
                 where=conversation.where,
-                remedy='format = "prompt_completion" with columns = {completion = "chosen"} '
-                "trains the chosen side",
+                remedy='objective = "dpo" trains pairs; format = "prompt_completion" with '
+                'columns = {completion = "chosen"} trains the chosen side',
             )
         if conversation.segments:
             if any(segment.train and segment.text for segment in conversation.segments):

@@ -3,9 +3,10 @@
 Two layouts share one form. *Padded*: a row holds one sample, as everyone does it.
 *Packed*: the tokens that all samples of the batch begin with (a system prompt, the
 template's header) stand once at the front, and rows hold the rest, several short samples
-to a row. Positions count as if each sample stood alone. Attention in a packed grid costs
-rows x width x (prefix + width), not the square of all its tokens, and half of that in rows
-full of the prefix.
+to a row. What the samples of a group begin with beyond that, their prompt, stands once too,
+before them in the same row: a tree of segments. Positions count as if each sample stood alone.
+Attention in a packed grid costs rows x width x (prefix + width), not the square of all its
+tokens, and half of that in rows full of the prefix.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlxtune.data.groups import Group, grouped
 from mlxtune.data.render import Sample
 
 PADDING = -1
 PREFIX = 0
+NO_PARENT = -2
 
 # Shapes are rounded up so that few of them occur: each new one is compiled anew.
 WIDTH_STEP = 8
@@ -41,8 +44,8 @@ class Batch:
     Attributes:
         tokens: int32 (rows, width).
         positions: int32 (rows, width), each token's position in its own sample.
-        segments: int32 (rows, width): 0 for the shared prefix, 1, 2, … for samples,
-            -1 for padding.
+        segments: int32 (rows, width): 0 for the shared prefix, 1, 2, … for samples and for what
+            the samples of a group share, -1 for padding.
         prefix: tokens of the shared prefix, which stands at the front of the grid.
             Samples may begin in its last row.
         packed: whether the model must be told about positions and segments. A padded
@@ -51,9 +54,18 @@ class Batch:
             each target.
         targets: int32 (m,), token ids.
         weights: float32 (m,), loss weights; 0 fills m up to one of few sizes.
-        records: record numbers of the samples.
+        records: record numbers of the samples, as they lie in the grid.
+        counts: targets of each of them, which follow each other in this order.
         token_count: tokens of all samples, as if each stood alone.
         supervised: targets that carry weight.
+        owners: int32 (m,), whose each target is: `sides` times the number of its group in the
+            batch, plus its side.
+        references: float32 (m,), the reference's log-probability of each target, or zero.
+        groups: how many there are; `filled_up` adds empty ones.
+        sides: samples of the largest group.
+        filled_groups: those of `groups` that are not empty.
+        parents: int32 (rows, width), for tokens of a sample the segment of what its group
+            shares, or -2 where there is none; None if no group of the batch shares anything.
     """
 
     tokens: Ints
@@ -65,22 +77,40 @@ class Batch:
     targets: Ints
     weights: npt.NDArray[np.float32]
     records: tuple[int, ...]
+    counts: tuple[int, ...]
     token_count: int
     supervised: int
+    owners: Ints
+    references: npt.NDArray[np.float32]
+    groups: int
+    sides: int
+    filled_groups: int
+    parents: Ints | None = None
 
     @property
     def weight(self) -> float:
         """Sum of the loss weights."""
         return float(self.weights.sum(dtype=np.float64))
 
+    def places(self) -> list[slice]:
+        """Where among the targets those of each sample are, in the order of `records`."""
+        ends = np.cumsum(self.counts).tolist()
+        return [slice(end - count, end) for end, count in zip(ends, self.counts, strict=True)]
+
 
 @dataclass(frozen=True)
-class _Placed:
-    """Where one sample stands: its tokens from `prefix` on, at (row, column)."""
+class Unit:
+    """What is laid out in one piece: a sample, or a group with what its samples share before them.
 
-    sample: Sample
-    row: int
-    column: int
+    Attributes:
+        samples: indices of its samples.
+        shared: tokens that they share beyond the prefix of the pass.
+        length: tokens that it takes.
+    """
+
+    samples: tuple[int, ...]
+    shared: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -90,16 +120,24 @@ class Grid:
     Attributes:
         prefix: tokens that all of them begin with, which stand once at the front.
         width: of a row, in tokens.
-        rows: for each row, the samples in it: (index, column it begins at).
+        units: what is laid out.
+        rows: for each row, the units in it: (index, column it begins at).
         cost: of computing it, in tokens.
         few_shapes: whether sizes are rounded up to few.
     """
 
     prefix: int
     width: int
+    units: list[Unit]
     rows: list[list[tuple[int, int]]]
     cost: float
     few_shapes: bool = False
+
+    @property
+    def causal(self) -> bool:
+        """Whether each row holds one sample and nothing else."""
+        alone = all(len(row) == 1 for row in self.rows)
+        return alone and not self.prefix and not any(unit.shared for unit in self.units)
 
 
 def grid_of(samples: Sequence[Sample], *, few_shapes: bool = False) -> Grid:
@@ -112,7 +150,8 @@ def grid_of(samples: Sequence[Sample], *, few_shapes: bool = False) -> Grid:
     if few_shapes:
         prefix -= prefix % PREFIX_STEP
         prefix = prefix if prefix >= SHORTEST_PREFIX else 0
-    lengths = [len(s.tokens) - prefix for s in samples]
+    units = _units(grouped(samples), prefix)
+    lengths = [unit.length for unit in units]
     longest = _round_up(max(lengths), FEW_WIDTH_STEP if few_shapes else WIDTH_STEP)
     best: Grid | None = None
     tokens = prefix + sum(lengths)
@@ -124,10 +163,27 @@ def grid_of(samples: Sequence[Sample], *, few_shapes: bool = False) -> Grid:
             rows = _best_fit(lengths, rounded, prefix)
             cost = _cost(len(rows), rounded, prefix)
             if best is None or cost < best.cost:
-                best = Grid(prefix, rounded, rows, cost, few_shapes)
+                best = Grid(prefix, rounded, units, rows, cost, few_shapes)
         width += max(WIDTH_STEP, _round_up(width // 32, WIDTH_STEP))
     assert best is not None
     return best
+
+
+def _units(groups: Sequence[Group], prefix: int) -> list[Unit]:
+    units: list[Unit] = []
+    first = 0
+    for group in groups:
+        numbers = range(first, first + len(group))
+        first += len(group)
+        shared = max(0, common_prefix(group) - prefix)
+        # The last few tokens of a lone group's prompt, which are no whole step of a prefix.
+        shared = shared if shared >= SHORTEST_PREFIX else 0
+        own = [len(sample.tokens) - prefix - shared for sample in group]
+        if shared:
+            units.append(Unit(tuple(numbers), shared, shared + sum(own)))
+        else:
+            units += [Unit((n,), 0, length) for n, length in zip(numbers, own, strict=True)]
+    return units
 
 
 def _cost(rows: int, width: int, prefix: int) -> float:
@@ -144,23 +200,15 @@ def _keys_seen(rows: int, width: int, prefix: int) -> int:
 def pad(samples: Sequence[Sample], *, few_shapes: bool = False) -> Batch:
     """One sample to a row, padded at the right to a common width."""
     width = _rounded_width(max(len(s.tokens) for s in samples), few_shapes)
+    units = [Unit((i,), 0, len(sample.tokens)) for i, sample in enumerate(samples)]
     rows = [[(index, 0)] for index in range(len(samples))]
-    grid = Grid(0, width, rows, float(width * len(rows)), few_shapes)
-    return _batch(_placed(samples, grid), grid, packed=False)
+    grid = Grid(0, width, units, rows, float(width * len(rows)), few_shapes)
+    return _batch(samples, grid, packed=False)
 
 
 def pack(samples: Sequence[Sample], grid: Grid | None = None) -> Batch:
     """The common prefix once, and the rest of the samples packed into rows."""
-    grid = grid or grid_of(samples)
-    return _batch(_placed(samples, grid), grid, packed=True)
-
-
-def _placed(samples: Sequence[Sample], grid: Grid) -> list[_Placed]:
-    return [
-        _Placed(samples[i], row, column)
-        for row, items in enumerate(grid.rows)
-        for i, column in items
-    ]
+    return _batch(samples, grid or grid_of(samples), packed=True)
 
 
 def common_prefix(samples: Sequence[Sample]) -> int:
@@ -198,30 +246,53 @@ def _best_fit(lengths: Sequence[int], width: int, prefix: int) -> list[list[tupl
     return rows
 
 
-def _batch(placed: list[_Placed], grid: Grid, *, packed: bool) -> Batch:
+def _batch(samples: Sequence[Sample], grid: Grid, *, packed: bool) -> Batch:
     prefix, rows, width = grid.prefix, len(grid.rows), grid.width
     tokens = np.zeros(rows * width, np.int32)
     positions = np.zeros(rows * width, np.int32)
     segments = np.full(rows * width, PADDING, np.int32)
+    parents = np.full(rows * width, NO_PARENT, np.int32)
+    slots, groups, sides = _slots(samples)
+    sources, targets, weights, owners, references, records = [], [], [], [], [], []
+    number = 0
+
+    def put(sample: Sample, begin: int, end: int, place: int, segment: int) -> None:
+        """Tokens from `begin` to `end` of a sample, from `place` of the grid on."""
+        here = slice(place, place + end - begin)
+        tokens[here] = sample.tokens[begin:end]
+        positions[here] = np.arange(begin, end)
+        segments[here] = segment
+
     if prefix:
-        tokens[:prefix] = placed[0].sample.tokens[:prefix]
-        positions[:prefix] = np.arange(prefix)
-        segments[:prefix] = PREFIX
-    sources, targets, weights = [], [], []
-    for number, item in enumerate(placed, start=1):
-        own = item.sample.tokens[prefix:]
-        start = item.row * width + item.column
-        here = slice(start, start + len(own))
-        tokens[here] = own
-        positions[here] = np.arange(prefix, prefix + len(own))
-        segments[here] = number
-        # The token at index t of the sample is predicted by the one before it, which is
-        # the last of the prefix for the first token after it.
-        trained = np.flatnonzero(item.sample.weights[1:]) + 1
-        before = trained - 1 - prefix
-        sources.append(np.where(before >= 0, start + before, prefix + before))
-        targets.append(item.sample.tokens[trained])
-        weights.append(item.sample.weights[trained])
+        put(samples[0], 0, prefix, 0, PREFIX)
+    for row, items in enumerate(grid.rows):
+        for index, column in items:
+            unit = grid.units[index]
+            shared, own = row * width + column, prefix + unit.shared
+            parent = NO_PARENT
+            if unit.shared:
+                number += 1
+                parent = number
+                put(samples[unit.samples[0]], prefix, own, shared, parent)
+            start = shared + unit.shared
+            for sample_number in unit.samples:
+                sample = samples[sample_number]
+                number += 1
+                put(sample, own, len(sample.tokens), start, number)
+                parents[start : start + len(sample.tokens) - own] = parent
+                # The token at index t of the sample is predicted by the one before it, which may
+                # be the last of what is shared.
+                trained = np.flatnonzero(sample.weights[1:]) + 1
+                before = trained - 1
+                where = np.where(before >= prefix, shared + before - prefix, before)
+                sources.append(np.where(before >= own, start + before - own, where))
+                targets.append(sample.tokens[trained])
+                weights.append(sample.weights[trained])
+                owners.append(np.full(len(trained), slots[sample_number]))
+                known = sample.references
+                references.append(np.zeros(len(trained)) if known is None else known[trained])
+                records.append(sample.record)
+                start += len(sample.tokens) - own
     supervised = sum(len(t) for t in targets)
     size = _rounded(max(supervised, 1), TARGET_STEP, grid.few_shapes)
 
@@ -237,10 +308,27 @@ def _batch(placed: list[_Placed], grid: Grid, *, packed: bool) -> Batch:
         sources=filled(sources).astype(np.int32),
         targets=filled(targets),
         weights=filled(weights),
-        records=tuple(p.sample.record for p in placed),
-        token_count=sum(len(p.sample.tokens) for p in placed),
+        records=tuple(records),
+        counts=tuple(map(len, targets)),
+        token_count=sum(len(sample.tokens) for sample in samples),
         supervised=supervised,
+        owners=filled(owners).astype(np.int32),
+        references=filled(references).astype(np.float32),
+        groups=groups,
+        sides=sides,
+        filled_groups=groups,
+        parents=parents.reshape(rows, width) if (parents != NO_PARENT).any() else None,
     )
+
+
+def _slots(samples: Sequence[Sample]) -> tuple[list[int], int, int]:
+    """The number of each sample among `groups` x `sides`, and these two."""
+    groups = grouped(samples)
+    sides = max(len(group) for group in groups)
+    slots = [
+        number * sides + side for number, group in enumerate(groups) for side in range(len(group))
+    ]
+    return slots, len(groups), sides
 
 
 def _round_up(value: int, step: int) -> int:
@@ -259,7 +347,7 @@ def _rounded(value: int, step: int, few_shapes: bool) -> int:
     return _round_up(value, step)
 
 
-def filled_up(batch: Batch, rows: int, width: int, targets: int) -> Batch:
+def filled_up(batch: Batch, rows: int, width: int, targets: int, groups: int = 0) -> Batch:
     """A batch of the same samples with more padding.
 
     Args:
@@ -267,6 +355,7 @@ def filled_up(batch: Batch, rows: int, width: int, targets: int) -> Batch:
         rows, width: of the larger grid. The width is the batch's own where its prefix is longer
             than a row.
         targets: how many; those added have no weight.
+        groups: how many, if they are more; those added are empty.
     """
     below, right = rows - batch.tokens.shape[0], width - batch.tokens.shape[1]
     more = targets - len(batch.targets)
@@ -282,7 +371,11 @@ def filled_up(batch: Batch, rows: int, width: int, targets: int) -> Batch:
         tokens=grid(batch.tokens),
         positions=grid(batch.positions),
         segments=grid(batch.segments, PADDING),
+        parents=None if batch.parents is None else grid(batch.parents, NO_PARENT),
         sources=np.pad(row * width + column, (0, more)).astype(np.int32),
         targets=np.pad(batch.targets, (0, more)),
         weights=np.pad(batch.weights, (0, more)),
+        owners=np.pad(batch.owners, (0, more)),
+        references=np.pad(batch.references, (0, more)),
+        groups=max(groups, batch.groups),
     )

@@ -1,4 +1,4 @@
-"""How a step's samples are divided into passes through the model.
+"""How a step's groups of samples are divided into passes through the model.
 
 The loss of a step is a sum over its samples, so how they are divided changes nothing but
 time and memory: the window in which samples are put together is the whole step, whatever
@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from mlxtune.data.groups import Group, grouped
 from mlxtune.data.pack import Batch, Grid, grid_of, pack, pad
 from mlxtune.data.render import Sample
-
-Group = list[Sample]
 
 
 @dataclass(frozen=True)
@@ -35,45 +34,44 @@ class Layout:
 
 
 def passes(samples: Sequence[Sample], batch_size: int, layout: Layout) -> list[Batch]:
-    """The passes that compute these samples soonest, `batch_size` samples at most to each.
+    """The passes that compute these samples soonest, `batch_size` groups at most to each.
 
     More and smaller passes waste less on unequal lengths and keep fewer activations; fewer
-    ones compute a shared prefix less often.
+    ones compute a shared prefix less often. A group stays together.
     """
-    if not samples:
+    groups = grouped(samples)
+    if not groups:
         return []
-    fewest = -(-len(samples) // batch_size)
+    fewest = -(-len(groups) // batch_size)
     if not layout.packing:
         # Equal lengths together, to pad little.
-        ordered = sorted(samples, key=lambda s: len(s.tokens))
+        ordered = sorted(groups, key=_longest)
         return [
-            pad(ordered[at : at + batch_size], few_shapes=layout.few_shapes)
+            pad(_flat(ordered[at : at + batch_size]), few_shapes=layout.few_shapes)
             for at in range(0, len(ordered), batch_size)
         ]
     wanted = (fewest * factor for factor in (1, 2, 4, 8))
-    counts = sorted({min(c, len(samples)) for c in wanted})
+    counts = sorted({min(c, len(groups)) for c in wanted})
     best = min(
-        (plan for count in counts for plan in _plans(samples, count, batch_size, layout)),
+        (plan for count in counts for plan in _plans(groups, count, batch_size, layout)),
         key=lambda plan: _cost([grid for _, grid in plan], layout),
     )
-    return [_laid_out(group, grid, layout) for group, grid in best]
+    return [_laid_out(chosen, grid, layout) for chosen, grid in best]
 
 
-def _laid_out(group: Group, grid: Grid, layout: Layout) -> Batch:
-    batch = pack(group, grid)
-    alone = not grid.prefix and all(len(row) == 1 for row in grid.rows)
-    return replace(batch, packed=False) if layout.causal_rows and alone else batch
+def _laid_out(samples: list[Sample], grid: Grid, layout: Layout) -> Batch:
+    batch = pack(samples, grid)
+    return replace(batch, packed=False) if layout.causal_rows and grid.causal else batch
 
 
-_Plan = list[tuple[Group, Grid]]
+_Plan = list[tuple[list[Sample], Grid]]
 
 
-def _plans(
-    samples: Sequence[Sample], count: int, batch_size: int, layout: Layout
-) -> Iterator[_Plan]:
+def _plans(groups: Sequence[Group], count: int, batch_size: int, layout: Layout) -> Iterator[_Plan]:
     """Divisions worth comparing: by equal size, and by what samples begin with."""
-    for groups in (_balanced(samples, count, batch_size), _alike(samples, count, batch_size)):
-        yield [(group, grid_of(group, few_shapes=layout.few_shapes)) for group in groups]
+    for parts in (_balanced(groups, count, batch_size), _alike(groups, count, batch_size)):
+        each = [_flat(part) for part in parts]
+        yield [(samples, grid_of(samples, few_shapes=layout.few_shapes)) for samples in each]
 
 
 def _cost(grids: list[Grid], layout: Layout) -> float:
@@ -81,19 +79,31 @@ def _cost(grids: list[Grid], layout: Layout) -> float:
     return sum(grid.cost + layout.pass_cost for grid in grids)
 
 
-def _balanced(samples: Sequence[Sample], count: int, batch_size: int) -> list[Group]:
-    """Longest first, each to the group with the fewest tokens (Graham 1969)."""
-    groups: list[Group] = [[] for _ in range(count)]
+def _balanced(groups: Sequence[Group], count: int, batch_size: int) -> list[list[Group]]:
+    """Longest first, each to the pass with the fewest tokens (Graham 1969)."""
+    parts: list[list[Group]] = [[] for _ in range(count)]
     sizes = [0] * count
-    for sample in sorted(samples, key=lambda s: -len(s.tokens)):
-        at = min((i for i in range(count) if len(groups[i]) < batch_size), key=sizes.__getitem__)
-        groups[at].append(sample)
-        sizes[at] += len(sample.tokens)
-    return [group for group in groups if group]
+    for group in sorted(groups, key=lambda group: -_tokens(group)):
+        at = min((i for i in range(count) if len(parts[i]) < batch_size), key=sizes.__getitem__)
+        parts[at].append(group)
+        sizes[at] += _tokens(group)
+    return [part for part in parts if part]
 
 
-def _alike(samples: Sequence[Sample], count: int, batch_size: int) -> list[Group]:
+def _alike(groups: Sequence[Group], count: int, batch_size: int) -> list[list[Group]]:
     """Neighbours in dictionary order, which share the most of their beginnings."""
-    ordered = sorted(samples, key=lambda s: s.tokens.astype(">i4").tobytes())
+    ordered = sorted(groups, key=lambda group: group[0].tokens.astype(">i4").tobytes())
     size = min(batch_size, -(-len(ordered) // count))
     return [ordered[at : at + size] for at in range(0, len(ordered), size)]
+
+
+def _flat(groups: Sequence[Group]) -> list[Sample]:
+    return [sample for group in groups for sample in group]
+
+
+def _tokens(group: Group) -> int:
+    return sum(len(sample.tokens) for sample in group)
+
+
+def _longest(group: Group) -> int:
+    return max(len(sample.tokens) for sample in group)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from mlxtune.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -73,6 +75,7 @@ class Conversation:
         closed: whether the segments are a whole document, which begins and ends with the
             tokenizer's own marks; otherwise they hold all marks they need.
         rejected: of a preference pair, the turns that lose against the last of `turns`.
+        chosen: how many turns these last ones are.
     """
 
     turns: tuple[Turn, ...] = ()
@@ -82,6 +85,34 @@ class Conversation:
     segments: tuple[Segment, ...] = ()
     closed: bool = False
     rejected: tuple[Turn, ...] = ()
+    chosen: int = 1
+
+    def require_pair(self) -> None:
+        """See that it is a preference pair.
+
+        Raises:
+            DataError: it is none.
+        """
+        if not self.rejected:
+            raise DataError(
+                "this record is no preference pair, which this objective trains",
+                where=self.where,
+                remedy="a pair has 'prompt', 'chosen' and 'rejected'; columns = {chosen = ..., "
+                'rejected = ...} says what they are called; objective = "sft" trains answers',
+            )
+
+    def sides(self) -> tuple[Conversation, Conversation]:
+        """Of a preference pair, what is asked with the chosen turns and with the rejected ones.
+
+        These alone are to be trained: what the assistant said before is given.
+        """
+        asked = tuple(
+            replace(turn, train=False) if turn.role == "assistant" else turn
+            for turn in self.turns[: -self.chosen]
+        )
+        answers = self.turns[-self.chosen :], self.rejected
+        chosen, rejected = (replace(self, turns=(*asked, *a), rejected=()) for a in answers)
+        return chosen, rejected
 
     def prompt_turns(self) -> tuple[Turn, ...]:
         """All turns before the last assistant's."""

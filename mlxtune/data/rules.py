@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from mlxtune.data.files import Row
 from mlxtune.data.formats import NothingSaid
+from mlxtune.data.groups import Group, grouped
 from mlxtune.data.masking import Masking, NothingTrained
 from mlxtune.data.render import Renderer, Sample
 from mlxtune.data.sources import Source
@@ -30,6 +33,8 @@ class Rules:
             that is damaged, of no known shape, refused by the chat template, or of which no
             token is trained.
         writing: how it is written where the chat template does not fit.
+        form: what it becomes: `answers`, samples by themselves, or `pairs`, a group of a chosen
+            and a rejected one.
     """
 
     masking: Masking = field(default_factory=Masking)
@@ -37,6 +42,7 @@ class Rules:
     truncate: str = "error"
     unusable: str = "error"
     writing: Writing = field(default_factory=Writing)
+    form: str = "answers"
 
 
 @dataclass
@@ -45,7 +51,7 @@ class Tally:
 
     Attributes:
         rows: records read.
-        samples: samples made of them; more than `rows` where a template rewrites turns.
+        samples: samples, or pairs, made of them; more than `rows` where a template rewrites turns.
         tokens, trained: tokens of all samples, and those of them that carry weight.
         longest: tokens of the longest sample, before anything was cut off.
         truncated: samples that were cut.
@@ -89,7 +95,12 @@ def record_samples(
     remarks: list[str] = []
     try:
         conversation = source.parse(row)
-        made = renderer.samples(conversation, number, rules.masking, rules.writing, remarks.append)
+        if rules.form == "pairs":
+            made = renderer.pair(conversation, number, rules.writing, remarks.append)
+        else:
+            made = renderer.samples(
+                conversation, number, rules.masking, rules.writing, remarks.append
+            )
     except NoReasoning:
         tally.drop(NOT_THOUGHT)
         return []
@@ -100,15 +111,15 @@ def record_samples(
         return []
     for remark in dict.fromkeys(remarks):
         tally.noted[remark] = tally.noted.get(remark, 0) + 1
-    kept = []
-    for sample in made:
-        tally.longest = max(tally.longest, len(sample.tokens))
-        fitted = _fitted(sample, rules, tally)
-        if fitted is not None:
-            kept.append(fitted)
+    kept: list[Sample] = []
+    for group in grouped(made):
+        tally.longest = max(tally.longest, *(len(sample.tokens) for sample in group))
+        fitted = _fitted(group, rules, tally)
+        if fitted:
+            kept += fitted
             tally.samples += 1
-            tally.tokens += len(fitted.tokens)
-            tally.trained += fitted.supervised
+            tally.tokens += sum(len(sample.tokens) for sample in fitted)
+            tally.trained += sum(sample.supervised for sample in fitted)
     return kept
 
 
@@ -120,31 +131,37 @@ def reason_of(error: DataError) -> str:
     return re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "…", error.what)[:120]
 
 
-def _fitted(sample: Sample, rules: Rules, tally: Tally) -> Sample | None:
-    limit = rules.max_seq_length
-    if limit is None or len(sample.tokens) <= limit:
-        return sample
+def _fitted(group: Group, rules: Rules, tally: Tally) -> Group:
+    """A group within the limit: all of it, all of it cut alike, or none of it."""
+    limit, longest = rules.max_seq_length, max(group, key=lambda sample: len(sample.tokens))
+    if limit is None or len(longest.tokens) <= limit:
+        return group
+    excess = len(longest.tokens) - limit
     if rules.truncate == "error":
         raise DataError(
-            f"this record has {len(sample.tokens)} tokens, more than train.max_seq_length = "
+            f"this record has {len(longest.tokens)} tokens, more than train.max_seq_length = "
             f"{limit}",
-            where=sample.where,
+            where=longest.where,
             remedy='raise it, or say what to do with such records: truncate = "left", "right" '
             'or "drop"',
         )
     if rules.truncate == "drop":
         tally.drop(TOO_LONG)
-        return None
+        return []
     tally.truncated += 1
-    kept = slice(-limit, None) if rules.truncate == "left" else slice(limit)
-    cut = Sample(sample.tokens[kept], sample.weights[kept], sample.record, sample.where)
-    if cut.weights[1:].any():
+    # As much is cut off the beginning of each, which is the prompt of all.
+    kept = slice(excess, None) if rules.truncate == "left" else slice(limit)
+    cut = [replace(s, tokens=s.tokens[kept], weights=s.weights[kept]) for s in group]
+    # Of a pair some of the prompt has to be left, or its sides would not begin alike.
+    begins = all(np.flatnonzero(sample.weights)[0] > excess for sample in group)
+    asked = rules.truncate == "right" or len(group) == 1 or begins
+    if asked and all(sample.weights[1:].any() for sample in cut):
         return cut
     if rules.unusable == "error":
         raise NothingTrained(
             f"nothing trained is left of this record, cut off at {limit} tokens",
-            where=sample.where,
+            where=longest.where,
             remedy='raise train.max_seq_length, or leave such records out: unusable = "skip"',
         )
     tally.drop(UNTRAINED)
-    return None
+    return []

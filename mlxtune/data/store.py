@@ -13,17 +13,26 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
+from mlxtune.data.groups import Group
 from mlxtune.data.render import Sample
 from mlxtune.data.rules import Tally
 from mlxtune.errors import DataError
-from mlxtune.files import write_json
+from mlxtune.files import storage_errors, write_json
 
-LAYOUT = 4  # of the files, and of what rendering makes of a record: raise it with either
+LAYOUT = 5  # of the files, and of what rendering makes of a record: raise it with either
 TOKENS, INDEX, SUMMARY = "tokens.u32", "index.i64", "summary.json"
 
 # The highest bit of a stored token says that it is trained.
 _TRAINED = np.uint32(1 << 31)
-_ENTRY = np.dtype([("offset", "<i8"), ("length", "<i4"), ("record", "<i4"), ("fingerprint", "<u8")])
+_ENTRY = np.dtype(
+    [
+        ("offset", "<i8"),
+        ("length", "<i4"),
+        ("record", "<i4"),
+        ("fingerprint", "<u8"),
+        ("side", "<i4"),
+    ]
+)
 
 Progress = Callable[[str, int], None]
 
@@ -48,6 +57,7 @@ class TokenStore(Sequence[Sample]):
         self._folder, self._name, self._first = folder, name, first
         self._tokens = os.open(folder / TOKENS, os.O_RDONLY)
         self._index = os.open(folder / INDEX, os.O_RDONLY)
+        self._references: int | None = None
         self._length = os.fstat(self._index).st_size // _ENTRY.itemsize
         # Unlike a `__del__` it also works while Python shuts down.
         weakref.finalize(self, _close, self._tokens, self._index)
@@ -70,13 +80,51 @@ class TokenStore(Sequence[Sample]):
         size, start = int(entry["length"]) * 4, int(entry["offset"]) * 4
         stored = np.frombuffer(os.pread(self._tokens, size, start), np.uint32)
         record = int(entry["record"])
+        references = None
+        if self._references is not None:
+            references = np.frombuffer(os.pread(self._references, size, start), np.float32)
         return Sample(
             (stored & ~_TRAINED).astype(np.int32),
             (stored >> np.uint32(31)).astype(np.float32),
             record + self._first,
             f"{self._name} record {record}",
             int(entry["fingerprint"]),
+            int(entry["side"]),
+            references,
         )
+
+    def with_references(self, name: str, make: Callable[[Path], None]) -> bool:
+        """Give each sample from now on its `references`, which are kept beside the tokens.
+
+        Args:
+            name: of the file, of its own for all that the values depend on.
+            make: writes the file where it is not there yet: float32, as many and in the order of
+                the tokens. Given the path to write to.
+
+        Returns:
+            Whether the file was made now.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        path = self._folder / name
+        size = os.fstat(self._tokens).st_size
+        missing = not path.is_file() or path.stat().st_size != size
+        if missing:
+            partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+            try:
+                with storage_errors(path):
+                    make(partial)
+                    partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+        self._references = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, _close, self._references)
+        return missing
+
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """Where the tokens of each sample begin in the file of them, counted in tokens."""
+        return self._column("offset")
 
     def records(self) -> npt.NDArray[np.int64]:
         """The record number of each sample."""
@@ -85,6 +133,10 @@ class TokenStore(Sequence[Sample]):
     def lengths(self) -> npt.NDArray[np.int64]:
         """The tokens of each sample."""
         return self._column("length")
+
+    def sides(self) -> npt.NDArray[np.int64]:
+        """Which of its group each sample is."""
+        return self._column("side")
 
     def fingerprints(self) -> npt.NDArray[np.uint64]:
         """The fingerprint of each sample's record."""
@@ -120,28 +172,103 @@ class Subset(Sequence[Sample]):
         """The record number of each sample."""
         return records_of(self._samples)[self._chosen]
 
+    def sides(self) -> npt.NDArray[np.int64]:
+        """Which of its group each sample is."""
+        return sides_of(self._samples)[self._chosen]
+
     def fingerprints(self) -> npt.NDArray[np.uint64]:
         """The fingerprint of each sample's record."""
         return fingerprints_of(self._samples)[self._chosen]
 
 
+class Joined(Sequence[Sample]):
+    """Several sequences of samples, one after another."""
+
+    def __init__(self, parts: Sequence[Sequence[Sample]]) -> None:
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @overload
+    def __getitem__(self, at: int) -> Sample: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Sample]: ...
+    def __getitem__(self, at: int | slice) -> Sample | Sequence[Sample]:
+        if isinstance(at, slice):
+            return Subset(self, np.arange(len(self))[at])
+        if not -len(self) <= at < len(self):
+            raise IndexError(at)
+        at %= len(self)
+        number = int(np.searchsorted(self._ends, at, side="right"))
+        return self._parts[number][at - int(self._ends[number])]
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """The tokens of each sample."""
+        return np.concatenate([lengths_of(part) for part in self._parts])
+
+    def records(self) -> npt.NDArray[np.int64]:
+        """The record number of each sample."""
+        return np.concatenate([records_of(part) for part in self._parts])
+
+    def sides(self) -> npt.NDArray[np.int64]:
+        """Which of its group each sample is."""
+        return np.concatenate([sides_of(part) for part in self._parts])
+
+    def fingerprints(self) -> npt.NDArray[np.uint64]:
+        """The fingerprint of each sample's record."""
+        return np.concatenate([fingerprints_of(part) for part in self._parts])
+
+
+class Groups(Sequence[Group]):
+    """The groups of a sequence of samples; those of a store are read when their turn comes."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self._samples = samples
+        starts = np.flatnonzero(sides_of(samples) == 0)
+        # None where each sample is a group of its own.
+        self._starts = None if len(starts) == len(samples) else np.append(starts, len(samples))
+
+    def __len__(self) -> int:
+        return len(self._samples) if self._starts is None else len(self._starts) - 1
+
+    def __getitem__(self, at: int) -> Group:  # type: ignore[override]
+        if self._starts is None:
+            return [self._samples[at]]
+        start, stop = self._starts[at], self._starts[at + 1]
+        return [self._samples[i] for i in range(start, stop)]
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """The tokens of all samples of each group."""
+        lengths = lengths_of(self._samples)
+        return lengths if self._starts is None else np.add.reduceat(lengths, self._starts[:-1])
+
+
 def lengths_of(samples: Sequence[Sample]) -> npt.NDArray[np.int64]:
     """The tokens of each sample; those of a store are not read for it."""
-    if isinstance(samples, TokenStore | Subset):
+    if isinstance(samples, TokenStore | Subset | Joined):
         return samples.lengths()
     return np.array([len(sample.tokens) for sample in samples], np.int64)
 
 
 def records_of(samples: Sequence[Sample]) -> npt.NDArray[np.int64]:
     """The record number of each sample; samples of a store are not read for it."""
-    if isinstance(samples, TokenStore | Subset):
+    if isinstance(samples, TokenStore | Subset | Joined):
         return samples.records()
     return np.array([sample.record for sample in samples], np.int64)
 
 
+def sides_of(samples: Sequence[Sample]) -> npt.NDArray[np.int64]:
+    """Which of its group each sample is; samples of a store are not read for it."""
+    if isinstance(samples, TokenStore | Subset | Joined):
+        return samples.sides()
+    return np.array([sample.side for sample in samples], np.int64)
+
+
 def fingerprints_of(samples: Sequence[Sample]) -> npt.NDArray[np.uint64]:
     """The fingerprint of each sample's record; samples of a store are not read for it."""
-    if isinstance(samples, TokenStore | Subset):
+    if isinstance(samples, TokenStore | Subset | Joined):
         return samples.fingerprints()
     return np.array([sample.fingerprint for sample in samples], np.uint64)
 
@@ -161,6 +288,7 @@ def pack_samples(samples: Sequence[Sample], tally: Tally) -> Chunk:
     entries["length"] = [len(sample.tokens) for sample in samples]
     entries["record"] = [sample.record for sample in samples]
     entries["fingerprint"] = [sample.fingerprint for sample in samples]
+    entries["side"] = [sample.side for sample in samples]
     entries["offset"] = np.cumsum(entries["length"]) - entries["length"]
     none = np.empty(0, np.uint32)
     tokens = np.concatenate([none, *(s.tokens.astype(np.uint32) for s in samples)])

@@ -103,7 +103,7 @@ def read_records(recipe: Recipe, sources: Sequence[DataSource], renderer: Render
     conversations: list[Conversation] = []
     first = 0
     for section in sources:
-        rules = rules_of(recipe.data[0], recipe.train.max_seq_length)
+        rules = rules_of(recipe, recipe.data[0])
         # Asked as it was trained: under the system prompt of the run.
         system = section.system or recipe.system_prompt
         source = replace(source_of(section), held_out=True, system=system)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -20,11 +22,13 @@ class Adapter(nn.Module):
         kind: name of the method, as mlx-lm's `fine_tune_type` has it.
         linear: the frozen layer, under the name that mlx-lm gives it.
         scale: factor on the update.
+        off: whether it computes what the frozen layer computes, see `without_adapters`.
     """
 
     kind: ClassVar[str]
     linear: Any  # each kind wraps layers of its own
     scale: float
+    off: bool = False
 
     @property
     def rank(self) -> int:
@@ -47,6 +51,22 @@ class Adapter(nn.Module):
     def fuse(self) -> nn.Module:
         """A plain float32 layer that computes what this one computes."""
         raise NotImplementedError
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The model as it is without its adapters, for a while.
+
+    They are passed by, whatever they compute: a scale of zero is not enough for DoRA.
+    """
+    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
+    for adapter in adapters:
+        adapter.off = True
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.off = False
 
 
 def _identity(*arrays: mx.array) -> tuple[mx.array, ...]:

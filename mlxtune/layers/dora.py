@@ -63,6 +63,9 @@ class DoRALinear(LoRALinear):
         return (*super().trained(), "m")
 
     def __call__(self, x: mx.array) -> mx.array:
+        if self.off:
+            plain: mx.array = self.linear(x)
+            return plain
         x, a, b, m = self.in_turn(x)
         y: mx.array = self.linear(x)
         dropped = self.dropout(x)

@@ -10,6 +10,8 @@ its base computes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Self
 
 import mlx.core as mx
@@ -45,6 +47,32 @@ class Dropout(nn.Module):
             return x
         kept = mx.random.bernoulli(1 - self.p, x.shape, key=self._key)
         return mx.where(kept, x / (1 - self.p), mx.zeros_like(x))
+
+
+def fixed_dropout(module: nn.Module, count: int) -> Callable[[int], AbstractContextManager[None]]:
+    """Make what a module drops depend on a number, so that it can be computed a second time.
+
+    Args:
+        module: its dropouts that are active draw keys now.
+        count: of the numbers, from 0.
+
+    Returns:
+        A context in which the module drops what belongs to a number.
+    """
+    dropouts = [m for m in module.modules() if isinstance(m, Dropout) and m.active]
+    keys = [mx.random.randint(0, 2**31 - 1, (count, 2), dtype=mx.uint32) for _ in dropouts]
+
+    @contextmanager
+    def drawing(number: int) -> Iterator[None]:
+        for dropout, key in zip(dropouts, keys, strict=True):
+            dropout.draw_with(mx.stop_gradient(key[number]))
+        try:
+            yield
+        finally:
+            for dropout in dropouts:
+                dropout.draw_with(None)
+
+    return drawing
 
 
 class LoRALinear(Adapter):
@@ -103,6 +131,9 @@ class LoRALinear(Adapter):
         return f"{in_dims} -> {self.lora_b.shape[1]}, rank={rank}, scale={self.scale:g}"
 
     def __call__(self, x: mx.array) -> mx.array:
+        if self.off:
+            plain: mx.array = self.linear(x)
+            return plain
         x, a, b = self.in_turn(x)
         y: mx.array = self.linear(x)
         narrow = self.scale * (self.dropout(x) @ a.astype(x.dtype))

@@ -135,6 +135,9 @@ class LoRASwitchLinear(Adapter):
         return f"{in_dims} -> {out_dims}, experts={experts}, rank={rank}, scale={self.scale:g}"
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        if self.off:
+            plain: mx.array = self.linear(x, indices, sorted_indices=sorted_indices)
+            return plain
         x, a, b = self.in_turn(x)
         y: mx.array = self.linear(x, indices, sorted_indices=sorted_indices)
         a, b = (factor.astype(x.dtype).swapaxes(-1, -2) for factor in (a, b))

@@ -9,6 +9,8 @@ import mlx.core as mx
 
 from mlxtune.arrays import custom_gradient, exp
 from mlxtune.device import on_cpu
+from mlxtune.losses.measures import CROSS_ENTROPY
+from mlxtune.losses.per_token import Chunked, added, per_token
 
 
 def weighted_cross_entropy(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
@@ -39,20 +41,6 @@ def token_losses(logits: mx.array, targets: mx.array) -> mx.array:
     logits = logits.astype(mx.float32)
     picked = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return mx.logsumexp(logits, axis=-1) - picked
-
-
-def chunked_token_losses(
-    head: Callable[[mx.array], mx.array], hidden: mx.array, targets: mx.array, *, rows: int
-) -> mx.array:
-    """`token_losses(head(hidden), targets)`, with the logits of `rows` rows at a time."""
-    losses: list[mx.array] = []
-    for start in range(0, hidden.shape[0], rows):
-        part = slice(start, start + rows)
-        chunk = hidden[part]
-        if losses:
-            [chunk] = mx.depends([chunk], [losses[-1]])
-        losses.append(token_losses(head(chunk), targets[part]))
-    return mx.concatenate(losses)
 
 
 def chunked_cross_entropy(
@@ -87,7 +75,8 @@ def chunked_cross_entropy(
         A float32 scalar.
     """
     if not gradient:
-        losses = chunked_token_losses(lambda x: head(x, *trained), hidden, targets, rows=rows)
+        chunked = Chunked(head, rows, trained)
+        [losses] = per_token(chunked, hidden, [CROSS_ENTROPY], [targets], gradient=False)
         return (weights * losses).sum()
     parts = [slice(start, start + rows) for start in range(0, hidden.shape[0], rows)]
 
@@ -110,7 +99,7 @@ def chunked_cross_entropy(
             given = chunk, targets[part], weights[part]
             if trained:
                 loss, for_chunk, *own = _with_all_gradients(head, trained, *given)
-                for_trained = _added(for_trained, own)
+                for_trained = added(for_trained, own)
             else:
                 loss, for_chunk = _with_gradient(head, *given)
             losses.append(loss)
@@ -119,10 +108,6 @@ def chunked_cross_entropy(
 
     loss: mx.array = total(hidden, *trained)[0]
     return loss
-
-
-def _added(total: list[mx.array], more: list[mx.array]) -> list[mx.array]:
-    return [a + b for a, b in zip(total, more, strict=True)] if total else more
 
 
 def _with_all_gradients(

@@ -19,9 +19,12 @@ from mlxtune.models.skeleton import Config, tiny_twin
 
 _Pack = TypeVar("_Pack", bound=PackCache)
 
-# Two samples, 1 2 3 and 1 2 4 5, in a grid of one row for the prefix 1 2 and one row that
-# holds 3, 4 5 and padding.
-_PROBE = ((1, 2, 0, 0), (3, 4, 5, 0))
+# Two samples of a group, 1 2 3 4 5 and 1 2 3 6, and a third, 1 2 7, in a grid of one row for the
+# prefix 1 2 and one row that holds 3, which the group shares, then 4 5, 6, 7 and padding.
+_PROBE = ((1, 2, 0, 0, 0, 0), (3, 4, 5, 6, 7, 0))
+_POSITIONS = ((0, 1, 0, 0, 0, 0), (2, 3, 4, 3, 2, 0))
+_SEGMENTS = ((0, 0, -1, -1, -1, -1), (1, 2, 2, 3, 4, -1))
+_PARENTS = ((-2,) * 6, (-2, 1, 1, 1, -2, -2))
 # Sixteen-bit types round at 1e-2, as TF32 may; a wrong position or mask is off by far more.
 _BOUND, _LOOSE = 2e-4, 5e-2
 # Scores nine hundred times as large show a cap on them, which small ones do not reach.
@@ -102,10 +105,11 @@ def pack_kind(model: nn.Module) -> type[PackCache]:
 
 
 def _problem(model: nn.Module) -> str | None:
-    """What is wrong with the logits of two packed samples; None if nothing is."""
+    """What is wrong with the logits of the packed samples; None if nothing is."""
     try:
         got = _logits(model, _probe(PackCache))
-        alone = [model(mx.array([[1, 2, 3]]))[0, 2:], model(mx.array([[1, 2, 4, 5]]))[0, 2:]]
+        samples = ((1, 2, 3, 4, 5), 2), ((1, 2, 3, 6), 3), ((1, 2, 7), 2)
+        alone = [model(mx.array([tokens]))[0, start:] for tokens, start in samples]
         off = _distance(got, mx.concatenate(alone))
     except Exception as error:  # whatever an unknown architecture does with a cache
         if fault_of(error) is not None:
@@ -172,17 +176,17 @@ def _find_windows(model: nn.Module) -> bool:
 
 def _probe(kind: type[_Pack], gain: float = 1.0, widest: int = sys.maxsize) -> _Pack:
     """The pack of `_PROBE`."""
-    positions, segments = [[0, 1, 0, 0], [2, 2, 3, 0]], [[0, 0, -1, -1], [1, 2, 2, -1]]
-    cache = kind(mx.array(positions), mx.array(segments), 2)
+    positions, segments, parents = map(mx.array, (_POSITIONS, _SEGMENTS, _PARENTS))
+    cache = kind(positions, segments, 2, parents)
     cache.gain, cache.widest = gain, widest
     return cache
 
 
 def _logits(model: nn.Module, cache: PackCache) -> mx.array:
-    """Logits of the three tokens of `_PROBE` after its prefix."""
+    """Logits of the tokens of `_PROBE` after its prefix."""
     tokens = mx.array(_PROBE).reshape(1, -1)
     logits: mx.array = model(tokens, cache=[cache] * len(model.layers))
-    return logits[0, 4:7]
+    return logits[0, 6:11]
 
 
 def _distance(got: mx.array, want: mx.array) -> float:

@@ -5,7 +5,8 @@ goes into its rotary embedding, `update_and_fetch(keys, values)`, and a mask fro
 `make_mask`. `PackCache` answers them for a whole grid of samples at once. The model is
 called with all tokens in one row of rows x width; between the rotary embedding and the
 attention the grid appears on the batch axis, each row with the shared prefix's keys in
-front of its own, so that a token attends to its prefix and its own sample only.
+front of its own, so that a token attends to its prefix, to what its group shares and to its own
+sample only.
 
 The rotary embedding has to hand out the grid, so the instances in a model are wrapped;
 mlx-lm's classes stay as they are. Where it computes the same, `OwnAttention` goes further:
@@ -37,15 +38,24 @@ class PackCache:
 
     Args:
         positions: int32 (rows, width), each token's position in its own sample.
-        segments: int32 (rows, width): 0 for the prefix, 1, 2, … for samples, -1 for
-            padding.
+        segments: int32 (rows, width): 0 for the prefix, 1, 2, … for samples and for what groups
+            share, -1 for padding.
         prefix: length of the shared prefix, which stands at the front of the grid.
+        parents: int32 (rows, width), for each token another segment that it sees, which stands
+            before it in its row; -2 where there is none. None if no token has one.
     """
 
-    def __init__(self, positions: mx.array, segments: mx.array, prefix: int) -> None:
+    def __init__(
+        self,
+        positions: mx.array,
+        segments: mx.array,
+        prefix: int,
+        parents: mx.array | None = None,
+    ) -> None:
         self.positions = positions
         self.segments = segments
         self.prefix = prefix
+        self.parents = parents
         # To see in a few tokens what an architecture does to large scores, and which blocks
         # look through a window: a factor on queries and keys, and the widest window.
         self.gain, self.widest = 1.0, sys.maxsize
@@ -142,9 +152,9 @@ class PackCache:
     def mask(self, window_size: int | None = None, block: Block | None = None) -> mx.array:
         """Who sees whom: bool (rows, 1, width, prefix + width), or of a block alone.
 
-        A sample's token sees the prefix and what precedes it in its sample; a token of
-        the prefix sees what precedes it in the prefix. Padding sees itself, so that its
-        softmax is over something.
+        A sample's token sees the prefix, what its group shares and what precedes it in its
+        sample; a token of the prefix sees what precedes it in the prefix. Padding sees itself, so
+        that its softmax is over something.
         """
         width = self.positions.shape[1]
         block = block or Block(slice(None), slice(0, width), slice(0, self.prefix + width))
@@ -156,8 +166,12 @@ class PackCache:
         ahead = mx.arange(*(min(end, self.prefix) for end in ends))
         keys = slice(*(max(0, end - self.prefix) for end in ends))
         index = mx.arange(width)
+        own = segment == segments[:, None, None, keys]
+        if self.parents is not None:
+            parent = self.parents[block.rows][:, None, block.queries, None]
+            own = own | (parent == segments[:, None, None, keys])
         own = (
-            (segment == segments[:, None, None, keys])
+            own
             & (index[None, keys] <= index[block.queries, None])
             & ((segment != 0) | (self.prefix == 0))
         )
@@ -202,7 +216,10 @@ class OwnAttention(PackCache):
     ) -> mx.array:
         window = self._reach(window)
         bias = partial(self._bias, window)
-        return attention(*given, scale=scale, prefix=self.prefix, bias=bias, window=window, cap=cap)
+        # Behind what a group shares stand its samples one after another: the last of them sees
+        # it from further along the row than its positions say, so no keys are left out.
+        near = window if self.parents is None else None
+        return attention(*given, scale=scale, prefix=self.prefix, bias=bias, window=near, cap=cap)
 
 
 class PackedRope(nn.Module):

@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from mlxtune.recipe.judge import JudgeSection
+from mlxtune.recipe.objectives import DEFAULTS, DpoSection
 from mlxtune.recipe.section import Name, Names, PositiveInt, Section, listed
 
 
@@ -414,20 +415,52 @@ class ExportSection(Section):
 
 
 class Recipe(Section):
-    """A whole recipe."""
+    """A whole recipe.
+
+    `objective` is what is trained for: `sft`, answers as they are, or `dpo`, chosen answers above
+    rejected ones.
+    """
 
     name: Name
     seed: int = Field(default=0, ge=0)
+    objective: Literal["sft", "dpo"] = "sft"
     model: ModelSection
     lora: LoraSection = LoraSection()
     data: Annotated[tuple[DataSource, ...], Field(strict=False, min_length=1)]
     train: TrainSection = TrainSection()
+    dpo: DpoSection | None = None
     eval: EvalSection = EvalSection()
     judge: JudgeSection | None = None
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
     export: ExportSection = ExportSection()
     prep: PrepSection = PrepSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_objective(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("objective") not in DEFAULTS:
+            return values
+        objective, given = values["objective"], dict(values)
+        given.setdefault(objective, {})
+        for section, defaults in DEFAULTS[objective].items():
+            own = given.get(section, {})
+            given[section] = defaults | own if isinstance(own, dict) else own
+        return given
+
+    @model_validator(mode="after")
+    def _own_objective(self) -> Recipe:
+        if self.dpo is not None and self.objective != "dpo":
+            raise ValueError(f'[dpo] goes with objective = "dpo", not "{self.objective}"')
+        if self.objective == "sft":
+            return self
+        for source in self.data:
+            if source.train_on_inputs or source.roles_to_train != ("assistant",):
+                raise ValueError(
+                    f'with objective = "{self.objective}" answers alone are trained: leave '
+                    "roles_to_train and train_on_inputs out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _weights_on_all(self) -> Recipe:

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
-from mlxtune.data.masking import Masking
-from mlxtune.data.rules import reason_of
+from mlxtune.data.rules import Rules, reason_of
 from mlxtune.data.sources import Source
 from mlxtune.errors import DataError
 from mlxtune.recipe.schema import Recipe
-from mlxtune.train.corpus import Overlap, held_out_source, masking_of, source_of
+from mlxtune.train.corpus import Overlap, held_out_source, rules_of, source_of
 
 # Problems that are kept of a source; the others are counted.
 SHOWN = 10
@@ -79,10 +78,10 @@ def check_sources(recipe: Recipe, *, rows: int | None = None) -> Check:
     trained: set[int] = set()
     shared = held = 0
     first = ""
-    for source, masking, strict in _sources(recipe):
+    for source, rules in _sources(recipe):
         checked = CheckedSource(source.path, source.held_out)
         found.append(checked)
-        for fingerprint, where in _usable(source, masking, strict, checked, rows):
+        for fingerprint, where in _usable(source, rules, checked, rows):
             if not source.held_out:
                 trained.add(fingerprint)
                 continue
@@ -93,26 +92,28 @@ def check_sources(recipe: Recipe, *, rows: int | None = None) -> Check:
     return Check(tuple(found), Overlap(shared, held, first))
 
 
-def _sources(recipe: Recipe) -> Iterator[tuple[Source, Masking, bool]]:
+def _sources(recipe: Recipe) -> Iterator[tuple[Source, Rules]]:
     for section in recipe.data:
-        yield source_of(section), masking_of(section), section.unusable == "error"
+        yield source_of(section), rules_of(recipe, section)
     if (held_out := held_out_source(recipe)) is not None:
-        first = recipe.data[0]
-        yield held_out, masking_of(first), first.unusable == "error"
+        yield held_out, rules_of(recipe, recipe.data[0])
 
 
 def _usable(
-    source: Source, masking: Masking, strict: bool, checked: CheckedSource, rows: int | None
+    source: Source, rules: Rules, checked: CheckedSource, rows: int | None
 ) -> Iterator[tuple[int, str]]:
     """Fingerprint and place of the records that can be trained on; `checked` counts all."""
-    usable = 0
+    usable, strict = 0, rules.unusable == "error"
     try:
         checked.name = source.name
         for row in islice(source.rows(), rows):
             checked.records += 1
             try:
                 conversation = source.parse(row)
-                masking.require_target(conversation)
+                if rules.form == "pairs":
+                    conversation.require_pair()
+                else:
+                    rules.masking.require_target(conversation)
             except DataError as error:
                 if strict:
                     checked.add(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +31,25 @@ class Progress:
 
     Attributes:
         step: steps done; with the seed it fixes the place in the data.
-        best_loss: lowest held-out loss so far; None before the first.
+        best: best held-out figure so far, as the objective has it; None before the first.
         best_step: steps done when it was measured.
         no_better: measurements of it since then.
         tokens, supervised_tokens, examples: seen so far.
         seconds: time spent training so far.
-        loss_sum, loss_weight: of the steps since the last report.
+        sums, counts: of the steps since the last report, by figure and by unit.
         reported_tokens, reported_examples, reported_seconds: what they were at that report.
     """
 
     step: int = 0
-    best_loss: float | None = None
+    best: float | None = None
     best_step: int = 0
     no_better: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
     examples: int = 0
     seconds: float = 0.0
-    loss_sum: float = 0.0
-    loss_weight: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
     reported_tokens: int = 0
     reported_examples: int = 0
     reported_seconds: float = 0.0
@@ -69,7 +69,7 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/step-N`, whole or not at all; then drop all but the latest `keep`.
 
-    The one of the lowest held-out loss stays too.
+    The one of the best held-out figure stays too.
 
     Raises:
         StorageError: the disk refuses the write; earlier checkpoints stand.

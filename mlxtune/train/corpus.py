@@ -15,10 +15,19 @@ from mlxtune.data.render import Renderer, Sample
 from mlxtune.data.rules import Rules, Tally
 from mlxtune.data.sources import HUB, Source
 from mlxtune.data.splits import TRAIN
-from mlxtune.data.store import Progress, Subset, TokenStore, fingerprints_of, records_of
+from mlxtune.data.store import (
+    Groups,
+    Joined,
+    Progress,
+    Subset,
+    TokenStore,
+    fingerprints_of,
+    records_of,
+)
 from mlxtune.data.tokens import tokenize
 from mlxtune.data.writing import Writing
 from mlxtune.errors import DataError
+from mlxtune.objectives import objective_of
 from mlxtune.recipe.schema import DataSource, EvalSection, Recipe
 
 
@@ -31,17 +40,24 @@ class Corpus:
         held_out: what is not.
         tallies: the path of each source, and what became of its records.
         unread: remarks on files beside those that were read.
+        stores: where all of these samples are kept, a store a file or source.
     """
 
     parts: tuple[Part, ...]
     held_out: Sequence[Sample]
     tallies: tuple[tuple[str, Tally], ...]
     unread: tuple[str, ...] = ()
+    stores: tuple[TokenStore, ...] = ()
 
     @property
     def size(self) -> int:
-        """Samples that are trained on."""
-        return sum(len(part.samples) for part in self.parts)
+        """Samples, or groups of them, that are trained on."""
+        return sum(len(part.groups) for part in self.parts)
+
+    @property
+    def held_out_size(self) -> int:
+        """Samples, or groups of them, that are not."""
+        return len(Groups(self.held_out))
 
     def trained_fingerprints(self) -> npt.NDArray[np.uint64]:
         """The fingerprints of all records that are trained on, in order, each once."""
@@ -139,7 +155,7 @@ def read_corpus(
     stores: list[TokenStore] = []
     first = 0
     for section in recipe.data:
-        rules = rules_of(section, recipe.train.max_seq_length)
+        rules = rules_of(recipe, section)
         source = source_of(section)
         stores.append(tokenize(source, renderer, rules, first=first, progress=progress))
         first += stores[-1].tally.rows
@@ -149,22 +165,24 @@ def read_corpus(
     trained: list[Sequence[Sample]] = list(stores)
     if (store := _held_out_store(recipe, renderer, progress)) is not None:
         held_out = store
+        stores.append(store)
         given = held_out_source(recipe)
         tallies.append((given.name if given is not None else "", store.tally))
     elif recipe.eval.val_size:
         chosen = _held_out_numbers(recipe, first)
         out = [np.isin(store.records(), chosen) for store in stores]
-        held_out = [s for store, o in zip(stores, out, strict=True) for s in _where(store, o)]
+        held_out = Joined([_where(store, o) for store, o in zip(stores, out, strict=True)])
         trained = [_where(store, ~o) for store, o in zip(stores, out, strict=True)]
     unread = tuple(unread_files(recipe))
-    return Corpus(_parts(recipe.data, trained), held_out, tuple(tallies), unread)
+    parts = _parts(recipe.data, trained)
+    return Corpus(parts, held_out, tuple(tallies), unread, tuple(stores))
 
 
 def _held_out_store(recipe: Recipe, renderer: Renderer, progress: Progress) -> TokenStore | None:
     source = held_out_source(recipe)
     if source is None:
         return None
-    rules = rules_of(recipe.data[0], recipe.train.max_seq_length)
+    rules = rules_of(recipe, recipe.data[0])
     return tokenize(source, renderer, rules, progress=progress)
 
 
@@ -224,13 +242,20 @@ def masking_of(section: DataSource) -> Masking:
     return Masking(section.roles_to_train, section.train_on_inputs)
 
 
-def rules_of(section: DataSource, max_seq_length: int) -> Rules:
-    """What becomes of a source's records."""
+def rules_of(recipe: Recipe, section: DataSource) -> Rules:
+    """What becomes of the records of a recipe's source."""
     before, after = section.reasoning_tags
     writing = Writing(
         section.missing_reasoning, section.reasoning, (before, after), section.left_out
     )
-    return Rules(masking_of(section), max_seq_length, section.truncate, section.unusable, writing)
+    return Rules(
+        masking_of(section),
+        recipe.train.max_seq_length,
+        section.truncate,
+        section.unusable,
+        writing,
+        objective_of(recipe).form,
+    )
 
 
 def _held_out_numbers(recipe: Recipe, total: int) -> npt.NDArray[np.int64]:

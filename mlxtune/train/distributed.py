@@ -92,8 +92,12 @@ class Workers:
 
     def totals(self, *values: float) -> list[float]:
         """The sum of each of a few numbers over all workers, the same bits on each."""
-        gathered = self._meet(numbers=values)["numbers"][:, : len(values)]
-        return [float(total) for total in gathered.sum(axis=0)]
+        found: list[float] = []
+        for start in range(0, len(values), _NUMBERS):
+            some = values[start : start + _NUMBERS]
+            gathered = self._meet(numbers=some)["numbers"][:, : len(some)]
+            found += [float(total) for total in gathered.sum(axis=0)]
+        return found
 
     def largest(self, value: float) -> float:
         """The largest of the workers' numbers."""

@@ -115,7 +115,7 @@ def require_same(status: dict[str, Any], facts: dict[str, Any]) -> list[str]:
         )
     then, now = status.get("hashes", {}), facts["hashes"]
     # What a run began with is no longer needed, and may be gone.
-    gone = [name for name in then.keys() - now.keys() if not _of_adapter(name)]
+    gone = [name for name in then.keys() - now.keys() if not is_adapter_file(name)]
     for name in [*(n for n in now if then.get(n) != now[n]), *sorted(gone)]:
         what = "is no longer there" if name in gone else "has changed"
         raise RunError(
@@ -131,7 +131,8 @@ def require_same(status: dict[str, Any], facts: dict[str, Any]) -> list[str]:
     ]
 
 
-def _of_adapter(name: str) -> bool:
+def is_adapter_file(name: str) -> bool:
+    """Whether a file is one of an adapter's weights."""
     return fnmatch(Path(name).name, _ADAPTER_FILES)
 
 

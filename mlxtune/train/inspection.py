@@ -93,7 +93,7 @@ def inspect_recipe(
     left_out: dict[int, str] = {}
     first = 0
     for section in recipe.data:
-        source, rules = source_of(section), rules_of(section, recipe.train.max_seq_length)
+        source, rules = source_of(section), rules_of(recipe, section)
         stores.append(tokenize(source, renderer, rules, first=first, progress=progress))
         start, stop = (0, rows) if chosen is None else (chosen - first - 1, chosen - first)
         for number in range(max(0, start), min(stop, stores[-1].tally.rows)):

@@ -80,7 +80,7 @@ def rows_to_try(run: Run, renderer: Renderer, count: int) -> list[Sample]:
         None at all where the data is gone: a run may outlive it.
     """
     recipe = run.recipe()
-    rules = replace(rules_of(recipe.data[0], recipe.train.max_seq_length), unusable="skip")
+    rules = replace(rules_of(recipe, recipe.data[0]), unusable="skip")
     found: list[Sample] = []
     try:
         for source in _sources_to_try(run):

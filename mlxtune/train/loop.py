@@ -23,6 +23,7 @@ from mlxtune.data.render import Sample
 from mlxtune.errors import TrainingDiverged
 from mlxtune.files import atomic_folder, clear_unfinished
 from mlxtune.memory import memory_budget
+from mlxtune.objectives import Objective
 from mlxtune.recipe.schema import CheckpointSection, EvalSection, LogSection, TrainSection
 from mlxtune.train.checkpoint import (
     DamagedCheckpoint,
@@ -32,7 +33,7 @@ from mlxtune.train.checkpoint import (
     share_state,
 )
 from mlxtune.train.distributed import Stopped, Workers
-from mlxtune.train.heldout import held_out_loss
+from mlxtune.train.heldout import held_out_figures
 from mlxtune.train.memory import keep_freed_buffers
 from mlxtune.train.metrics import Report, Reporter
 from mlxtune.train.notes import warmup_steps
@@ -40,7 +41,7 @@ from mlxtune.train.optim import optimizer_of
 from mlxtune.train.run import Run, checkpoints
 from mlxtune.train.schedule import learning_rate
 from mlxtune.train.signals import stop_on_signals
-from mlxtune.train.step import StepResult, TrainStep
+from mlxtune.train.step import LossFunction, StepResult, TrainStep, counted
 
 
 class Interrupted(Stopped):
@@ -64,7 +65,8 @@ class Trainer:
         model: with adapters in place; for packed batches `enable_packs` was called.
         run: the folder.
         plan: what each step sees.
-        held_out: samples to measure the held-out loss on; may be empty.
+        held_out: samples to measure the objective on; may be empty.
+        objective: what is trained for.
         train, evaluation, checkpoint, log: sections of the recipe.
         base: name of the base model, kept with the adapters.
         reporter: is told how it goes.
@@ -77,6 +79,7 @@ class Trainer:
         run: Run,
         plan: Plan,
         held_out: Sequence[Sample],
+        objective: Objective,
         *,
         train: TrainSection,
         evaluation: EvalSection,
@@ -90,6 +93,7 @@ class Trainer:
         self._run = run
         self._plan = plan
         self._held_out = held_out
+        self._objective = objective
         self._train = train
         self._evaluation = evaluation
         self._checkpoint = checkpoint
@@ -172,6 +176,7 @@ class Trainer:
             max_grad_norm=self._train.max_grad_norm,
             lora_plus_ratio=self._train.lora_plus_ratio,
             workers=self._workers,
+            loss=LossFunction(self._model, self._objective),
         )
         self._share_state()
         self._model.train()
@@ -184,13 +189,12 @@ class Trainer:
             left = first if self._enough() else self.total_steps
             begun: _Begun | None = None
             self._mark = time.perf_counter()
-            for step, batches in enumerate(ahead(self._plan.steps(first, left)), start=first + 1):
+            for step, batches in enumerate(self._steps(first, left), start=first + 1):
                 rate = self._rate(step - 1)
                 seen = self._seen(batches)
-                result = step_on(batches, rate, seen.weight)
-                mx.async_eval(
-                    self._model.state, self._optimizer.state, result.loss, result.grad_norm
-                )
+                result = step_on(batches, rate, seen.counts)
+                shown = result.loss, result.grad_norm, result.sums
+                mx.async_eval(self._model.state, self._optimizer.state, *shown)
                 if begun is not None:
                     self._settle(begun)
                 begun = _Begun(batches, seen, result)
@@ -204,7 +208,7 @@ class Trainer:
                 best = (step % self._eval_every == 0 or last) and self._measure()
                 if not last and self._enough():
                     last = True
-                    if self._progress.loss_weight:
+                    if self._progress.counts:
                         self._report(rate, norm)
                 stop = self._workers.stopping
                 if step % self._checkpoint.steps == 0 or best or last or stop:
@@ -219,6 +223,11 @@ class Trainer:
                 self._mark = time.perf_counter()
         self._keep(self._run.adapter)
 
+    def _steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """Batches of each step, made ahead unless the policy itself makes them."""
+        steps = self._plan.steps(start, stop)
+        return steps if self._objective.draws else ahead(steps)
+
     def _is_due(self, step: int) -> bool:
         """Whether something is to be done after this step."""
         every = self._log.steps, self._eval_every, self._checkpoint.steps
@@ -230,12 +239,13 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._diverged(begun.batches, loss)
         before, self._mark = self._mark, time.perf_counter()
-        self._advance(begun.seen, loss, self._mark - before)
+        sums = {name: scalar(value) for name, value in begun.result.sums.items()}
+        self._advance(begun.seen, loss, sums, self._mark - before)
         self._reporter.stepped(self._progress.step)
         return norm
 
     def _enough(self) -> bool:
-        """Whether the held-out loss has stopped getting better (early stopping)."""
+        """Whether the held-out figure has stopped getting better (early stopping)."""
         patience = self._evaluation.patience
         return patience is not None and self._progress.no_better >= patience
 
@@ -252,16 +262,19 @@ class Trainer:
 
     def _seen(self, batches: list[Batch]) -> _Seen:
         """What all workers together see in a step."""
-        weight, *counts = self._workers.totals(
-            sum(b.weight for b in batches),
+        own = counted(self._objective, batches)
+        tokens, supervised, groups, *counts = self._workers.totals(
             sum(b.token_count for b in batches),
             sum(b.supervised for b in batches),
-            sum(len(b.records) for b in batches),
+            sum(b.filled_groups for b in batches),
+            *own.values(),
         )
-        return _Seen(weight, *map(int, counts))
+        together = dict(zip(own, counts, strict=True))
+        return _Seen(together, int(tokens), int(supervised), int(groups))
 
-    def _advance(self, seen: _Seen, loss: float, seconds: float) -> None:
+    def _advance(self, seen: _Seen, loss: float, sums: dict[str, float], seconds: float) -> None:
         before = self._progress
+        sums = {"loss": loss * seen.counts[self._objective.units[0]]} | sums
         self._progress = replace(
             before,
             step=before.step + 1,
@@ -269,8 +282,8 @@ class Trainer:
             supervised_tokens=before.supervised_tokens + seen.supervised,
             examples=before.examples + seen.examples,
             seconds=before.seconds + seconds,
-            loss_sum=before.loss_sum + loss * seen.weight,
-            loss_weight=before.loss_weight + seen.weight,
+            sums=_added(before.sums, sums),
+            counts=_added(before.counts, seen.counts),
         )
 
     def _report(self, rate: float, norm: float) -> None:
@@ -278,8 +291,8 @@ class Trainer:
         now = self._progress
         self._progress = replace(
             now,
-            loss_sum=0.0,
-            loss_weight=0.0,
+            sums={},
+            counts={},
             reported_tokens=now.tokens,
             reported_examples=now.examples,
             reported_seconds=now.seconds,
@@ -288,10 +301,12 @@ class Trainer:
         peak = self._workers.largest(mx.get_peak_memory())
         if not self._workers.first:
             return
+        per = {"loss": self._objective.units[0], **self._objective.figures}
+        loss, *figures = (now.sums[name] / now.counts[unit] for name, unit in per.items())
         report = Report(
             step=now.step,
             epoch=now.step / self._plan.steps_per_epoch,
-            loss=now.loss_sum / now.loss_weight,
+            loss=loss,
             learning_rate=rate,
             grad_norm=norm,
             tokens=now.tokens,
@@ -301,42 +316,46 @@ class Trainer:
             examples_per_second=(now.examples - now.reported_examples) / seconds,
             peak_memory_bytes=int(peak),
             seconds=now.seconds,
+            figures=dict(zip(self._objective.figures, figures, strict=True)),
         )
         self._run.log(report.as_entry())
         self._reporter.reported(report)
 
     def _measure(self) -> bool:
-        """Held-out loss; the adapter is kept if it is the best so far, which is returned."""
+        """Held-out figures; the adapter is kept if it is the best so far, which is returned."""
         if not self._held_out:
             return False
         now, self.measuring = self._progress, True
         with self._between_steps(f"while the held-out loss was measured {_after(now.step)}"):
-            loss = held_out_loss(
+            figures = held_out_figures(
                 self._model,
                 self._held_out,
+                self._objective,
                 batch_size=self._train.batch_size,
                 layout=self._plan.layout,
                 workers=self._workers,
             )
         self.measuring = False
-        if not math.isfinite(loss):
+        if not math.isfinite(figures["loss"]):
             raise TrainingDiverged(
-                f"the held-out loss is {loss} after step {now.step}",
+                f"the held-out loss is {figures['loss']} after step {now.step}",
                 where=str(self._run.path),
                 remedy='lower train.learning_rate; with model.dtype = "float16" take "bfloat16" or '
                 '"float32"',
             )
-        best = now.best_loss is None or loss < now.best_loss
+        value = figures[self._objective.best.figure]
+        best = self._objective.best.better(value, now.best)
         if not best:
             self._progress = replace(now, no_better=now.no_better + 1)
         else:
-            self._progress = replace(now, best_loss=loss, best_step=now.step, no_better=0)
+            self._progress = replace(now, best=value, best_step=now.step, no_better=0)
             if now.step:
                 self._keep(self._run.best_adapter)
         if self._workers.first:
             epoch = now.step / self._plan.steps_per_epoch
-            self._run.log({"step": now.step, "epoch": epoch, "held_out_loss": loss})
-            self._reporter.measured(now.step, loss, best)
+            measured = {f"held_out_{name}": figure for name, figure in figures.items()}
+            self._run.log({"step": now.step, "epoch": epoch} | measured)
+            self._reporter.measured(now.step, figures, best)
         return best
 
     def _keep(self, path: Path) -> None:
@@ -382,11 +401,15 @@ def _after(step: int) -> str:
     return f"after step {step}" if step else "before training"
 
 
+def _added(totals: dict[str, float], more: dict[str, float]) -> dict[str, float]:
+    return {name: totals.get(name, 0.0) + value for name, value in more.items()}
+
+
 @dataclass(frozen=True)
 class _Seen:
-    """What a step sees, over all workers: loss weights, tokens and samples."""
+    """What a step sees, over all workers: the objective's units, tokens and groups of samples."""
 
-    weight: float
+    counts: dict[str, float]
     tokens: int
     supervised: int
     examples: int

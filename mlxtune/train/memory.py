@@ -14,7 +14,8 @@ from mlxtune.errors import ModelError
 from mlxtune.gpu_errors import fault_of, is_out_of_memory
 from mlxtune.memory import freed_to_keep
 from mlxtune.models.heads import language_model, training
-from mlxtune.train.step import LossFunction, batch_arrays
+from mlxtune.objectives import Objective
+from mlxtune.train.step import LossFunction
 
 # A budget is not used to the last byte: buffers are reused at other sizes.
 _MARGIN = 0.95
@@ -34,7 +35,14 @@ def keep_freed_buffers(budget: int) -> None:
     mx.set_cache_limit(freed_to_keep(mx.get_active_memory(), mx.get_peak_memory(), budget))
 
 
-def blocks_to_checkpoint(model: nn.Module, batch: Batch, budget: int, state: int = 0) -> int:
+def blocks_to_checkpoint(
+    model: nn.Module,
+    batch: Batch,
+    budget: int,
+    state: int = 0,
+    *,
+    objective: Objective | None = None,
+) -> int:
     """The fewest blocks to compute twice so that a step on `batch` stays within `budget`.
 
     What a block keeps is measured: what the peak of a pass rises by from a few of the
@@ -45,6 +53,7 @@ def blocks_to_checkpoint(model: nn.Module, batch: Batch, budget: int, state: int
         batch: the largest that will come.
         budget: bytes, of everything.
         state: bytes that the optimizer keeps.
+        objective: what is trained for; by default supervised fine-tuning.
 
     Returns:
         All blocks, where there is not memory enough to measure a few.
@@ -58,7 +67,7 @@ def blocks_to_checkpoint(model: nn.Module, batch: Batch, budget: int, state: int
     turn = _turn(model)
     few, more = (min(count, -(-blocks // turn) * turn) for blocks in (2, max(6, turn + 2)))
     try:
-        least, most = (_peak(model, batch, blocks) for blocks in (few, more))
+        least, most = (_peak(model, batch, blocks, objective) for blocks in (few, more))
     except _NotEnoughError:
         return count
     kept = max(1, (most - least) // max(1, more - few))
@@ -82,10 +91,10 @@ class _NotEnoughError(Exception):
     """A pass through a few blocks takes more memory than there is."""
 
 
-def _peak(model: nn.Module, batch: Batch, blocks: int) -> int:
+def _peak(model: nn.Module, batch: Batch, blocks: int, objective: Objective | None) -> int:
     """Bytes that a pass through the first blocks takes beside what is there already."""
-    loss = LossFunction(model)
-    arrays = batch_arrays(batch)
+    loss = LossFunction(model, objective)
+    arrays = loss.arrays(batch)
     body: Any = getattr(language_model(model), "model", None)
     layers = model.layers
     key = random_key()  # dropout draws, and the run begins where it would have

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +15,8 @@ class Report:
     Attributes:
         step: steps done.
         epoch: epochs done, as a fraction.
-        loss: mean over supervised tokens since the last report, nats.
+        loss: the objective's since the last report; of supervised fine-tuning a mean over
+            supervised tokens, nats.
         learning_rate: of the last step.
         grad_norm: of the last step, before clipping.
         tokens: tokens of all samples seen, each as if it stood alone, without padding.
@@ -24,6 +25,7 @@ class Report:
         tokens_per_second, examples_per_second: since the last report.
         peak_memory_bytes: MLX's peak so far.
         seconds: spent in training steps.
+        figures: those of the objective beside its loss, since the last report.
     """
 
     step: int
@@ -38,10 +40,13 @@ class Report:
     examples_per_second: float
     peak_memory_bytes: int
     seconds: float
+    figures: Mapping[str, float] = field(default_factory=dict)
 
     def as_entry(self) -> dict[str, Any]:
-        """As a line of metrics.jsonl."""
-        return asdict(self)
+        """As a line of metrics.jsonl, in which the objective's figures stand by themselves."""
+        entry = asdict(self)
+        figures: dict[str, float] = entry.pop("figures")
+        return entry | figures
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class Outline:
     total_steps: int
     workers: int = 1
     plan: tuple[str, ...] = ()
+    shown: tuple[str, ...] = ()
 
 
 class Reporter(Protocol):
@@ -69,6 +75,9 @@ class Reporter(Protocol):
 
     def tokenized(self, path: str, rows: int) -> None:
         """So many records of a source have become tokens so far."""
+
+    def referenced(self, done: int, total: int) -> None:
+        """The model before training has been asked about so many of all tokens."""
 
     def started(self, outline: Outline) -> None:
         """Training begins, or goes on."""
@@ -79,8 +88,8 @@ class Reporter(Protocol):
     def reported(self, report: Report) -> None:
         """Figures are due."""
 
-    def measured(self, step: int, held_out_loss: float, best: bool) -> None:
-        """The held-out loss was measured."""
+    def measured(self, step: int, figures: Mapping[str, float], best: bool) -> None:
+        """The held-out `loss` and the objective's other figures were measured."""
 
     def saved(self, path: Path) -> None:
         """A checkpoint was written."""
@@ -92,6 +101,9 @@ class Silent:
     def tokenized(self, path: str, rows: int) -> None:
         """Say nothing."""
 
+    def referenced(self, done: int, total: int) -> None:
+        """Say nothing."""
+
     def started(self, outline: Outline) -> None:
         """Say nothing."""
 
@@ -101,7 +113,7 @@ class Silent:
     def reported(self, report: Report) -> None:
         """Say nothing."""
 
-    def measured(self, step: int, held_out_loss: float, best: bool) -> None:
+    def measured(self, step: int, figures: Mapping[str, float], best: bool) -> None:
         """Say nothing."""
 
     def saved(self, path: Path) -> None:
@@ -119,6 +131,11 @@ class Several:
         for reporter in self._reporters:
             reporter.tokenized(path, rows)
 
+    def referenced(self, done: int, total: int) -> None:
+        """Tell all."""
+        for reporter in self._reporters:
+            reporter.referenced(done, total)
+
     def started(self, outline: Outline) -> None:
         """Tell all."""
         for reporter in self._reporters:
@@ -134,10 +151,10 @@ class Several:
         for reporter in self._reporters:
             reporter.reported(report)
 
-    def measured(self, step: int, held_out_loss: float, best: bool) -> None:
+    def measured(self, step: int, figures: Mapping[str, float], best: bool) -> None:
         """Tell all."""
         for reporter in self._reporters:
-            reporter.measured(step, held_out_loss, best)
+            reporter.measured(step, figures, best)
 
     def saved(self, path: Path) -> None:
         """Tell all."""

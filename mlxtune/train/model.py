@@ -44,6 +44,7 @@ from mlxtune.models.packed import PackCache
 from mlxtune.models.resolve import ModelSource, is_hub_id, resolve_model
 from mlxtune.models.targets import find_targets
 from mlxtune.models.weights import stored_tensors
+from mlxtune.objectives import Objective
 from mlxtune.recipe.schema import LoraSection, ModelSection, Recipe, TrainSection
 from mlxtune.train.memory import blocks_to_checkpoint
 from mlxtune.train.optim import optimizer_of
@@ -137,7 +138,12 @@ def put_adapters(model: nn.Module, lora: LoraSection, *, evaluate: bool = True) 
 
 
 def blocks_computed_twice(
-    model: nn.Module, plan: Plan, train: TrainSection, budget: int, notes: list[str]
+    model: nn.Module,
+    plan: Plan,
+    train: TrainSection,
+    budget: int,
+    notes: list[str],
+    objective: Objective,
 ) -> list[int]:
     """Numbers of the blocks to checkpoint; what there is to say of it goes to `notes`.
 
@@ -153,7 +159,8 @@ def blocks_computed_twice(
     try:
         state = sum(a.nbytes for a in flat(optimizer_of(train, model).state).values())
         steps = plan.total_steps(epochs=train.epochs, max_steps=train.max_steps)
-        count = blocks_to_checkpoint(model, plan.largest_of_run(steps), budget, state)
+        largest = plan.largest_of_run(steps)
+        count = blocks_to_checkpoint(model, largest, budget, state, objective=objective)
     except ModelError as error:
         notes.append(f"no gradient checkpointing: {error.what}")
         return []

@@ -3,7 +3,7 @@
     x + alpha / sqrt(L d) * u,    u uniform in [-1, 1) for every element
 
 with L the tokens of a sample and d the width of its embeddings. In a packed batch L is
-each sample's own length, not the pack's. A prefix that the samples share is computed once
+each sample's own length, not the pack's. What several samples share is computed once
 for all of them, so they share its noise too: one draw, of the mean of their sizes.
 """
 
@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from mlxtune.data.pack import PREFIX, Batch
+from mlxtune.data.pack import PADDING, PREFIX, Batch
 
 
 class EmbeddingNoise:
@@ -88,11 +88,18 @@ def embedding_noise(model: nn.Module, sizes: mx.array) -> Iterator[None]:
 
 def noise_sizes(batch: Batch) -> npt.NDArray[np.float32]:
     """1 / sqrt(L) for each token of a batch, float32 (rows, width); 0 at padding."""
-    segments = batch.segments
-    own = segments > PREFIX
-    lengths = batch.prefix + np.bincount(segments[own])[1:]
-    of_sample = (1 / np.sqrt(lengths)).astype(np.float32)
-    sizes = np.zeros(segments.shape, np.float32)
-    sizes[own] = of_sample[segments[own] - 1]
-    sizes[segments == PREFIX] = of_sample.mean()
-    return sizes
+    segments, count = batch.segments, int(batch.segments.max()) + 1
+    # A sample ends at its last position, whatever of it stands elsewhere.
+    lengths = np.zeros(count, np.int64)
+    used = segments > PREFIX
+    np.maximum.at(lengths, segments[used], batch.positions[used] + 1)
+    of_segment = np.zeros(count, np.float32)
+    of_segment[1:] = 1 / np.sqrt(lengths[1:])
+    samples = np.ones(count, bool)
+    samples[PREFIX] = False
+    if batch.parents is not None:
+        for shared in np.unique(batch.parents[batch.parents > PREFIX]):
+            of_segment[shared] = of_segment[np.unique(segments[batch.parents == shared])].mean()
+            samples[shared] = False
+    of_segment[PREFIX] = of_segment[samples].mean()
+    return np.where(segments == PADDING, np.float32(0), of_segment[segments])

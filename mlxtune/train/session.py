@@ -18,6 +18,7 @@ from typing import Any
 import mlx.nn as nn
 import numpy as np
 
+from mlxtune.adapters.saved import SavedAdapter
 from mlxtune.arrays import flat
 from mlxtune.data.batches import Plan
 from mlxtune.data.inspect import histogram
@@ -28,6 +29,7 @@ from mlxtune.layers.dense import dense_tensors
 from mlxtune.memory import keep_within, memory_budget, wire_weights
 from mlxtune.models.heads import split_head
 from mlxtune.models.load import LoadedModel
+from mlxtune.objectives import objective_of
 from mlxtune.recipe.load import dump_recipe
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.asking import asked_as, settled
@@ -36,7 +38,7 @@ from mlxtune.train.check import check_sources
 from mlxtune.train.corpus import Corpus, read_corpus
 from mlxtune.train.distributed import Workers, end_in_peace, join
 from mlxtune.train.ending import trained_ending_notes
-from mlxtune.train.facts import facts_of, require_same, shared_facts
+from mlxtune.train.facts import facts_of, is_adapter_file, require_same, shared_facts
 from mlxtune.train.kept import keep_rows
 from mlxtune.train.loop import Interrupted, Trainer
 from mlxtune.train.metrics import Outline, Reporter, Several, Silent
@@ -49,6 +51,7 @@ from mlxtune.train.model import (
 from mlxtune.train.neftune import add_embedding_noise
 from mlxtune.train.notes import context_notes, part_lengths, warmup_notes
 from mlxtune.train.places import with_absolute_paths
+from mlxtune.train.reference import Reference
 from mlxtune.train.remedies import Remedies
 from mlxtune.train.resume import flat_keys, resumable
 from mlxtune.train.run import RECIPE, Run, checkpoints
@@ -151,6 +154,7 @@ def _fine_tune(
         workers.size,
     )
     steps = plan.total_steps(epochs=recipe.train.epochs, max_steps=recipe.train.max_steps)
+    objective = objective_of(recipe)
     notes += context_notes(part_lengths(corpus.parts), base.config)
     notes += warmup_notes(recipe.train, steps)
     if split_head(base.model) is None:
@@ -170,7 +174,7 @@ def _fine_tune(
         wire_weights(budget)
     # Blocks computed twice draw their dropout apart, so a resumed run does as it did before.
     if (twice := before.get("checkpointed_blocks")) is None:
-        twice = blocks_computed_twice(base.model, plan, recipe.train, budget, notes)
+        twice = blocks_computed_twice(base.model, plan, recipe.train, budget, notes, objective)
         if run is not None:
             notes.append(
                 "other blocks than before may be computed twice: losses may differ in their last "
@@ -178,6 +182,11 @@ def _fine_tune(
             )
     twice = json.loads(workers.texts(json.dumps(twice))[0])
     facts["checkpointed_blocks"] = twice
+    if objective.compares:
+        reference = Reference(
+            base.model, _initial_of(recipe), _reference_facts(recipe, base, facts["hashes"])
+        )
+        notes += _references(reference, corpus, plan, reporter, workers)
     checkpoint_blocks(base.model, twice)
     if recipe.train.neftune_noise_alpha:
         add_embedding_noise(base.model, recipe.train.neftune_noise_alpha)
@@ -196,6 +205,7 @@ def _fine_tune(
         run,
         plan,
         corpus.held_out,
+        objective,
         train=recipe.train,
         evaluation=recipe.eval,
         checkpoint=recipe.checkpoint,
@@ -212,7 +222,7 @@ def _fine_tune(
         if resumption is not None:
             notes += resumption.begin(first, trainer.total_steps)
         outline = _outline(recipe, run, adapted, corpus, notes, first, trainer.total_steps, workers)
-        outline = replace(outline, plan=said)
+        outline = replace(outline, plan=said, shown=objective.shown)
         all_twice, alone = len(twice) == len(base.model.layers), workers.size == 1
         remedies = Remedies(run.path, recipe.train, budget, all_twice, alone)
         kept = _status_kept(run, trackers, workers) if workers.first else nullcontext()
@@ -221,6 +231,52 @@ def _fine_tune(
             trackers.started(outline)
             trainer()
     return run
+
+
+def _initial_of(recipe: Recipe) -> Callable[[], SavedAdapter] | None:
+    """Reads the adapter that training began with; None if it began with fresh ones."""
+    path = recipe.lora.init_from
+    return None if path is None else partial(saved_adapter, Path(path))
+
+
+def _reference_facts(recipe: Recipe, base: LoadedModel, hashes: dict[str, str]) -> dict[str, Any]:
+    """What log-probabilities of the model before training depend on."""
+    initial = sorted(v for name, v in hashes.items() if is_adapter_file(name))
+    model = recipe.model.model_dump(
+        include={"dtype", "quantize", "double_quantization", "dequantize"}
+    )
+    return {
+        "model": hashes["model"],
+        "settings": model | {"dtype": base.dtype},
+        "adapter": [initial, recipe.lora.model_dump(exclude={"dropout"})] if initial else [],
+        "device": device_name(),
+    }
+
+
+def _references(
+    reference: Reference, corpus: Corpus, plan: Plan, reporter: Reporter, workers: Workers
+) -> list[str]:
+    """Give the corpus the reference's log-probabilities; what there is to say of it."""
+
+    def compute() -> list[str]:
+        notes = []
+        for store in corpus.stores:
+            made = reference.known_to(
+                store,
+                batch_size=plan.batch_size,
+                layout=plan.layout,
+                progress=reporter.referenced,
+            )
+            notes.append(
+                "the log-probabilities of the model before training were "
+                + ("computed" if made else "taken from the cache")
+            )
+        return list(dict.fromkeys(notes))
+
+    # The first one computes them for all that share its cache.
+    notes = compute() if workers.first else []
+    workers.barrier()
+    return notes if workers.first else compute()
 
 
 @contextmanager
@@ -309,7 +365,7 @@ def _outline(
         trainable=_count(adapted.base.model, trainable=True),
         parameters=_count(adapted.base.model, trainable=False),
         samples=corpus.size,
-        held_out=len(corpus.held_out),
+        held_out=corpus.held_out_size,
         first_step=first,
         total_steps=total,
         workers=workers.size,

@@ -32,6 +32,8 @@ class _Shape:
         rows, width: of the grid.
         prefix, packed: as of `Batch`; they are constants of the compiled step.
         targets: how many there are.
+        tree: whether groups share anything of their own.
+        groups, sides: as of `Batch`; 0 where the loss does not look at them.
     """
 
     kind: str
@@ -40,11 +42,16 @@ class _Shape:
     prefix: int
     packed: bool
     targets: int
+    tree: bool
+    groups: int
+    sides: int
 
     @classmethod
-    def of(cls, batch: Batch, kind: str) -> _Shape:
+    def of(cls, batch: Batch, kind: str, grouped: bool) -> _Shape:
         rows, width = batch.tokens.shape
-        return cls(kind, rows, width, batch.prefix, batch.packed, len(batch.targets))
+        tree, targets = batch.parents is not None, len(batch.targets)
+        groups = (batch.groups, batch.sides) if grouped else (0, 0)
+        return cls(kind, rows, width, batch.prefix, batch.packed, targets, tree, *groups)
 
     @property
     def cost(self) -> float:
@@ -55,8 +62,13 @@ class _Shape:
         """Whether a pass of the other shape can be filled up to this one."""
         # A prefix longer than a row would lie elsewhere in rows of another width.
         wide = self.width == other.width or self.width > other.width >= self.prefix
-        alike = (self.kind, self.prefix, self.packed) == (other.kind, other.prefix, other.packed)
-        return alike and wide and self.rows >= other.rows and self.targets >= other.targets
+        alike = self._constants == other._constants
+        large = self.rows >= other.rows and self.targets >= other.targets
+        return alike and wide and large and self.groups >= other.groups
+
+    @property
+    def _constants(self) -> tuple[object, ...]:
+        return self.kind, self.prefix, self.packed, self.tree, self.sides
 
 
 class Shapes:
@@ -64,10 +76,12 @@ class Shapes:
 
     Args:
         most: how many there may be.
+        grouped: whether the loss looks at groups of samples, so that their number counts.
     """
 
-    def __init__(self, most: int = MOST) -> None:
+    def __init__(self, most: int = MOST, *, grouped: bool = False) -> None:
         self._most = most
+        self._grouped = grouped
         self._known: list[_Shape] = []
 
     def __len__(self) -> int:
@@ -80,7 +94,7 @@ class Shapes:
             batch: of a pass.
             kind: name of the function that computes it.
         """
-        own = _Shape.of(batch, kind)
+        own = _Shape.of(batch, kind, self._grouped)
         if own in self._known:
             return batch, True
         full = len(self._known) >= self._most
@@ -91,7 +105,8 @@ class Shapes:
             default=None,
         )
         if found is not None and (full or found.cost <= allowed):
-            return filled_up(batch, found.rows, found.width, found.targets), True
+            sizes = found.rows, found.width, found.targets, found.groups
+            return filled_up(batch, *sizes), True
         if full:
             return batch, False
         self._known.append(own)

@@ -1,8 +1,8 @@
-"""One training step: compiled, and weighted by token."""
+"""One training step, whatever it is trained for: compiled, and divided by what it sees."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,95 +14,91 @@ from mlx.utils import tree_map
 from mlxtune.arrays import flat
 from mlxtune.data.pack import Batch
 from mlxtune.device import on_cpu
-from mlxtune.losses.cross_entropy import (
-    chunked_cross_entropy,
-    chunked_token_losses,
-    token_losses,
-    weighted_cross_entropy,
-)
 from mlxtune.models.enable import pack_kind
 from mlxtune.models.heads import split_head
+from mlxtune.objectives import SFT, Objective
+from mlxtune.objectives.base import Arrays, Sums, Targets
 from mlxtune.train.distributed import Workers
 from mlxtune.train.neftune import embedding_noise, noise_sizes
 from mlxtune.train.optim import stacks_for, update_joined
 from mlxtune.train.shapes import Shapes
 from mlxtune.train.stacks import joined
 
-Arrays = dict[str, mx.array]
-
-# Logits to a chunk: 16 MiB of float32. Smaller ones would cost more than they save: on a CPU
-# a packed head is expanded for each, and MLX lays out some ten operations ahead.
-LOGITS_AT_ONCE = 1 << 22
-# But no fewer rows than that: all of the head is read for each chunk, so that half as many
-# hidden states take three quarters of the time.
-LEAST_ROWS = 64
-# A GPU wants more to do at once; of that size no figure has been measured yet. The least rows are
-# the same there: 64 rows of 262,144 float32 logits are 67 MB, and keep it busy.
-_GPU_FACTOR = 4
+Totals = Mapping[str, float]
+_TOTAL = "total "
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step says of itself; both are lazy scalars.
+    """What a step says of itself; all are lazy scalars.
 
     Attributes:
-        loss: mean over the step's supervised tokens, nats.
+        loss: mean over the step's units: supervised tokens (then nats), pairs.
         grad_norm: of all gradients together, before clipping.
+        sums: of the objective's figures.
     """
 
     loss: mx.array
     grad_norm: mx.array
+    sums: Sums
 
 
 class LossFunction:
-    """Sum of weighted losses of a batch, logits computed only where there is a loss.
+    """The loss of a batch, summed over its units, logits computed only where there is a target.
 
     In training the embeddings carry noise if the model was given any (`neftune`).
 
     Args:
         model: an mlx-lm model; for packed batches `enable_packs` must have been called.
+        objective: what the loss is; by default that of supervised fine-tuning.
         comes_apart: whether its head can be split off; None to try it.
     """
 
-    def __init__(self, model: nn.Module, *, comes_apart: bool | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective | None = None,
+        *,
+        comes_apart: bool | None = None,
+    ) -> None:
         self._model = model
+        self.objective = objective or SFT()
         self._parts = None
         if comes_apart is not False:
             self._parts = split_head(model, proven=comes_apart is True)
         self._blocks = len(model.layers)
         self._pack = pack_kind(model)
 
-    def __call__(self, arrays: Arrays, prefix: int, packed: bool) -> mx.array:
-        """The weighted sum as a float32 scalar; arguments come from `batch_arrays`."""
-        chosen, head = self._chosen(arrays, prefix, packed)
-        targets, weights = arrays["targets"], arrays["weights"]
-        if head is None:  # the body gave logits already
-            return weighted_cross_entropy(chosen, targets, weights)
-        trained = head.trained
-        return chunked_cross_entropy(
-            head.taking(trained) if trained else head,
-            chosen,
-            targets,
-            weights,
-            rows=rows_to_a_chunk(head.vocabulary),
-            trained=list(trained.values()),
-            gradient=self._model.training,
-        )
+    def __call__(self, arrays: Arrays, prefix: int, packed: bool) -> tuple[mx.array, Sums]:
+        """The sum as a float32 scalar, and sums of the objective's figures.
 
-    def each(self, arrays: Arrays, prefix: int, packed: bool) -> mx.array:
-        """The weighted loss of each target, float32 (m,); for evaluation."""
-        chosen, head = self._chosen(arrays, prefix, packed)
-        targets, weights = arrays["targets"], arrays["weights"]
-        if head is None:
-            return weights * token_losses(chosen, targets)
-        rows = rows_to_a_chunk(head.vocabulary)
-        return weights * chunked_token_losses(head, chosen, targets, rows=rows)
+        Arguments come from `arrays`.
+        """
+        parts, figures = self.parts(arrays, prefix, packed)
+        first, *others = self.objective.units
+        loss = parts[first]
+        for unit in others:
+            loss = loss + parts[unit] * (self.total(arrays) / arrays[_TOTAL + unit])
+        return loss, figures
 
-    def _chosen(self, arrays: Arrays, prefix: int, packed: bool) -> tuple[mx.array, Any]:
-        """What predicts each target: hidden states and the head, or logits and None."""
+    def parts(self, arrays: Arrays, prefix: int, packed: bool) -> tuple[Sums, Sums]:
+        """The sums that the loss is made of, by what each is divided by, and the figures'."""
+        return self.objective(self.targets(arrays, prefix, packed))
+
+    def arrays(self, batch: Batch, totals: Totals | None = None) -> Arrays:
+        """A batch's arrays on the device, see `arrays_for`."""
+        return arrays_for(self.objective, batch, totals)
+
+    def total(self, arrays: Arrays) -> mx.array:
+        """What the loss of the step is divided by."""
+        return arrays[_TOTAL + self.objective.units[0]]
+
+    def targets(self, arrays: Arrays, prefix: int, packed: bool) -> Targets:
+        """The forward pass: what predicts each target."""
         tokens, call = arrays["tokens"], {}
         if packed:
-            cache = self._pack(arrays["positions"], arrays["segments"], prefix)
+            positions, segments = arrays["positions"], arrays["segments"]
+            cache = self._pack(positions, segments, prefix, arrays.get("parents"))
             tokens = tokens.reshape(1, -1)
             call = {"cache": [cache] * self._blocks}
         # Without a cache the model masks causally, and padding at the right of a row is
@@ -110,23 +106,37 @@ class LossFunction:
         body, head = self._parts or (self._model, None)
         with embedding_noise(self._model, arrays["noise"]):
             hidden = body(tokens, **call)
-        return hidden.reshape(-1, hidden.shape[-1])[arrays["sources"]], head
+        states = hidden.reshape(-1, hidden.shape[-1])[arrays["sources"]]
+        return Targets(states, head, arrays, self._model.training)
+
+    def each(self, arrays: Arrays, prefix: int, packed: bool) -> mx.array:
+        """The weighted cross-entropy of each target, nats, float32 (m,); for evaluation."""
+        return arrays["weights"] * self.targets(arrays, prefix, packed).losses()
 
 
-def rows_to_a_chunk(vocabulary: int) -> int:
-    """How many hidden states have their logits at once."""
-    at_once = LOGITS_AT_ONCE * (1 if on_cpu() else _GPU_FACTOR)
-    return max(LEAST_ROWS, at_once // max(1, vocabulary))
+def arrays_for(objective: Objective, batch: Batch, totals: Totals | None = None) -> Arrays:
+    """A batch's arrays on the device, as an objective needs them.
+
+    Args:
+        objective: what is trained for.
+        batch: of a pass.
+        totals: counts of the objective's units in the whole step; by default those of the batch.
+    """
+    counts = counted(objective, [batch]) if totals is None else totals
+    return (
+        batch_arrays(batch)
+        | {name: mx.array(array) for name, array in objective.arrays(batch).items()}
+        | {f"{_TOTAL}{unit}": mx.array(count) for unit, count in counts.items()}
+    )
 
 
-def batch_arrays(batch: Batch, weight: float = 1.0) -> Arrays:
-    """A batch's arrays on the device, with the sum of its step's loss weights, `weight`."""
+def batch_arrays(batch: Batch) -> Arrays:
+    """A batch's arrays on the device that every objective needs."""
     arrays = {
         "tokens": mx.array(batch.tokens),
         "sources": mx.array(batch.sources),
         "targets": mx.array(batch.targets),
         "weights": mx.array(batch.weights),
-        "total": mx.array(weight),
         "noise": mx.array(noise_sizes(batch)),
     }
     if batch.packed:
@@ -134,13 +144,15 @@ def batch_arrays(batch: Batch, weight: float = 1.0) -> Arrays:
             "positions": mx.array(batch.positions),
             "segments": mx.array(batch.segments),
         }
+        if batch.parents is not None:
+            arrays["parents"] = mx.array(batch.parents)
     return arrays
 
 
 class TrainStep:
     """Forward, backward, clip, update; compiled over model, optimizer and RNG state.
 
-    Loss and gradients of a step are divided by the sum of the loss weights of all its
+    Loss and gradients of a step are divided by the units (tokens, pairs) of all its
     batches, so 8 x 1 and 1 x 8 are the same mathematics whatever the lengths, on one worker or
     many. Not before the backward pass: what a token has of a mean over thousands is less than
     float16 can hold.
@@ -173,7 +185,8 @@ class TrainStep:
         self._max_grad_norm = max_grad_norm
         self._lora_plus_ratio = lora_plus_ratio
         self._stacks = stacks_for(optimizer, model)
-        self._gradient = nn.value_and_grad(model, loss or LossFunction(model))
+        self.loss = loss or LossFunction(model)
+        self._gradient = nn.value_and_grad(model, self._joined)
         self._whole: Callable[..., Any] = self.whole
         self._one: Callable[..., Any] = self._gradient
         self._finish: Callable[..., Any] = self._update
@@ -184,49 +197,54 @@ class TrainStep:
             # (measured on 2 cores: 3.27 examples/s either way).
             compiled = not on_cpu()
         if compiled:
-            self.shapes = Shapes()
+            self.shapes = Shapes(grouped=self.loss.objective.form == "pairs")
             state = [model.state, optimizer.state, mx.random.state]
             self._whole = mx.compile(self.whole, inputs=state, outputs=state)
             self._one = mx.compile(self._gradient, inputs=state, outputs=state)
             self._finish = mx.compile(self._update, inputs=state, outputs=state)
 
     def __call__(
-        self, batches: list[Batch], learning_rate: float, weight: float | None = None
+        self, batches: list[Batch], learning_rate: float, totals: Totals | None = None
     ) -> StepResult:
         """Train on the batches of one step.
 
         Args:
             batches: this worker's; none, if the others have some.
             learning_rate: of this step.
-            weight: sum of all workers' loss weights; by default these batches are all.
+            totals: all workers' counts of the objective's units; by default these batches
+                are all.
         """
         self._optimizer.learning_rate = mx.array(learning_rate)
-        if weight is None:
-            weight = sum(batch.weight for batch in batches)
+        if totals is None:
+            totals = counted(self.loss.objective, batches)
         if len(batches) == 1 and self._workers.size == 1:
             (batch,) = batches
             batch, compiled = self._fitted(batch, "whole")
             whole = self._whole if compiled else self.whole
-            loss, norm = whole(batch_arrays(batch, weight), batch.prefix, batch.packed)
-            return StepResult(loss, norm)
-        total = mx.array(weight)
-        loss, gradients = mx.array(0.0), None
+            arrays = self.loss.arrays(batch, totals)
+            loss, norm, sums = whole(arrays, batch.prefix, batch.packed)
+            return StepResult(loss, norm, self._named(sums))
+        total = mx.array(totals[self.loss.objective.units[0]])
+        count = len(self.loss.objective.figures)
+        value: Any = (mx.array(0.0), [mx.zeros(count)] if count else [])
+        gradients = None
         with self._workers.own_randomness():
             before: Any = ()
             for batch in batches:
                 batch, compiled = self._fitted(batch, "one of several")
                 one = self._one if compiled else self._gradient
-                more, of_batch = one(batch_arrays(batch), batch.prefix, batch.packed)
-                loss, gradients = loss + more, _sum(gradients, of_batch)
+                arrays = self.loss.arrays(batch, totals)
+                more, of_batch = one(arrays, batch.prefix, batch.packed)
+                value, gradients = _sum(value, more), _sum(gradients, of_batch)
                 # Each batch's activations are released before the next is begun, which is
                 # made ready meanwhile.
                 mx.eval(before)
-                mx.async_eval(loss, gradients)
-                before = loss, gradients
+                mx.async_eval(value, gradients)
+                before = value, gradients
         if gradients is None:
             gradients = tree_map(mx.zeros_like, self._model.trainable_parameters())
-        loss, gradients = self._workers.sum((loss, gradients))
-        return StepResult(loss / total, self._finish(gradients, total))
+        (loss, sums), gradients = self._workers.sum((value, gradients))
+        return StepResult(loss / total, self._finish(gradients, total), self._named(sums))
 
     def _fitted(self, batch: Batch, kind: str) -> tuple[Batch, bool]:
         """The batch as it is computed, and whether a compiled function does it."""
@@ -234,13 +252,29 @@ class TrainStep:
 
     # ------------------------------------------------------------------ the step itself
 
-    def whole(self, arrays: Arrays, prefix: int, packed: bool) -> tuple[mx.array, mx.array]:
-        """A step of one batch, uncompiled: its loss and the norm of its gradient."""
-        loss, gradients = self._gradient(arrays, prefix, packed)
-        return loss / arrays["total"], self._update(gradients, arrays["total"])
+    def _joined(self, arrays: Arrays, prefix: int, packed: bool) -> tuple[mx.array, list[mx.array]]:
+        """The loss, and the figures' sums as one array, if there are any.
+
+        By themselves MLX 0.32.4 cannot compile them where one is computed in the loss too, or
+        two are the same ("_Map_base::at").
+        """
+        loss, sums = self.loss(arrays, prefix, packed)
+        each = [sums[name] for name in self.loss.objective.figures]
+        return loss, [mx.stack(each)] if each else []
+
+    def _named(self, joined: list[mx.array]) -> Sums:
+        return {n: joined[0][i] for i, n in enumerate(self.loss.objective.figures)}
+
+    def whole(
+        self, arrays: Arrays, prefix: int, packed: bool
+    ) -> tuple[mx.array, mx.array, list[mx.array]]:
+        """A step of one batch, uncompiled: its loss, the norm of its gradient, and sums."""
+        (loss, sums), gradients = self._gradient(arrays, prefix, packed)
+        total = self.loss.total(arrays)
+        return loss / total, self._update(gradients, total), sums
 
     def _update(self, gradients: Any, total: mx.array) -> mx.array:
-        """Update with gradients of a sum over the weight `total`; the norm of their mean."""
+        """Update with gradients of a sum over `total` units; the norm of their mean."""
         own = joined(self._stacks, flat(gradients))
         # Each by itself on a CPU, where that costs nothing: the sums' last digits are then those
         # of the gradients of each parameter. On a GPU each sum is two launches.
@@ -260,5 +294,14 @@ class TrainStep:
         return norm
 
 
-def _sum(gradients: Any, more: Any) -> Any:
-    return more if gradients is None else tree_map(mx.add, gradients, more)
+def counted(objective: Objective, batches: Iterable[Batch]) -> dict[str, float]:
+    """How much batches have together of each unit that the loss or a figure is divided by."""
+    totals = dict.fromkeys([*objective.units, *objective.figures.values()], 0.0)
+    for batch in batches:
+        counts = objective.counts(batch)
+        totals = {unit: total + counts[unit] for unit, total in totals.items()}
+    return totals
+
+
+def _sum(tree: Any, more: Any) -> Any:
+    return more if tree is None else tree_map(mx.add, tree, more)

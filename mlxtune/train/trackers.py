@@ -85,9 +85,9 @@ class Trackers(Silent):
         step = figures.pop("step")
         self._tell(step, {f"train/{key}": float(value) for key, value in figures.items()})
 
-    def measured(self, step: int, held_out_loss: float, best: bool) -> None:
-        """Hand on a held-out loss."""
-        self._tell(step, {"eval/loss": held_out_loss})
+    def measured(self, step: int, figures: Mapping[str, float], best: bool) -> None:
+        """Hand on held-out figures."""
+        self._tell(step, {f"eval/{name}": value for name, value in figures.items()})
 
     @contextmanager
     def closed(self) -> Iterator[Callable[[str], None]]:

@@ -17,7 +17,7 @@ from mlxtune.models.packed import PackedRope
 from mlxtune.train.blocks import checkpoint_blocks
 from mlxtune.train.heldout import held_out_loss
 from mlxtune.train.neftune import add_embedding_noise, noise_sizes
-from mlxtune.train.step import LossFunction, TrainStep, batch_arrays
+from mlxtune.train.step import LossFunction, TrainStep
 from support.compare import distance, loss_of_batch, random_samples, trainable, value_and_gradients
 from support.models import tiny, tiny_llama, with_adapters
 
@@ -192,11 +192,12 @@ def test_the_gradient_is_that_of_the_noise_that_was_drawn(lay_out, recompute):
     """With the seed fixed, the loss is a function whose slope can be measured."""
     batch = lay_out(RAGGED)
     model = noisy(tiny_llama(), recompute=recompute, dropout=0.5)
-    loss_of, arrays = LossFunction(model), batch_arrays(batch, batch.weight)
+    loss_of = LossFunction(model)
+    arrays = loss_of.arrays(batch)
 
     def loss() -> mx.array:
         mx.random.seed(13)
-        return loss_of(arrays, batch.prefix, batch.packed) / arrays["total"]
+        return loss_of(arrays, batch.prefix, batch.packed)[0] / loss_of.total(arrays)
 
     start = trainable(model)
     _, gradients = value_and_gradients(model, loss)

@@ -11,7 +11,7 @@ from mlxtune.layers.inject import projections
 from mlxtune.losses.cross_entropy import chunked_cross_entropy
 from mlxtune.models.enable import enable_packs
 from mlxtune.models.heads import split_head
-from mlxtune.train import step
+from mlxtune.objectives import base
 from mlxtune.train.step import LossFunction, batch_arrays
 from support.compare import distance, loss_of_each_alone, random_samples, value_and_gradients
 from support.models import tiny, tiny_llama, with_adapters
@@ -131,8 +131,8 @@ MODELS = {
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_models_loss_is_that_of_each_sample_alone(kind, trained, monkeypatch):
     """Also where the head is trained, itself or by an adapter."""
-    monkeypatch.setattr(step, "LOGITS_AT_ONCE", 1)
-    monkeypatch.setattr(step, "LEAST_ROWS", 32)
+    monkeypatch.setattr(base, "LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(base, "LEAST_ROWS", 32)
     model = MODELS[kind]()
     enable_packs(model)
     paths, of_head = projections(model), trained in ("lora", "dora")
@@ -146,8 +146,10 @@ def test_a_models_loss_is_that_of_each_sample_alone(kind, trained, monkeypatch):
     samples = random_samples((40, 12, 31, 19, 50, 22, 14, 61), prefix=9, untrained=10)
     model.train()
     loss, arrays = LossFunction(model), batch_arrays(batch := pack(samples))
-    assert batch.targets.size > 2 * step.LEAST_ROWS
-    value, gradients = value_and_gradients(model, lambda: loss(arrays, batch.prefix, batch.packed))
+    assert batch.targets.size > 2 * base.LEAST_ROWS
+    value, gradients = value_and_gradients(
+        model, lambda: loss(arrays, batch.prefix, batch.packed)[0]
+    )
     expected, wanted = value_and_gradients(model, lambda: loss_of_each_alone(model, samples))
     assert value == pytest.approx(expected, rel=1e-5)
     assert gradients.keys() == wanted.keys()

@@ -6,7 +6,9 @@ import mlx.core as mx
 import pytest
 
 from mlxtune.device import as_on_gpu
-from mlxtune.losses.cross_entropy import chunked_cross_entropy, chunked_token_losses
+from mlxtune.losses.cross_entropy import chunked_cross_entropy
+from mlxtune.losses.measures import CROSS_ENTROPY
+from mlxtune.losses.per_token import Chunked, per_token
 from support.compare import distance
 
 mx.random.seed(0)
@@ -32,7 +34,8 @@ def test_the_kernel_gives_the_same_in_chunks(monkeypatch):
     assert not calls
     with as_on_gpu():
         theirs, their_gradient = value_and_gradient()
-        each = chunked_token_losses(lambda x: x @ HEAD, HIDDEN, TARGETS, rows=8)
+        chunked = Chunked(lambda x: x @ HEAD, 8)
+        [each] = per_token(chunked, HIDDEN, [CROSS_ENTROPY], [TARGETS], gradient=False)
     assert set(calls) == {(8, 50), (5, 50)}, "chunks, and never all logits"
     assert theirs.item() == pytest.approx(value.item(), rel=1e-6)
     assert distance(their_gradient, gradient) < 1e-5

@@ -31,6 +31,7 @@ path = "train.jsonl"
 DEFAULTS = {
     "name": "minimal",
     "seed": 0,
+    "objective": "sft",
     "model": {
         "path": "owner/model",
         "revision": None,
@@ -114,6 +115,7 @@ DEFAULTS = {
         "patience": None,
         "suite": None,
     },
+    "dpo": None,
     "judge": None,
     "checkpoint": {"steps": 100, "keep": 2},
     "log": {"steps": 5, "report_to": ()},

@@ -59,7 +59,7 @@ def loss_of_each_alone(model: nn.Module, samples: Iterable[Sample]) -> mx.array:
 
 
 def loss_of_batch(model: nn.Module, batch: Batch) -> mx.array:
-    return LossFunction(model)(batch_arrays(batch), batch.prefix, batch.packed)
+    return LossFunction(model)(batch_arrays(batch), batch.prefix, batch.packed)[0]
 
 
 def value_and_gradients(
@@ -67,3 +67,32 @@ def value_and_gradients(
 ) -> tuple[float, dict[str, mx.array]]:
     value, gradients = nn.value_and_grad(model, loss)(*args)
     return value.item(), dict(tree_flatten(gradients))
+
+
+def random_groups(
+    prompts: Iterable[int],
+    answers: Iterable[int] = (7, 12),
+    *,
+    prefix: int = 0,
+    seed: int = 0,
+) -> list[Sample]:
+    """Groups of answers to a prompt of each of these lengths, all of which begin with `prefix`
+    tokens. About half of an answer's tokens are targets, its first one among them."""
+    generator = np.random.default_rng(seed)
+    common = generator.integers(0, 128, prefix)
+    samples = []
+    for record, length in enumerate(prompts, start=1):
+        prompt = generator.integers(0, 128, length)
+        prompt[:prefix] = common
+        for side, more in enumerate(answers):
+            own = generator.integers(0, 128, more + record % 3)
+            own[0] = (7 * side + record) % 128
+            weights = np.zeros(length + len(own), np.float32)
+            weights[length:] = generator.random(len(own)) < 0.5
+            weights[length] = 1
+            tokens = np.concatenate([prompt, own]).astype(np.int32)
+            references = np.where(weights > 0, -generator.random(len(tokens)), 0)
+            references = references.astype(np.float32)
+            sample = Sample(tokens, weights, record, side=side, references=references)
+            samples.append(sample)
+    return samples

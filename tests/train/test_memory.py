@@ -38,7 +38,7 @@ def loss_and_peak(model: nn.Module) -> tuple[mx.array, int]:
     mx.eval(arrays)
     step = nn.value_and_grad(model, LossFunction(model))
     mx.reset_peak_memory()
-    loss, gradients = step(arrays, BATCH.prefix, BATCH.packed)
+    (loss, _), gradients = step(arrays, BATCH.prefix, BATCH.packed)
     mx.eval(loss, gradients)
     return loss, mx.get_peak_memory()
 

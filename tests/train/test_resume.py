@@ -117,7 +117,9 @@ def test_a_steady_run_that_has_finished_says_how_it_is_made_longer(recipe, few, 
 
 def test_what_patience_has_ended_is_not_made_longer(recipe, few, tmp_path, monkeypatch):
     values = iter([1.0, 2.0, 3.0, 4.0])
-    monkeypatch.setattr("mlxtune.train.loop.held_out_loss", lambda *_, **__: next(values))
+    monkeypatch.setattr(
+        "mlxtune.train.loop.held_out_figures", lambda *_, **__: {"loss": next(values)}
+    )
     held_out = {"path": str(few), "max_overlap": 1.0, "steps": 1, "patience": 2}
     settings = recipe(few, train={**STEADY, "max_steps": 5}, eval=held_out)
     run = fine_tune(settings, tmp_path / "run", Silent())

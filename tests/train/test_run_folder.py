@@ -106,7 +106,7 @@ def test_with_no_whole_checkpoint_the_way_out_is_told(begun, recipe, few):
 
 def test_the_checkpoint_of_the_lowest_held_out_loss_stays(recipe, few, tmp_path, monkeypatch):
     losses = iter([4.0, 3.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    monkeypatch.setattr(loop, "held_out_loss", lambda *_, **__: next(losses))
+    monkeypatch.setattr(loop, "held_out_figures", lambda *_, **__: {"loss": next(losses)})
     settings = recipe(
         few,
         eval={"path": str(few), "max_overlap": 1.0, "steps": 1},
@@ -119,7 +119,7 @@ def test_the_checkpoint_of_the_lowest_held_out_loss_stays(recipe, few, tmp_path,
 
 def test_a_best_loss_between_checkpoints_gets_one_of_its_own(recipe, few, tmp_path, monkeypatch):
     losses = iter([4.0, 3.0, 5.0, 6.0])
-    monkeypatch.setattr(loop, "held_out_loss", lambda *_, **__: next(losses))
+    monkeypatch.setattr(loop, "held_out_figures", lambda *_, **__: {"loss": next(losses)})
     settings = recipe(
         few,
         eval={"path": str(few), "max_overlap": 1.0, "steps": 2},
@@ -132,7 +132,7 @@ def test_a_best_loss_between_checkpoints_gets_one_of_its_own(recipe, few, tmp_pa
 
 def test_a_run_that_ends_at_its_best_has_none_before(recipe, few, tmp_path, monkeypatch):
     losses = iter([4.0, 3.0, 2.0, 1.0])
-    monkeypatch.setattr(loop, "held_out_loss", lambda *_, **__: next(losses))
+    monkeypatch.setattr(loop, "held_out_figures", lambda *_, **__: {"loss": next(losses)})
     run = fine_tune(
         recipe(few, eval={"path": str(few), "max_overlap": 1.0, "steps": 2}),
         tmp_path / "run",
@@ -186,7 +186,7 @@ def test_a_damaged_line_of_metrics_takes_no_other_with_it(begun):
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_held_out_loss_that_is_no_number_ends_the_run(recipe, few, tmp_path, monkeypatch, loss):
-    monkeypatch.setattr(loop, "held_out_loss", lambda *_, **__: loss)
+    monkeypatch.setattr(loop, "held_out_figures", lambda *_, **__: {"loss": loss})
     with pytest.raises(TrainingDiverged, match="the held-out loss is"):
         fine_tune(
             recipe(few, eval={"path": str(few), "max_overlap": 1.0}), tmp_path / "run", Silent()

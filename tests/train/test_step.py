@@ -21,7 +21,7 @@ from mlxtune.models.heads import split_head
 from mlxtune.train.blocks import checkpoint_blocks
 from mlxtune.train.heldout import held_out_loss
 from mlxtune.train.schedule import learning_rate
-from mlxtune.train.step import LossFunction, TrainStep, batch_arrays
+from mlxtune.train.step import LossFunction, TrainStep
 from support.compare import (
     distance,
     loss_of_batch,
@@ -67,8 +67,11 @@ def test_the_sum_over_a_batch_and_its_weight_make_the_mean():
     batch = pack(RAGGED)
     model = packable_llama()
     whole = loss_of_batch(model, batch).item()
-    arrays = batch_arrays(batch, batch.weight)
-    mean = (LossFunction(model)(arrays, batch.prefix, batch.packed) / arrays["total"]).item()
+    loss_of = LossFunction(model)
+    arrays = loss_of.arrays(batch)
+    loss, figures = loss_of(arrays, batch.prefix, batch.packed)
+    assert figures == {}
+    mean = (loss / loss_of.total(arrays)).item()
     assert mean == pytest.approx(whole / batch.weight, rel=1e-5)
     assert mean == pytest.approx(
         loss_of_each_alone(model, RAGGED).item() / sum(float(s.weights.sum()) for s in RAGGED),
@@ -264,11 +267,12 @@ def test_the_gradient_is_that_of_the_features_that_were_dropped(lay_out, recompu
     if recompute:
         checkpoint_blocks(model, range(len(model.layers)))
     model.train()
-    loss_of, arrays = LossFunction(model), batch_arrays(batch, batch.weight)
+    loss_of = LossFunction(model)
+    arrays = loss_of.arrays(batch)
 
     def loss() -> mx.array:
         mx.random.seed(13)
-        return loss_of(arrays, batch.prefix, batch.packed) / arrays["total"]
+        return loss_of(arrays, batch.prefix, batch.packed)[0] / loss_of.total(arrays)
 
     start = trainable(model)
     _, gradients = value_and_gradients(model, loss)

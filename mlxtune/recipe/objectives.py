@@ -1,0 +1,39 @@
+"""Tables of objectives: a recipe has the one that is named like its `objective`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from mlxtune.recipe.section import Section
+
+# What other defaults than those of supervised fine-tuning an objective has, by section. Rates are
+# lower: what is trained is a difference of log-probabilities, which moves far with little.
+DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "dpo": {"train": {"learning_rate": 5e-6, "epochs": 1.0}},
+}
+
+
+class DpoSection(Section):
+    """`[dpo]`: direct preference optimization.
+
+    `beta` says how far the policy may move from the reference: less is farther. `loss_type` is
+    `sigmoid` (DPO), `sigmoid_norm` (by token), `ipo`, `hinge` (SLiC) or `apo_zero`.
+    `label_smoothing`, of the two sigmoids, is the share of pairs whose sides are thought to be
+    swapped (conservative DPO). `sft_weight` adds that many times the loss of the chosen answers,
+    a mean over their tokens (RPO).
+    """
+
+    beta: float = Field(default=0.1, gt=0)
+    loss_type: Literal["sigmoid", "sigmoid_norm", "ipo", "hinge", "apo_zero"] = "sigmoid"
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    sft_weight: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _smooths_a_sigmoid(self) -> DpoSection:
+        if self.label_smoothing and self.loss_type not in ("sigmoid", "sigmoid_norm"):
+            raise ValueError(
+                f"label_smoothing goes with sigmoid and sigmoid_norm, not {self.loss_type}"
+            )
+        return self
