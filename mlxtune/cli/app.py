@@ -419,7 +419,8 @@ def _block(error: MlxtuneError) -> str:
     if isinstance(error, RecipeError):
         for problem in error.problems:
             remedy = f" ({problem.remedy})" if problem.remedy else ""
-            lines.append(f"  {problem.where}: {problem.what}{remedy}")
+            where = f"{problem.where}: " if problem.where else ""
+            lines.append(f"  {where}{problem.what}{remedy}")
     # What is to be typed has to work where the shell does not find the program by its name.
     named = rf"(?<![\w/.-])mlxtune(?= (?:{'|'.join(cli.commands)})\b)"
     return re.sub(named, lambda _: program(), "\n".join(lines))

@@ -10,6 +10,10 @@ from mlxtune.recipe.schema import Recipe
 __all__ = ["DPO", "SFT", "Objective", "objective_of"]
 
 
+_OF_TABLES = {"dpo": DPO}
+
+
 def objective_of(recipe: Recipe) -> Objective:
     """The objective of a recipe, with the settings of its table."""
-    return SFT() if recipe.dpo is None else DPO(recipe.dpo)
+    table = getattr(recipe, recipe.objective, None)
+    return SFT() if table is None else _OF_TABLES[recipe.objective](table)

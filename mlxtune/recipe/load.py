@@ -215,11 +215,21 @@ def _problem(detail: Any, schema: type[BaseModel]) -> MlxtuneError:
     message = _IN_TOML_WORDS.get(detail["type"], str(detail["msg"]).removeprefix("Value error, "))
     value = detail["input"]
     ours = FOREIGN_VALUES.get(where, {}).get(value) if isinstance(value, str) else None
+    # Of a whole table the message says what is wrong in it.
+    shown = "" if _is_table(location, schema) else f" (it is {value!r})"
     return MlxtuneError(
-        f"{message[0].lower()}{message[1:]} (it is {value!r})",
-        where=where,
+        f"{message[0].lower()}{message[1:]}{shown}",
+        where=where or None,
         remedy=f"here it is called {ours}" if ours else None,
     )
+
+
+def _is_table(location: tuple[str | int, ...], schema: type[BaseModel]) -> bool:
+    """Whether it is the place of a whole table, or of the file."""
+    names = [part for part in location if isinstance(part, str)]
+    if len(names) > 1:
+        return False
+    return not names or bool(_models_in(schema.model_fields[names[0]].annotation))
 
 
 def _suggest(location: tuple[str | int, ...], schema: type[BaseModel]) -> str:

@@ -8,12 +8,6 @@ from pydantic import Field, model_validator
 
 from mlxtune.recipe.section import Section
 
-# What other defaults than those of supervised fine-tuning an objective has, by section. Rates are
-# lower: what is trained is a difference of log-probabilities, which moves far with little.
-DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
-    "dpo": {"train": {"learning_rate": 5e-6, "epochs": 1.0}},
-}
-
 
 class DpoSection(Section):
     """`[dpo]`: direct preference optimization.
@@ -37,3 +31,12 @@ class DpoSection(Section):
                 f"label_smoothing goes with sigmoid and sigmoid_norm, not {self.loss_type}"
             )
         return self
+
+
+TABLES: dict[str, type[Section]] = {"dpo": DpoSection}
+
+# What other defaults than those of supervised fine-tuning an objective has, by section. Rates are
+# lower: what is trained is a difference of log-probabilities, which moves far with little.
+DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "dpo": {"train": {"learning_rate": 5e-6, "epochs": 1.0}},
+}

@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from mlxtune.recipe.judge import JudgeSection
-from mlxtune.recipe.objectives import DEFAULTS, DpoSection
+from mlxtune.recipe.objectives import DEFAULTS, TABLES, DpoSection
 from mlxtune.recipe.section import Name, Names, PositiveInt, Section, listed
 
 
@@ -439,19 +439,19 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_objective(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("objective") not in DEFAULTS:
+        if not isinstance(values, dict) or (objective := values.get("objective")) not in TABLES:
             return values
-        objective, given = values["objective"], dict(values)
-        given.setdefault(objective, {})
-        for section, defaults in DEFAULTS[objective].items():
+        given: dict[str, Any] = {objective: {}} | values
+        for section, defaults in DEFAULTS.get(objective, {}).items():
             own = given.get(section, {})
             given[section] = defaults | own if isinstance(own, dict) else own
         return given
 
     @model_validator(mode="after")
     def _own_objective(self) -> Recipe:
-        if self.dpo is not None and self.objective != "dpo":
-            raise ValueError(f'[dpo] goes with objective = "dpo", not "{self.objective}"')
+        for name in TABLES:
+            if getattr(self, name) is not None and self.objective != name:
+                raise ValueError(f'[{name}] goes with objective = "{name}", not "{self.objective}"')
         if self.objective == "sft":
             return self
         for source in self.data:

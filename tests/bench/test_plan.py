@@ -37,6 +37,7 @@ from mlxtune.errors import ChipError, ModelError, RunError
 from mlxtune.models.known import known_config
 from mlxtune.recipe.load import load_recipe
 from support import models, program
+from support.compare import random_groups
 from support.files import ROOT, SHELL_TRAIN, write_jsonl
 from support.models import SMOLLM2
 from support.plans import LLAMA, recipe_of
@@ -76,14 +77,21 @@ def slow(*values):
         slow(LLAMA, {"lora": {"layers": 2}, "train": {"optimizer": "muon"}}),
         slow(GEMMA, {}),
         slow(QWEN, {"train": {"gradient_checkpointing": True, "optimizer": "adafactor"}}),
+        (LLAMA, {"objective": "dpo"}),
+        slow(GEMMA, {"objective": "dpo", "dpo": {"sft_weight": 0.5}, "lora": {"dropout": 0.1}}),
     ],
-    ids=["plain", "twice", "qlora", "dora", "padded", "last-blocks", "windows", "qwen"],
+    ids=[
+        *("plain", "twice", "qlora", "dora", "padded", "last-blocks", "windows", "qwen"),
+        *("pairs", "pairs-windows"),
+    ],
 )
 def test_the_planned_peak_is_the_peak_of_a_step(config, sections):
     recipe = recipe_of(**sections)
     model = StepModel(recipe, config, None, "float32")
-    lengths = (300, 280, 310, 120, 90, 250)
-    batch = (pack if model.packing else pad)(samples_of(lengths))
+    samples = samples_of((300, 280, 310, 120, 90, 250))
+    if "objective" in sections:
+        samples = random_groups((250, 180, 300), (40, 60))
+    batch = (pack if model.packing else pad)(samples)
     twice = range(model.blocks if recipe.train.gradient_checkpointing is True else 0)
     planned = peak_memory(model.graph(batch, twice))
     gc.collect()

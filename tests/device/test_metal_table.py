@@ -12,6 +12,7 @@ from mlxtune.data.pack import pack, pad
 from mlxtune.device import as_on_gpu
 from mlxtune.train.neftune import add_embedding_noise
 from mlxtune.train.step import LossFunction
+from support.compare import random_groups
 from support.metal import not_on_metal
 from support.models import GEMMA4, QWEN3_5, QWEN3_MOE, tiny_config
 from support.plans import recipe_of
@@ -42,6 +43,8 @@ RECIPES = {
     "dropout": {"lora": {"dropout": 0.1}, "train": {"neftune_noise_alpha": 5.0}},
     "padded": {"train": {"packing": False}},
     "twice": {"train": {"gradient_checkpointing": True}},
+    "dpo": {"objective": "dpo", "dpo": {"sft_weight": 0.5}},
+    "dpo, ipo": {"objective": "dpo", "dpo": {"loss_type": "ipo"}},
     **{
         name: {"train": {"optimizer": name}}
         for name in ("adamw_8bit", "adafactor", "lion", "muon", "sgd")
@@ -60,7 +63,8 @@ def step_of(kind: str, sections: dict, dtype: str = "bfloat16"):
         model = StepModel(recipe, tiny_config(kind, **MODELS[kind]), None, dtype)
         if recipe.train.neftune_noise_alpha:
             add_embedding_noise(model.model, recipe.train.neftune_noise_alpha)
-        samples = samples_of((30, 20, 40, 7))
+        pairs = recipe.objective == "dpo"
+        samples = random_groups((30, 20, 40)) if pairs else samples_of((30, 20, 40, 7))
         batch = (pack if model.packing else pad)(samples)
         twice = recipe.train.gradient_checkpointing is True
         return model.graph(batch, range(model.blocks if twice else 0))

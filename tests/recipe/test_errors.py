@@ -129,7 +129,7 @@ def test_the_names_of_other_trainers_are_known(problems, table, foreign, ours):
 
 
 def test_every_foreign_name_leads_to_a_key_there_is(recipe_file):
-    values = load_recipe(recipe_file(MINIMAL)).model_dump()
+    values = load_recipe(recipe_file(f'objective = "dpo"\n{MINIMAL}')).model_dump()
     keys = {f"{table}.{key}" for table, v in values.items() if isinstance(v, dict) for key in v}
     keys |= {f"[{table}]" for table in values} | {"[[data]]", *values}
     assert {ours.split()[0] for ours in FOREIGN_NAMES.values()} <= keys

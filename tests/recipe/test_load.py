@@ -423,3 +423,30 @@ def test_a_preset_of_one_model_and_its_data_is_not_filled_with_others(tmp_path):
     with pytest.raises(RecipeError, match="did you mean quickstart"):
         write_preset(tmp_path / "recipe.toml", "quickstrt")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_objective_brings_its_table_and_its_defaults(recipe_file):
+    plain = load_recipe(recipe_file(MINIMAL))
+    pairs = load_recipe(recipe_file(f'objective = "dpo"\n{MINIMAL}'))
+    assert plain.dpo is None and (pairs.dpo.beta, pairs.dpo.loss_type) == (0.1, "sigmoid")
+    assert (plain.train.learning_rate, plain.train.epochs) == (2e-4, 3)
+    assert (pairs.train.learning_rate, pairs.train.epochs) == (5e-6, 1)
+    own = load_recipe(recipe_file(f'objective = "dpo"\n{MINIMAL}[train]\nlearning_rate = 1e-3\n'))
+    assert (own.train.learning_rate, own.train.epochs) == (1e-3, 1)
+    for recipe in (plain, pairs, own):  # and comes back as it was
+        assert load_recipe(recipe_file(dump_recipe(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[dpo]\nbeta = 0.2\n", '[dpo] goes with objective = "dpo", not "sft"'),
+        ('[dpo]\nloss_type = "ipo"\nlabel_smoothing = 0.1\n', "goes with sigmoid"),
+    ],
+)
+def test_a_table_of_an_objective_is_refused_where_it_has_no_effect(recipe_file, text, says):
+    objective = "" if "goes with objective" in says else 'objective = "dpo"\n'
+    with pytest.raises(RecipeError) as raised:
+        load_recipe(recipe_file(f"{objective}{MINIMAL}{text}"))
+    [problem] = raised.value.problems
+    assert says in problem.what and "it is" not in problem.what

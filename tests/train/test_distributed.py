@@ -84,6 +84,16 @@ SAME = {
             "lora": {"layers": 1},
         },
     ),
+    "pairs": (
+        TWO,
+        {
+            "objective": "dpo",
+            "dpo": {"sft_weight": 0.5},
+            "data": [{"path": "pairs.jsonl"}],
+            "eval": {"path": "pairs.jsonl", "max_samples": 5, "max_overlap": 1.0, "steps": 2},
+            "train": {"max_grad_norm": 0.01, "optimizer": "sgd", "learning_rate": 0.1},
+        },
+    ),
 }
 
 
@@ -101,7 +111,10 @@ def values(tiny_folder):
             "eval": {"path": "few.jsonl", "max_samples": 5, "max_overlap": 1.0, "steps": 2},
             "log": {"steps": 1},
         }
-        return made | {name: made.get(name, {}) | new for name, new in sections.items()}
+        return made | {
+            name: made.get(name, {}) | new if isinstance(new, dict) else new
+            for name, new in sections.items()
+        }
 
     return make
 
@@ -112,6 +125,18 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("workers")
     records = [json.loads(line) for line in SHELL_TRAIN.read_text().splitlines()[::40]][:17]
     write_jsonl(path / "few.jsonl", records)
+    sides = zip(records, [*records[3:], *records[:3]], strict=True)
+    write_jsonl(
+        path / "pairs.jsonl",
+        [
+            {
+                "prompt": record["prompt"],
+                "chosen": record["expected_command"],
+                "rejected": f"{other['expected_command']} 2",
+            }
+            for record, other in sides
+        ],
+    )
     for name, last in {"other": {"prompt": "a", "completion": "b"}, "bad": {"no": 1}}.items():
         (path / name).mkdir()
         write_jsonl(path / name / "few.jsonl", [*records[:-1], last])
@@ -192,7 +217,10 @@ def test_two_workers_are_one_with_twice_the_batch(
             assert entry[key] == other[key]
         for key in {"loss", "held_out_loss", "grad_norm", "learning_rate"} & entry.keys():
             assert other[key] == pytest.approx(entry[key], rel=1e-5), (key, entry["step"])
-    assert max(entry.get("grad_norm", 0) for entry in entries) > 0.5, "nothing was clipped"
+        for key in (key for key in entry if "/" in key):  # figures of an objective
+            assert other[key] == pytest.approx(entry[key], rel=1e-4, abs=1e-4), key
+    clipped = SAME[name][1]["train"].get("max_grad_norm", 1.0)
+    assert max(entry.get("grad_norm", 0) for entry in entries) > clipped, "nothing was clipped"
     # AdamW divides small gradients by their own size, and with it what rounding left in them:
     # one process whose steps are more passes is the measure of how far that alone leads.
     divided = [
