@@ -16,7 +16,7 @@ from mlxtune.data.pack import pack, pad
 from mlxtune.data.passes import Layout, passes
 from mlxtune.losses.preference import Pairs
 from mlxtune.models.enable import enable_packs
-from mlxtune.objectives import DPO
+from mlxtune.objectives import DPO, base
 from mlxtune.recipe.objectives import DpoSection
 from mlxtune.train.heldout import held_out_figures
 from mlxtune.train.step import LossFunction, TrainStep
@@ -235,3 +235,35 @@ def test_a_step_that_is_compiled_is_the_plain_one():
         ]
         results.append(losses)
     assert results[1] == pytest.approx(results[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_trained_head_has_the_gradient_of_the_loss(dropout, monkeypatch):
+    """Its logits are made again in the backward pass, and drop what they have dropped: with the
+    seed fixed, the loss is a function whose slope can be measured."""
+    monkeypatch.setattr(base, "LOGITS_AT_ONCE", 1)
+    monkeypatch.setattr(base, "LEAST_ROWS", 8)
+    model = tiny_llama(tied=False)
+    enable_packs(model)
+    with_adapters(model, dropout=dropout)
+    batch, loss_of = pack(GROUPS), LossFunction(model.train(), DPO(DpoSection(beta=0.5)))
+    assert "lm_head.lora_a" in trainable(model) and len(batch.targets) > 3 * base.LEAST_ROWS
+    arrays = loss_of.arrays(batch)
+
+    def loss() -> mx.array:
+        mx.random.seed(13)
+        return loss_of(arrays, batch.prefix, batch.packed)[0]
+
+    start = trainable(model)
+    _, gradients = value_and_gradients(model, loss)
+    head = {name: g for name, g in gradients.items() if name.startswith("lm_head")}
+    for chosen in (head, gradients):
+        norm = sum(g.square().sum() for g in chosen.values()).item() ** 0.5
+
+        def at(distance: float, chosen=chosen, norm=norm) -> float:
+            moved = [(n, start[n] + distance / norm * g) for n, g in chosen.items()]
+            model.load_weights(moved, strict=False)
+            return loss().item()
+
+        assert (at(1e-2) - at(-1e-2)) / 2e-2 == pytest.approx(norm, rel=1e-2)
+        model.load_weights(list(start.items()), strict=False)

@@ -7,8 +7,10 @@ import random
 import shutil
 import signal
 import time
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -20,8 +22,10 @@ from mlxtune.data.sources import Source
 from mlxtune.data.tokens import tokenize
 from mlxtune.errors import DataError, RunError
 from mlxtune.layers.adapter import without_adapters
+from mlxtune.objectives.base import Best
+from mlxtune.objectives.sft import SFT
 from mlxtune.recipe.load import dump_recipe
-from mlxtune.train import session
+from mlxtune.train import loop, session
 from mlxtune.train.metrics import Silent
 from mlxtune.train.run import checkpoints
 from mlxtune.train.session import fine_tune
@@ -318,3 +322,45 @@ def test_held_out_pairs_are_not_trained_on(preference, tmp_path, pairs):
     assert len(kept) == 5
     trained = np.fromfile(run.path / "trained-rows.u64", "<u8")
     assert len(trained) == len(rows) - 5
+
+
+# ------------------------------------------------------------------------ other objectives
+
+
+@dataclass(frozen=True)
+class Drawn(SFT):
+    """As one whose batches the policy makes, and of which more is better."""
+
+    draws: ClassVar[bool] = True
+    figures: ClassVar[Mapping[str, str]] = {"reward": "answers"}
+    best: ClassVar[Best] = Best("reward", higher=True)
+
+    def counts(self, batch):
+        return super().counts(batch) | {"answers": len(batch.records)}
+
+    def __call__(self, targets):
+        losses, _ = super().__call__(targets)
+        return losses, {"reward": losses["tokens"]}
+
+
+def test_what_the_policy_makes_is_not_made_ahead_and_more_may_be_better(
+    recipe, few, tmp_path, monkeypatch
+):
+    def ahead(_items):
+        raise AssertionError("batches are made ahead")
+
+    monkeypatch.setattr(loop, "ahead", ahead)
+    settings = recipe(
+        few,
+        train={"max_steps": 3},
+        eval={"path": str(few), "max_overlap": 1.0, "steps": 1, "patience": 2},
+    )
+    with pytest.raises(AssertionError, match="made ahead"):
+        fine_tune(settings, tmp_path / "answers", Silent())
+    monkeypatch.setattr(session, "objective_of", lambda _: Drawn())
+    run = fine_tune(settings, tmp_path / "drawn", Silent())
+    rewards = [e["held_out_reward"] for e in run.metrics() if "held_out_reward" in e]
+    # The loss falls, and with it what is called a reward here: none is better than the first.
+    assert rewards == sorted(rewards, reverse=True) and len(rewards) == 3
+    assert not run.best_adapter.exists(), "stopped after two that were no better"
+    assert all("reward" in e for e in run.metrics() if "loss" in e)
