@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlxtune.data.pack import pack, pad
+from mlxtune.data.pack import filled_up, pack, pad
 from mlxtune.data.passes import Layout, passes
 from mlxtune.losses.preference import Pairs
 from mlxtune.models.enable import enable_packs
@@ -235,6 +235,22 @@ def test_a_step_that_is_compiled_is_the_plain_one():
         ]
         results.append(losses)
     assert results[1] == pytest.approx(results[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_pairs_that_fill_a_batch_up_count_for_nothing(kind):
+    model, batch = model_of(), pack(GROUPS)
+    loss_of = LossFunction(model, DPO(DpoSection(loss_type=kind)))
+    rows, width = batch.tokens.shape
+    full = filled_up(batch, rows + 1, width, len(batch.targets) + 32, batch.groups + 3)
+    found = []
+    for each in (batch, full):
+        arrays = loss_of.arrays(each)
+        loss, figures = loss_of(arrays, each.prefix, each.packed)
+        found.append(
+            [loss.item(), loss_of.total(arrays).item(), *(f.item() for f in figures.values())]
+        )
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -307,6 +307,21 @@ def test_what_is_too_long_is_cut_or_left_out_as_a_pair(tmp_path, renderer, cache
     assert first.fingerprint == whole[0].fingerprint
 
 
+@pytest.mark.parametrize("unusable", ["error", "skip"])
+def test_a_pair_of_which_no_prompt_is_left_is_not_trained(tmp_path, renderer, cache, unusable):
+    whole = store_of(tmp_path, renderer, [GOOD])
+    prompt = int(np.flatnonzero(whole[0].weights)[0])
+    limit = len(whole[1].tokens) - prompt  # as much is cut off as the prompt has
+    rows = [GOOD, {"prompt": "a", "chosen": "b", "rejected": "c"}]
+    rules = {"max_seq_length": limit, "truncate": "left", "unusable": unusable}
+    if unusable == "error":
+        with pytest.raises(DataError, match="nothing trained is left"):
+            store_of(tmp_path, renderer, rows, **rules)
+    else:
+        store = store_of(tmp_path, renderer, rows, **rules)
+        assert [sample.record for sample in store] == [2, 2]
+
+
 def test_an_objective_of_answers_refuses_pairs_and_says_which_trains_them(recipe, pairs, tmp_path):
     with pytest.raises(DataError, match="preference pair") as raised:
         fine_tune(recipe(pairs), tmp_path / "run", Silent())
