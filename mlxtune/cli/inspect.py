@@ -19,13 +19,17 @@ def show(found: Inspection, *, ids: bool) -> None:
     console = Console()
     for shown in found.rows:
         sample = shown.sample
+        side = f"  {shown.side}" if shown.side else ""
         console.print(
-            f"record {sample.record}  {sample.where}  {len(sample.tokens)} tokens, "
+            f"record {sample.record}{side}  {sample.where}  {len(sample.tokens)} tokens, "
             f"{sample.supervised} trained",
             style="bold",
             highlight=False,
             markup=False,
         )
+        if shown.side == "rejected":
+            begins = f"… begins with the same {shown.shared} tokens as the chosen side\n"
+            console.print(begins, style="dim", highlight=False, markup=False, end="")
         console.print(_text(shown, console))
         if ids:
             console.print(_ids(sample, console))
@@ -36,7 +40,7 @@ def show(found: Inspection, *, ids: bool) -> None:
         shown_as = "green" if _colours(console) else "between ⟦ and ⟧"
         console.print(f"What is {shown_as} is trained.\n", highlight=False)
     for path, tally in found.tallies:
-        console.print(_totals(path, tally), highlight=False, markup=False)
+        console.print(_totals(path, tally, found.unit), highlight=False, markup=False)
     for note in found.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
     console.print()
@@ -52,7 +56,9 @@ def show(found: Inspection, *, ids: bool) -> None:
 
 def _text(shown: Shown, console: Console) -> Text:
     text = Text()
-    for trained, part in shown.parts:
+    # What both sides of a pair begin with stands with the first of them.
+    parts = shown.parts[1:] if shown.side == "rejected" else shown.parts
+    for trained, part in parts:
         if not trained:
             text.append(part, style="dim")
         elif _colours(console):
@@ -76,10 +82,10 @@ def _colours(console: Console) -> bool:
     return console.is_terminal and not console.no_color
 
 
-def _totals(path: str, tally: Tally) -> str:
+def _totals(path: str, tally: Tally, unit: str) -> str:
     lines = [
         path,
-        f"  {tally.rows:,} records, {tally.samples:,} samples, {tally.tokens:,} tokens, "
+        f"  {tally.rows:,} records, {tally.samples:,} {unit}, {tally.tokens:,} tokens, "
         f"{tally.trained:,} of them trained ({tally.trained / tally.tokens:.0%}); the longest "
         f"has {tally.longest:,}",
     ]

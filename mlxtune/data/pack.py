@@ -211,11 +211,11 @@ def pack(samples: Sequence[Sample], grid: Grid | None = None) -> Batch:
     return _batch(samples, grid or grid_of(samples), packed=True)
 
 
-def common_prefix(samples: Sequence[Sample]) -> int:
+def common_prefix(samples: Sequence[Sample], *, shortest: int = SHORTEST_PREFIX) -> int:
     """Tokens that all samples begin with and none of them is trained on.
 
-    At least one token of each sample is left over; a prefix too short to pay counts as
-    none.
+    At least one token of each sample is left over; fewer than `shortest`, which would not pay,
+    count as none.
     """
     if len(samples) < 2:
         return 0
@@ -225,7 +225,7 @@ def common_prefix(samples: Sequence[Sample]) -> int:
     for sample in samples[1:]:
         same &= sample.tokens[:limit] == first
     prefix = limit if same.all() else int(np.argmin(same))
-    return prefix if prefix >= SHORTEST_PREFIX else 0
+    return prefix if prefix >= shortest else 0
 
 
 def _best_fit(lengths: Sequence[int], width: int, prefix: int) -> list[list[tuple[int, int]]]:

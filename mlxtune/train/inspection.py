@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
+from mlxtune.data.groups import Group, grouped
 from mlxtune.data.inspect import Bin, SharedPrefix, histogram, shared_prefix, spread, stretches
-from mlxtune.data.render import Sample
+from mlxtune.data.pack import common_prefix
+from mlxtune.data.render import Renderer, Sample
 from mlxtune.data.rules import Tally, record_samples
 from mlxtune.data.store import Progress, TokenStore
 from mlxtune.data.tokens import tokenize
 from mlxtune.errors import DataError
 from mlxtune.models.load import model_config
 from mlxtune.models.resolve import resolve_model
+from mlxtune.objectives import objective_of
 from mlxtune.recipe.schema import Recipe
 from mlxtune.train.asking import settled
 from mlxtune.train.corpus import read_corpus, rules_of, source_of
@@ -24,10 +28,16 @@ from mlxtune.train.notes import context_notes
 
 @dataclass(frozen=True)
 class Shown:
-    """A sample as text: its tokens, and its stretches, trained or not."""
+    """A sample as text: its tokens, and its stretches, trained or not.
+
+    `side` is which of a pair it is, `chosen` or `rejected`, and `shared` how many tokens both
+    begin with; "" and 0 for a sample by itself.
+    """
 
     sample: Sample
     parts: tuple[tuple[bool, str], ...]
+    side: str = ""
+    shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,8 @@ class Inspection:
     """All that `mlxtune data inspect` tells.
 
     `tallies` has each source and what became of its records, `notes` remarks on them,
-    `left_out` the reasons of records that were to be shown and are not trained on.
+    `left_out` the reasons of records that were to be shown and are not trained on, `unit` what
+    samples are counted in.
     """
 
     tallies: tuple[tuple[str, Tally], ...]
@@ -45,6 +56,7 @@ class Inspection:
     max_seq_length: int
     rows: tuple[Shown, ...]
     left_out: dict[int, str]
+    unit: str = "samples"
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -58,6 +70,7 @@ class Inspection:
                 {
                     "where": shown.sample.where,
                     "record": shown.sample.record,
+                    **({"side": shown.side, "shared": shown.shared} if shown.side else {}),
                     "parts": [{"trained": trained, "text": text} for trained, text in shown.parts],
                     "tokens": shown.sample.tokens.tolist(),
                     "trained": np.flatnonzero(shown.sample.weights).tolist(),
@@ -116,9 +129,15 @@ def inspect_recipe(
         lengths=tuple(histogram(lengths)),
         prefix=shared_prefix([sample for store in stores for sample in spread(store)]),
         max_seq_length=recipe.train.max_seq_length,
-        rows=tuple(
-            Shown(sample, tuple((kind, renderer.decode(ids)) for kind, ids in stretches(sample)))
-            for sample in samples
-        ),
+        rows=tuple(shown for group in grouped(samples) for shown in _shown(group, renderer)),
         left_out=left_out,
+        unit="pairs" if objective_of(recipe).form == "pairs" else "samples",
     )
+
+
+def _shown(group: Group, renderer: Renderer) -> Iterator[Shown]:
+    shared = common_prefix(group, shortest=1)
+    for sample in group:
+        parts = tuple((kind, renderer.decode(ids)) for kind, ids in stretches(sample))
+        side = ("chosen", "rejected")[sample.side] if len(group) == 2 else ""
+        yield Shown(sample, parts, side, shared)
