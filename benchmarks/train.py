@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import re
 import statistics
 import sys
 import tempfile
@@ -29,6 +26,7 @@ from typing import Any
 from mlx_lm.utils import load_tokenizer
 from training.driver import TRAINERS, Worker
 from training.flops import Flops, matmul_rate
+from training.machine import machine
 from training.models import make_models
 from training.worker import MlxLmBatches, recipe_of
 from training.workloads import WORKLOADS, Workload, read_pairs
@@ -127,7 +125,7 @@ def count(workload: Workload, models: Path, pairs: Path, steps: int = 20) -> str
             theirs.append(flops.padded(*padded))
             ours.append(flops(batches))
 
-        made = MlxLmBatches(job, layout_for(adapted.packing), seen)
+        made = MlxLmBatches(job, layout_for(adapted.packing, adapted.base.config), seen)
         deque(islice(made.steps(0, steps), steps), maxlen=0)
     of_theirs, of_ours = statistics.mean(theirs) / 1e9, statistics.mean(ours) / 1e9
     return f"| {workload.name} | {of_theirs:,.0f} | {of_ours:,.0f} | {of_theirs / of_ours:.1f} |"
@@ -162,23 +160,6 @@ def main() -> None:
         if given.rounds >= FEWEST_ROUNDS:
             figures.setdefault("workloads", {})[letter] = measured
             path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-
-
-def machine() -> dict[str, Any]:
-    """What the figures are of, and how busy it was before."""
-    processor = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = re.findall(r"^model name\s*:\s*(.*)$", cpuinfo.read_text(), re.MULTILINE)
-        processor = names[0] if names else processor
-    preloaded = os.environ.get("LD_PRELOAD", "").split()
-    return {
-        "platform": platform.platform(),
-        "processor": processor,
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "blas": [Path(path).name for path in preloaded],
-        "load": os.getloadavg()[0],
-    }
 
 
 def row(letter: str, measured: dict[str, Any]) -> str:

@@ -14,11 +14,23 @@ TRAINERS = ("mlx-lm", "mlxtune")
 
 
 class Worker:
-    """A trainer in its own process, warmed up."""
+    """A trainer in its own process, warmed up.
 
-    def __init__(self, trainer: str, job: Path) -> None:
+    Args:
+        trainer, job: what `module` takes.
+        module: that is run.
+        python: that runs it.
+    """
+
+    def __init__(
+        self,
+        trainer: str,
+        job: Path,
+        module: str = "training.worker",
+        python: str = sys.executable,
+    ) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "training.worker", trainer, str(job)],
+            [python, "-m", module, trainer, str(job)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -55,6 +55,11 @@ class Flops:
         total += 2 * tokens * (width - 1) * self._attention * (self._forwards + 2)
         return total + 2 * tokens * self._head * 2
 
+    def looked_at(self, rows: int, width: int) -> float:
+        """Of the same by a model without adapters that is not trained: a forward pass."""
+        tokens = rows * (width - 1)
+        return 2.0 * tokens * (self._weights + (width - 1) * self._attention + self._head)
+
 
 def matmul_rate(dtype: mx.Dtype = mx.float32) -> float:
     """The best rate of a large product on this device, in operations a second."""

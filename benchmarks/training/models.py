@@ -39,14 +39,8 @@ GEMMA3 = {
 
 def make_models(folder: Path, dtype: str = "float32") -> None:
     """Make the folders `smollm2`, `smollm2-4bit` and `gemma3`, in a float type."""
-    folder.mkdir(parents=True, exist_ok=True)
-    plain, packed, gemma = (folder / n for n in ("smollm2", "smollm2-4bit", "gemma3"))
-    if not plain.exists():
-        base = load_model(resolve_model(SMOLLM2), dtype=dtype)
-        own_quantized_layers(base.model)
-        dequantize_layers(base.model, DTYPES[dtype])
-        _save(plain, flat(base.model.parameters()), base.config)
-        base.tokenizer.save_pretrained(plain)
+    packed, gemma = (folder / n for n in ("smollm2-4bit", "gemma3"))
+    plain = make_smollm2(folder, dtype)
     if not packed.exists():
         mlx_lm.convert(str(plain), str(packed), quantize=True, q_bits=4, q_group_size=64)
     if not gemma.exists():
@@ -60,6 +54,19 @@ def make_models(folder: Path, dtype: str = "float32") -> None:
         _save(gemma, arrays, GEMMA3)
         for file in plain.glob("*token*"):
             shutil.copy(file, gemma)
+
+
+def make_smollm2(folder: Path, dtype: str = "float32") -> Path:
+    """Make the folder `smollm2`, its weights expanded to a float type; its path."""
+    path = folder / "smollm2"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        base = load_model(resolve_model(SMOLLM2), dtype=dtype)
+        own_quantized_layers(base.model)
+        dequantize_layers(base.model, DTYPES[dtype])
+        _save(path, flat(base.model.parameters()), base.config)
+        base.tokenizer.save_pretrained(path)
+    return path
 
 
 def _save(folder: Path, arrays: dict[str, mx.array], config: dict[str, object]) -> None:

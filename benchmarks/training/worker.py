@@ -36,13 +36,17 @@ class Turns:
         self._told = told
         self._left = job.get("first", 1)  # by default one step to warm up
         self._losses: list[float] = []
+        self.beside: dict[str, list[float]] = {}  # lists to stand in this turn's figures
         self.flops = 0.0  # of this turn's steps, if they are counted
         self.model: Any = None
         self._begun = time.perf_counter()
 
-    def step_done(self, loss: float) -> None:
+    def step_done(self, loss: float, **beside: float) -> None:
+        """Count a step; what stands beside its loss is given back under the same names."""
         self._left -= 1
         self._losses.append(loss)
+        for name, value in beside.items():
+            self.beside.setdefault(name, []).append(value)
         if self._left:
             return
         seconds = time.perf_counter() - self._begun
@@ -51,10 +55,11 @@ class Turns:
             "peak_memory_bytes": mx.get_peak_memory(),
             "flops": self.flops,
             "losses": self._losses,
+            **self.beside,
         }
         if self._job.get("held_out"):
             figures["held_out_loss"] = held_out_loss(self.model, self._job)
-        self.flops, self._losses = 0.0, []
+        self.flops, self._losses, self.beside = 0.0, [], {}
         print(json.dumps(figures), file=self._told, flush=True)
         if not sys.stdin.readline():
             os._exit(0)
@@ -207,6 +212,7 @@ def recipe_of(job: dict[str, Any]) -> Any:
 def train_mlxtune(job: dict[str, Any], turns: Turns) -> None:
     from training.flops import Flops
 
+    from mlxtune.objectives import SFT
     from mlxtune.train.blocks import checkpoint_blocks
     from mlxtune.train.distributed import Workers
     from mlxtune.train.loop import Trainer
@@ -237,8 +243,9 @@ def train_mlxtune(job: dict[str, Any], turns: Turns) -> None:
     trainer = Trainer(
         base.model,
         Run.create(folder, recipe, {}, overwrite=False),
-        MlxLmBatches(job, layout_for(adapted.packing), seen),
+        MlxLmBatches(job, layout_for(adapted.packing, base.config), seen),
         (),
+        SFT(),
         train=recipe.train,
         evaluation=recipe.eval,
         checkpoint=recipe.checkpoint,
