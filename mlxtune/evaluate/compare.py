@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlxtune.adapters.store import fitted, put_adapter
 from mlxtune.data.records import Conversation, Turn
 from mlxtune.errors import DataError, MlxtuneError
-from mlxtune.evaluate.bootstrap import mean_interval, paired_difference, ratio_interval
+from mlxtune.evaluate.bootstrap import Interval, mean_interval, paired_difference, ratio_interval
 from mlxtune.evaluate.comparison import BASE, TUNED, Answered, Comparison, Figures, Source
 from mlxtune.evaluate.judge import Judge
 from mlxtune.evaluate.measure import Measured, RecordLoss, measure, read_records
@@ -374,7 +374,25 @@ def _figures(
             bits_per_byte=bits_per_byte(loss, whole.tokens, whole.size),
             tokens=whole.tokens,
             general_loss=m.general_loss,
-            metrics={k: mean_interval(v) for k, v in kept.items()},
+            metrics={k: mean_interval(v) for k, v in kept.items()}
+            | _preferences(m, measured[first], numbers),
             gains={} if name == first else gains,
         )
     return figures
+
+
+def _preferences(
+    measured: Measured, base: Measured, numbers: Sequence[int]
+) -> dict[str, Interval | None]:
+    """How often a model prefers the chosen side of a pair; nothing where there are no pairs.
+
+    `chosen_likelier` is of the model by itself, `preference` of its log-ratio to the base.
+    """
+    if not measured.margins:
+        return {}
+    own = [measured.margins[number] for number in numbers]
+    apart = [margin - base.margins[n] for margin, n in zip(own, numbers, strict=True)]
+    return {
+        "chosen_likelier": mean_interval([float(margin > 0) for margin in own]),
+        "preference": None if measured is base else mean_interval([float(m > 0) for m in apart]),
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +36,14 @@ class Records:
     """Held-out records by their numbers, as they are and in one model's tokens.
 
     Attributes:
-        samples: a record may be of several.
+        samples: a record may be of several; of a preference pair, the chosen side.
         conversations: number to record, in order.
+        rejected: the rejected sides of pairs.
     """
 
     samples: Sequence[Sample]
     conversations: dict[int, Conversation]
+    rejected: Sequence[Sample] = ()
 
     def first(self, limit: int | None) -> Records:
         """The first so many."""
@@ -50,7 +52,11 @@ class Records:
     def only(self, numbers: Collection[int]) -> Records:
         """Those that are among the numbers."""
         kept = {n: c for n, c in self.conversations.items() if n in set(numbers)}
-        return Records([s for s in self.samples if s.record in kept], kept)
+        chosen, rejected = (
+            [sample for sample in side if sample.record in kept]
+            for side in (self.samples, self.rejected)
+        )
+        return Records(chosen, kept, rejected)
 
 
 @dataclass(frozen=True)
@@ -86,11 +92,14 @@ class Measured:
         losses: record's number to its loss.
         general_loss: nats a token of the plain text; None without one.
         answers: record's number to the answer, of those that have turns.
+        margins: of preference pairs, record's number to the log-probability of the chosen side
+            less that of the rejected one, nats.
     """
 
     losses: dict[int, RecordLoss]
     general_loss: float | None
     answers: dict[int, str]
+    margins: dict[int, float] = field(default_factory=dict)
 
 
 def read_records(recipe: Recipe, sources: Sequence[DataSource], renderer: Renderer) -> Records:
@@ -118,7 +127,8 @@ def read_records(recipe: Recipe, sources: Sequence[DataSource], renderer: Render
 
 def _numbered(samples: Sequence[Sample], conversations: list[Conversation]) -> Records:
     numbers = sorted({sample.record for sample in samples})
-    return Records(samples, dict(zip(numbers, conversations, strict=True)))
+    chosen, rejected = ([s for s in samples if bool(s.side) == side] for side in (False, True))
+    return Records(chosen, dict(zip(numbers, conversations, strict=True)), rejected)
 
 
 def measure(
@@ -156,6 +166,11 @@ def measure(
     for sample, total in zip(samples, totals.tolist(), strict=True):
         more = _loss(sample, total, renderer)
         losses[sample.record] = losses.get(sample.record, RecordLoss()) + more
+    margins: dict[int, float] = {}
+    if records.rejected:
+        lost = sample_losses(model, records.rejected, batch_size=16, layout=layout)
+        for sample, total in zip(records.rejected, lost.tolist(), strict=True):
+            margins[sample.record] = total - losses[sample.record].total
     general_loss = None
     if general:
         progress("loss on general text")
@@ -180,7 +195,7 @@ def measure(
             progress=lambda done: progress(f"{done} of {len(chats)} answers"),
         )
         said = [renderer.answers.read(text).content for text in said]
-    return Measured(losses, general_loss, dict(zip(chats, said, strict=True)))
+    return Measured(losses, general_loss, dict(zip(chats, said, strict=True)), margins)
 
 
 def _length_of_answer(sample: Sample) -> int:

@@ -29,6 +29,8 @@ METRIC_NAMES = {
     "flags": "same flags",
     "shell": "shell score",
     "output": "same output",
+    "chosen_likelier": "chosen side likelier",
+    "preference": "preference accuracy",
 }
 # What the figures mean, for who sees them for the first time.
 FIGURE_MEANINGS = {
@@ -47,6 +49,8 @@ FIGURE_MEANINGS = {
     "shell": "how much of the command is the same",
     "output": "answers that print the same when they are run",
     "judge": "grade by another model",
+    "chosen_likelier": "pairs whose chosen side is more likely than the rejected one",
+    "preference": "pairs whose chosen side gained on the rejected one, next to the base",
 }
 # Nats a token, or made of them.
 LOSSES = ("held_out_loss", "perplexity", "bits_per_byte", "general_loss")
@@ -151,7 +155,8 @@ def figures_json(result: Comparison) -> dict[str, Any]:
         for name, f in result.figures.items()
         if name in ("base", "tuned")
     }
-    metrics = next(iter(result.figures.values())).metrics
+    # Of answers; preferences are of pairs, and have no answers to put into categories.
+    metrics = list(next(iter(result.answers[0].scores.values()))) if result.answers else []
     return {
         "version": mlxtune.__version__,
         "run": result.subject,

@@ -85,7 +85,8 @@ def rows_to_try(run: Run, renderer: Renderer, count: int) -> list[Sample]:
     try:
         for source in _sources_to_try(run):
             for number, row in enumerate(source.rows(), start=1):
-                found += record_samples(source, row, number, renderer, rules, Tally())
+                made = record_samples(source, row, number, renderer, rules, Tally())
+                found += [sample for sample in made if sample.side == 0]  # of a pair, the chosen
                 if len(found) >= count:
                     return found[:count]
     except MlxtuneError:
