@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from mlxtune.objectives import meanings_of
 from mlxtune.report.collect import Entry, RunRecord, numbers
 
 GB = 1e9
@@ -86,16 +87,25 @@ class Chart:
 def charts(runs: Sequence[RunRecord]) -> list[Chart]:
     """The charts that the runs have figures for."""
     norms = _curves(runs, "grad_norm", "gradient norm")
+    meanings: dict[str, str] = {}
+    for run in runs:
+        meanings |= meanings_of(run.keys.get("objective", "sft"))
+    per_token = "mean cross-entropy per token, in nats; lower is better"
+    said = "How badly the model predicts the answers, token by token; 0 is perfect."
     found = [
         Chart(
             "loss",
             "Loss",
-            "mean cross-entropy per token, in nats; lower is better",
-            "How badly the model predicts the answers, token by token; 0 is perfect. Training: "
+            "lower is better" if "loss" in meanings else per_token,
+            f"{meanings.get('loss', said)} Training: "
             "on the records it learns from, while it does. Held-out: on records it never learns "
             "from, which shows whether what it learned holds for others too.",
-            _curves(runs, "loss", "training") + _curves(runs, "held_out_loss", "held-out"),
+            _of_both(runs, "loss"),
             smooth=True,
+        ),
+        *(
+            Chart(key, _title(key), "", meanings.get(key, ""), _of_both(runs, key), smooth=True)
+            for key in _own_figures(runs)
         ),
         Chart(
             "learning_rate",
@@ -140,6 +150,23 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
     return [replace(chart, logarithmic_steps=unlike) for chart in found if chart.curves]
 
 
+def _own_figures(runs: Sequence[RunRecord]) -> list[str]:
+    """Figures that objectives report beside the loss: their names have a slash in them."""
+    found = dict.fromkeys(key for run in runs for entry in run.reports for key in entry)
+    return [key for key in found if "/" in key]
+
+
+def _title(key: str) -> str:
+    """`Rewards: margins` for `rewards/margins`."""
+    group, _, name = key.partition("/")
+    return f"{group.capitalize()}: {name}"
+
+
+def _of_both(runs: Sequence[RunRecord], key: str) -> tuple[Curve, ...]:
+    """A figure on the records that are trained on, and on those that are held out."""
+    return _curves(runs, key, "training") + _curves(runs, f"held_out_{key}", "held-out")
+
+
 def smoothed(values: Sequence[float]) -> list[float]:
     """Means over a twentieth of the values, half of them before, half after each one.
 
@@ -157,7 +184,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def _curves(runs: Sequence[RunRecord], key: str, name: str) -> tuple[Curve, ...]:
-    held_out = key == "held_out_loss"
+    held_out = key.startswith("held_out_")
     found = []
     for number, run in enumerate(runs):
         entries: Sequence[Entry] = run.held_out if held_out else run.reports

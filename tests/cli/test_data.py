@@ -65,6 +65,26 @@ def test_inspect_as_json_has_tokens_and_figures(folder):
     assert 0 < found["shared_prefix"]["share"] < 1
 
 
+def test_inspect_shows_both_sides_of_a_pair_and_their_prompt_once(folder):
+    pair = {"prompt": "list files", "chosen": "ls", "rejected": "rm -r x"}
+    write_jsonl(folder / "rows.jsonl", [pair, pair | {"chosen": "ls -a"}])
+    overrides = ("--set", "objective=dpo")
+    done = mlxtune("data", "inspect", "recipe.toml", *overrides, "--rows", "1", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "record 1  chosen  rows.jsonl:1" in done.stdout
+    assert "record 1  rejected  rows.jsonl:1" in done.stdout
+    assert done.stdout.count("list files") == 1
+    assert "⟦ls<|im_end|>⟧" in done.stdout and "⟦rm -r x<|im_end|>⟧" in done.stdout
+    assert "2 records, 2 pairs" in done.stdout
+    found = mlxtune("data", "inspect", "recipe.toml", *overrides, "--json", cwd=folder)
+    rows = json.loads(found.stdout)["rows"]
+    assert [row["side"] for row in rows[:2]] == ["chosen", "rejected"]
+    # All up to the first of the answer's tokens, a byte each.
+    first = rows[0]["trained"][0]
+    assert rows[0]["shared"] == first == rows[1]["trained"][0]
+    assert f"the same {first} tokens as the chosen side" in done.stdout
+
+
 def test_inspect_takes_overrides_and_tells_errors(folder):
     done = mlxtune("data", "inspect", "recipe.toml", "--set", 'data.truncate="error"', cwd=folder)
     assert done.returncode == 1

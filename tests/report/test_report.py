@@ -21,6 +21,7 @@ from mlxtune.bench.plan import Planner
 from mlxtune.errors import OutputExists, RunError
 from mlxtune.evaluate.compare import compare_run
 from mlxtune.evaluate.results import write_results
+from mlxtune.objectives import DPO
 from mlxtune.recipe.load import parse_recipe
 from mlxtune.report.charts import charts, smoothed
 from mlxtune.report.collect import collect, read_run
@@ -605,3 +606,23 @@ def test_a_folder_that_is_no_run(tmp_path):
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith(f"error: {name}") and said in done.stderr
     assert listing(tmp_path) == before
+
+
+def test_figures_of_an_objective_have_charts_that_say_what_they_are(recipe, pairs, tmp_path):
+    settings = recipe(
+        pairs, objective="dpo", train={"max_steps": 2}, eval={"val_size": 4, "steps": 1}
+    )
+    run = fine_tune(settings, tmp_path / "run", Silent())
+    found = {chart.key: chart for chart in charts([read_run(run.path)])}
+    entries = list(run.metrics())
+    for key in ("rewards/chosen", "rewards/margins", "rewards/accuracies", "logps/rejected"):
+        training, held_out = found[key].curves
+        assert list(training.values) == [e[key] for e in entries if key in e]
+        own = f"held_out_{key}"
+        assert list(held_out.values) == [e[own] for e in entries if own in e] and held_out.measured
+    assert found["rewards/margins"].title == "Rewards: margins"
+    assert "It is common that this falls" in found["rewards/chosen"].meaning
+    assert "mean over pairs" in found["loss"].meaning and "per token" not in found["loss"].unit
+    assert (
+        {key for key in found if "/" in key} == set(DPO.figures) == DPO.meanings.keys() - {"loss"}
+    )
