@@ -243,8 +243,13 @@ class TrainStep:
                 before = value, gradients
         if gradients is None:
             gradients = tree_map(mx.zeros_like, self._model.trainable_parameters())
-        (loss, sums), gradients = self._workers.sum((value, gradients))
-        return StepResult(loss / total, self._finish(gradients, total), self._named(sums))
+        loss, sums = value
+        # By name: a list without anything in it would be lost on the way.
+        figures = {"figures": sums[0]} if sums else {}
+        given = self._workers.sum({"loss": loss, "gradients": gradients} | figures)
+        norm = self._finish(given["gradients"], total)
+        sums = [given["figures"]] if sums else []
+        return StepResult(given["loss"] / total, norm, self._named(sums))
 
     def _fitted(self, batch: Batch, kind: str) -> tuple[Batch, bool]:
         """The batch as it is computed, and whether a compiled function does it."""

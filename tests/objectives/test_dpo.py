@@ -217,6 +217,7 @@ def test_a_large_pass_and_several_small_ones_are_the_same_step(settings):
     assert all(distance(other[3][name], after[name]) < 1e-5 for name in after)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_compiled_is_the_plain_one():
     results = []
     for compiled in (False, True):
