@@ -139,7 +139,6 @@ class Objective(ABC):
         figures: names of what `__call__` sums up beside the loss, and which of `counts`
             each is divided by.
         shown: those of them that a line in the terminal has room for.
-        meanings: what they, and the `loss`, say, for someone who sees them for the first time.
         best: which held-out figure decides.
         compares: whether it needs the log-probabilities of a reference model, which are
             computed before the first step.
@@ -150,7 +149,6 @@ class Objective(ABC):
     form: ClassVar[str] = "answers"
     figures: ClassVar[Mapping[str, str]] = {}
     shown: ClassVar[tuple[str, ...]] = ()
-    meanings: ClassVar[Mapping[str, str]] = {}
     best: ClassVar[Best] = Best()
     compares: ClassVar[bool] = False
     draws: ClassVar[bool] = False

@@ -48,21 +48,6 @@ class DPO(Objective):
         "pairs",
     )
     shown: ClassVar[tuple[str, ...]] = ("rewards/accuracies", "rewards/margins")
-    meanings: ClassVar[Mapping[str, str]] = {
-        "loss": "A mean over pairs: how far chosen answers are from being preferred to rejected "
-        "ones as much as beta asks for. 0.693 before the first step of a sigmoid loss.",
-        "rewards/accuracies": "The share of pairs whose chosen answer has the higher reward.",
-        "rewards/margins": "How far the rewards of both sides are apart.",
-        "rewards/chosen": "Beta times the log-ratio of the model to itself before training. It is "
-        "common that this falls: the loss asks for a difference alone, and lowering the rejected "
-        "answer lowers its neighbours too. It is no fault as long as held-out accuracy rises and "
-        "answers stay good. If they get worse: dpo.sft_weight = 0.5 to 1 keeps chosen answers "
-        'likely, loss_type = "apo_zero" raises them by themselves, a larger beta or a lower rate '
-        "holds the model back.",
-        "rewards/rejected": "The same of rejected answers, which should fall.",
-        "logps/chosen": "Log-probability of chosen answers, summed over their tokens.",
-        "logps/rejected": "Log-probability of rejected answers, summed over their tokens.",
-    }
     compares: ClassVar[bool] = True
 
     @property

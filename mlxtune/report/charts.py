@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from mlxtune.objectives import meanings_of
+from mlxtune.recipe.objectives import MEANINGS
 from mlxtune.report.collect import Entry, RunRecord, numbers
 
 GB = 1e9
@@ -89,7 +89,7 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
     norms = _curves(runs, "grad_norm", "gradient norm")
     meanings: dict[str, str] = {}
     for run in runs:
-        meanings |= meanings_of(run.keys.get("objective", "sft"))
+        meanings |= MEANINGS.get(run.keys.get("objective", ""), {})
     per_token = "mean cross-entropy per token, in nats; lower is better"
     said = "How badly the model predicts the answers, token by token; 0 is perfect."
     found = [
