@@ -127,7 +127,9 @@ def read_records(recipe: Recipe, sources: Sequence[DataSource], renderer: Render
 
 def _numbered(samples: Sequence[Sample], conversations: list[Conversation]) -> Records:
     numbers = sorted({sample.record for sample in samples})
-    chosen, rejected = ([s for s in samples if bool(s.side) == side] for side in (False, True))
+    chosen = [sample for sample in samples if not sample.side]
+    # Each by itself: what has another side than 0 would belong to the sample before it.
+    rejected = [replace(sample, side=0) for sample in samples if sample.side]
     return Records(chosen, dict(zip(numbers, conversations, strict=True)), rejected)
 
 

@@ -12,10 +12,13 @@ import pytest
 from mlxtune.data.rules import Rules
 from mlxtune.data.sources import Source
 from mlxtune.data.tokens import tokenize
+from mlxtune.evaluate.compare import compare_run
 from mlxtune.layers.adapter import without_adapters
+from mlxtune.train import heldout
 from mlxtune.train.kept import rows_to_try
 from mlxtune.train.metrics import Silent
 from mlxtune.train.session import fine_tune, open_run
+from support.files import write_jsonl
 from support.program import mlxtune
 
 
@@ -75,3 +78,20 @@ def test_what_is_tried_of_a_run_is_what_it_is_to_say(run):
     _, loaded = open_run(run.path)
     samples = rows_to_try(run, loaded.renderer(), 4)
     assert len(samples) == 4 and {sample.side for sample in samples} == {0}
+
+
+def test_no_pass_has_more_than_some_of_the_pairs(run, pairs, monkeypatch):
+    """Memory would grow with the number of pairs that are held out."""
+    laid_out, made = heldout.passes, []
+
+    def passes(*given):
+        batches = laid_out(*given)
+        made.extend(batches)
+        return batches
+
+    monkeypatch.setattr(heldout, "passes", passes)
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    file = write_jsonl(run.path.parent / "many.jsonl", rows * 2)
+    found = compare_run(run.path, data=file, max_tokens=1)
+    assert found.records == len(rows) * 2 > 32
+    assert max(len(batch.records) for batch in made) <= 16
