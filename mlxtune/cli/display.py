@@ -49,7 +49,9 @@ class PlainDisplay:
         now = time.monotonic()
         if now - self._begun >= _PATIENCE:
             self._begun = now
-            self._tell(f"asking the model before training: {done:,} of {total:,} tokens")
+            self._tell(
+                f"log-probabilities of the model before training: {done:,} of {total:,} tokens"
+            )
 
     def _tell(self, line: str) -> None:
         self._say(line)

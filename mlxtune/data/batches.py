@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from mlxtune.data.groups import Group
+from mlxtune.data.groups import Group, samples_of, tokens_of
 from mlxtune.data.pack import Batch, common_prefix
 from mlxtune.data.passes import Layout, passes
 from mlxtune.data.render import Sample
@@ -155,20 +155,20 @@ class Plan:
         return found
 
     def _largest_of(self, groups: list[Group]) -> Batch:
-        found = passes(_flat(groups), self.batch_size, self.layout)
+        found = passes(samples_of(groups), self.batch_size, self.layout)
         return max(found, key=_tokens_of)
 
     def _parting(self, chosen: list[Group]) -> Group | None:
         """Of all groups the one that, in the place of the last of these, makes most tokens."""
-        samples = _flat(chosen)
+        samples = samples_of(chosen)
         shared, others = common_prefix(samples), len(samples) - len(chosen[-1])
-        begin, last = samples[0].tokens[:shared], sum(len(s.tokens) for s in chosen[-1])
+        begin, last = samples[0].tokens[:shared], tokens_of(chosen[-1])
         best, found = 0, None
         for group in (group for part in self.parts for group in part.groups):
             first = group[0].tokens
             alike = begin[: len(first)] == first[:shared]
             common = len(alike) if alike.all() else int(np.argmin(alike))
-            gain = sum(len(s.tokens) for s in group) - last + others * (shared - common)
+            gain = tokens_of(group) - last + others * (shared - common)
             if gain > best:
                 best, found = gain, group
         return found
@@ -223,10 +223,6 @@ def largest_expected(
         largest = np.where(cost < least, tokens.max(axis=1), largest)
         least = np.minimum(cost, least)
     return largest
-
-
-def _flat(groups: Iterable[Group]) -> list[Sample]:
-    return [sample for group in groups for sample in group]
 
 
 def _tokens_of(batch: Batch) -> int:

@@ -22,3 +22,13 @@ def grouped(samples: Iterable[Sample]) -> list[Group]:
             groups.append([])
         groups[-1].append(sample)
     return groups
+
+
+def samples_of(groups: Iterable[Group]) -> list[Sample]:
+    """The samples of groups, one after another."""
+    return [sample for group in groups for sample in group]
+
+
+def tokens_of(group: Group) -> int:
+    """The tokens of all samples of a group."""
+    return sum(len(sample.tokens) for sample in group)

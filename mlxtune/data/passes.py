@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from mlxtune.data.groups import Group, grouped
+from mlxtune.data.groups import Group, grouped, samples_of, tokens_of
 from mlxtune.data.pack import Batch, Grid, grid_of, pack, pad
 from mlxtune.data.render import Sample
 
@@ -47,7 +47,7 @@ def passes(samples: Sequence[Sample], batch_size: int, layout: Layout) -> list[B
         # Equal lengths together, to pad little.
         ordered = sorted(groups, key=_longest)
         return [
-            pad(_flat(ordered[at : at + batch_size]), few_shapes=layout.few_shapes)
+            pad(samples_of(ordered[at : at + batch_size]), few_shapes=layout.few_shapes)
             for at in range(0, len(ordered), batch_size)
         ]
     wanted = (fewest * factor for factor in (1, 2, 4, 8))
@@ -70,7 +70,7 @@ _Plan = list[tuple[list[Sample], Grid]]
 def _plans(groups: Sequence[Group], count: int, batch_size: int, layout: Layout) -> Iterator[_Plan]:
     """Divisions worth comparing: by equal size, and by what samples begin with."""
     for parts in (_balanced(groups, count, batch_size), _alike(groups, count, batch_size)):
-        each = [_flat(part) for part in parts]
+        each = [samples_of(part) for part in parts]
         yield [(samples, grid_of(samples, few_shapes=layout.few_shapes)) for samples in each]
 
 
@@ -83,10 +83,10 @@ def _balanced(groups: Sequence[Group], count: int, batch_size: int) -> list[list
     """Longest first, each to the pass with the fewest tokens (Graham 1969)."""
     parts: list[list[Group]] = [[] for _ in range(count)]
     sizes = [0] * count
-    for group in sorted(groups, key=lambda group: -_tokens(group)):
+    for group in sorted(groups, key=lambda group: -tokens_of(group)):
         at = min((i for i in range(count) if len(parts[i]) < batch_size), key=sizes.__getitem__)
         parts[at].append(group)
-        sizes[at] += _tokens(group)
+        sizes[at] += tokens_of(group)
     return [part for part in parts if part]
 
 
@@ -95,14 +95,6 @@ def _alike(groups: Sequence[Group], count: int, batch_size: int) -> list[list[Gr
     ordered = sorted(groups, key=lambda group: group[0].tokens.astype(">i4").tobytes())
     size = min(batch_size, -(-len(ordered) // count))
     return [ordered[at : at + size] for at in range(0, len(ordered), size)]
-
-
-def _flat(groups: Sequence[Group]) -> list[Sample]:
-    return [sample for group in groups for sample in group]
-
-
-def _tokens(group: Group) -> int:
-    return sum(len(sample.tokens) for sample in group)
 
 
 def _longest(group: Group) -> int:

@@ -11,6 +11,7 @@ from mlxtune.data.files import Row
 from mlxtune.data.formats import NothingSaid
 from mlxtune.data.groups import Group, grouped
 from mlxtune.data.masking import Masking, NothingTrained
+from mlxtune.data.pairs import pair_samples
 from mlxtune.data.render import Renderer, Sample
 from mlxtune.data.sources import Source
 from mlxtune.data.writing import NoReasoning, Writing
@@ -96,7 +97,7 @@ def record_samples(
     try:
         conversation = source.parse(row)
         if rules.form == "pairs":
-            made = renderer.pair(conversation, number, rules.writing, remarks.append)
+            made = pair_samples(renderer, conversation, number, rules.writing, remarks.append)
         else:
             made = renderer.samples(
                 conversation, number, rules.masking, rules.writing, remarks.append

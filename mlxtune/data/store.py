@@ -42,7 +42,41 @@ def _close(*files: int) -> None:
         os.close(file)
 
 
-class TokenStore(Sequence[Sample]):
+class Stored(Sequence[Sample]):
+    """Samples that are read when their turn comes, and whose columns are known without that."""
+
+    @overload
+    def __getitem__(self, at: int) -> Sample: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Sample]: ...
+    def __getitem__(self, at: int | slice) -> Sample | Sequence[Sample]:
+        if isinstance(at, slice):
+            return Subset(self, np.arange(len(self))[at])
+        if not -len(self) <= at < len(self):
+            raise IndexError(at)
+        return self._read(at % len(self))
+
+    def _read(self, at: int) -> Sample:
+        raise NotImplementedError
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """The tokens of each sample."""
+        raise NotImplementedError
+
+    def records(self) -> npt.NDArray[np.int64]:
+        """The record number of each sample."""
+        raise NotImplementedError
+
+    def sides(self) -> npt.NDArray[np.int64]:
+        """Which of its group each sample is."""
+        raise NotImplementedError
+
+    def fingerprints(self) -> npt.NDArray[np.uint64]:
+        """The fingerprint of each sample's record."""
+        raise NotImplementedError
+
+
+class TokenStore(Stored):
     """Samples in a folder, read one at a time.
 
     Args:
@@ -65,17 +99,9 @@ class TokenStore(Sequence[Sample]):
     def __len__(self) -> int:
         return self._length
 
-    @overload
-    def __getitem__(self, at: int) -> Sample: ...
-    @overload
-    def __getitem__(self, at: slice) -> Sequence[Sample]: ...
-    def __getitem__(self, at: int | slice) -> Sample | Sequence[Sample]:
-        if isinstance(at, slice):
-            return Subset(self, np.arange(len(self))[at])
-        if not -len(self) <= at < len(self):
-            raise IndexError(at)
+    def _read(self, at: int) -> Sample:
         # Read, not mapped: pages of a mapped file would count as memory in use.
-        place = (at % len(self)) * _ENTRY.itemsize
+        place = at * _ENTRY.itemsize
         [entry] = np.frombuffer(os.pread(self._index, _ENTRY.itemsize, place), _ENTRY)
         size, start = int(entry["length"]) * 4, int(entry["offset"]) * 4
         stored = np.frombuffer(os.pread(self._tokens, size, start), np.uint32)
@@ -146,7 +172,7 @@ class TokenStore(Sequence[Sample]):
         return np.fromfile(self._folder / INDEX, _ENTRY)[name].astype(np.int64)
 
 
-class Subset(Sequence[Sample]):
+class Subset(Stored):
     """Some of a sequence's samples."""
 
     def __init__(self, samples: Sequence[Sample], chosen: npt.NDArray[np.int64]) -> None:
@@ -155,13 +181,7 @@ class Subset(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._chosen)
 
-    @overload
-    def __getitem__(self, at: int) -> Sample: ...
-    @overload
-    def __getitem__(self, at: slice) -> Sequence[Sample]: ...
-    def __getitem__(self, at: int | slice) -> Sample | Sequence[Sample]:
-        if isinstance(at, slice):
-            return Subset(self._samples, self._chosen[at])
+    def _read(self, at: int) -> Sample:
         return self._samples[int(self._chosen[at])]
 
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -181,7 +201,7 @@ class Subset(Sequence[Sample]):
         return fingerprints_of(self._samples)[self._chosen]
 
 
-class Joined(Sequence[Sample]):
+class Joined(Stored):
     """Several sequences of samples, one after another."""
 
     def __init__(self, parts: Sequence[Sequence[Sample]]) -> None:
@@ -191,16 +211,7 @@ class Joined(Sequence[Sample]):
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    @overload
-    def __getitem__(self, at: int) -> Sample: ...
-    @overload
-    def __getitem__(self, at: slice) -> Sequence[Sample]: ...
-    def __getitem__(self, at: int | slice) -> Sample | Sequence[Sample]:
-        if isinstance(at, slice):
-            return Subset(self, np.arange(len(self))[at])
-        if not -len(self) <= at < len(self):
-            raise IndexError(at)
-        at %= len(self)
+    def _read(self, at: int) -> Sample:
         number = int(np.searchsorted(self._ends, at, side="right"))
         return self._parts[number][at - int(self._ends[number])]
 
@@ -247,28 +258,28 @@ class Groups(Sequence[Group]):
 
 def lengths_of(samples: Sequence[Sample]) -> npt.NDArray[np.int64]:
     """The tokens of each sample; those of a store are not read for it."""
-    if isinstance(samples, TokenStore | Subset | Joined):
+    if isinstance(samples, Stored):
         return samples.lengths()
     return np.array([len(sample.tokens) for sample in samples], np.int64)
 
 
 def records_of(samples: Sequence[Sample]) -> npt.NDArray[np.int64]:
     """The record number of each sample; samples of a store are not read for it."""
-    if isinstance(samples, TokenStore | Subset | Joined):
+    if isinstance(samples, Stored):
         return samples.records()
     return np.array([sample.record for sample in samples], np.int64)
 
 
 def sides_of(samples: Sequence[Sample]) -> npt.NDArray[np.int64]:
     """Which of its group each sample is; samples of a store are not read for it."""
-    if isinstance(samples, TokenStore | Subset | Joined):
+    if isinstance(samples, Stored):
         return samples.sides()
     return np.array([sample.side for sample in samples], np.int64)
 
 
 def fingerprints_of(samples: Sequence[Sample]) -> npt.NDArray[np.uint64]:
     """The fingerprint of each sample's record; samples of a store are not read for it."""
-    if isinstance(samples, TokenStore | Subset | Joined):
+    if isinstance(samples, Stored):
         return samples.fingerprints()
     return np.array([sample.fingerprint for sample in samples], np.uint64)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -54,12 +54,17 @@ class Adapter(nn.Module):
 
 
 @contextmanager
-def without_adapters(model: nn.Module) -> Iterator[None]:
+def without_adapters(model: nn.Module, *, but: Collection[str] = ()) -> Iterator[None]:
     """The model as it is without its adapters, for a while.
 
     They are passed by, whatever they compute: a scale of zero is not enough for DoRA.
+
+    Args:
+        model: with adapters in place.
+        but: paths of adapters that stay on.
     """
-    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
+    modules = ((path, m) for path, m in model.named_modules() if path not in but)
+    adapters = [module for _, module in modules if isinstance(module, Adapter)]
     for adapter in adapters:
         adapter.off = True
     try:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlxtune.arrays import scalar
-from mlxtune.data.groups import grouped
+from mlxtune.data.groups import grouped, samples_of, tokens_of
 from mlxtune.data.passes import Layout, passes
 from mlxtune.data.render import Sample
 from mlxtune.models.heads import evaluating
@@ -46,7 +46,7 @@ def held_out_figures(
     workers = workers or Workers()
     loss_of = LossFunction(model, objective)
     # Groups of similar length together waste the least; a sum has no order.
-    ordered = sorted(grouped(samples), key=lambda group: sum(len(s.tokens) for s in group))
+    ordered = sorted(grouped(samples), key=tokens_of)
     share = ordered[workers.rank :: workers.size]
     # The same names in the same order on each worker, also on one without a share.
     units = dict.fromkeys([*objective.units, *objective.figures.values()])
@@ -56,7 +56,7 @@ def held_out_figures(
     before: dict[str, mx.array] = {}
     with evaluating(model):
         for at in range(0, len(share), batch_size):
-            chosen = [sample for group in share[at : at + batch_size] for sample in group]
+            chosen = samples_of(share[at : at + batch_size])
             for batch in passes(chosen, batch_size, layout):
                 losses, figures = loss_of.parts(loss_of.arrays(batch), batch.prefix, batch.packed)
                 made = {_LOSS + unit: value for unit, value in losses.items()}
@@ -103,17 +103,12 @@ def token_losses(
     """The weighted loss of each trained token of each sample, nats; dropout is off."""
     loss_of = LossFunction(model)
     found: list[npt.NDArray[np.float64]] = [np.empty(0)] * len(samples)
-    groups: list[list[int]] = []
-    for number, sample in enumerate(samples):
-        if sample.side == 0 or not groups:
-            groups.append([])
-        groups[-1].append(number)
-    ordered = sorted(groups, key=lambda group: sum(len(samples[n].tokens) for n in group))
     # In a pass a sample is known by its record: here by its number among all.
     own = [replace(sample, record=number) for number, sample in enumerate(samples)]
+    ordered = sorted(grouped(own), key=tokens_of)
     with evaluating(model):
         for at in range(0, len(ordered), batch_size):
-            chosen = [own[number] for group in ordered[at : at + batch_size] for number in group]
+            chosen = samples_of(ordered[at : at + batch_size])
             for batch in passes(chosen, batch_size, layout):
                 arrays = loss_of.arrays(batch)
                 losses = np.asarray(loss_of.each(arrays, batch.prefix, batch.packed), np.float64)

@@ -77,7 +77,7 @@ class Reporter(Protocol):
         """So many records of a source have become tokens so far."""
 
     def referenced(self, done: int, total: int) -> None:
-        """The model before training has been asked about so many of all tokens."""
+        """The reference's log-probabilities are known of `done` of all `total` tokens."""
 
     def started(self, outline: Outline) -> None:
         """Training begins, or goes on."""

@@ -19,7 +19,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxtune.adapters.saved import SavedAdapter
-from mlxtune.adapters.store import adapter_arrays, set_adapter_arrays, start_from
+from mlxtune.adapters.store import adapter_arrays, fitted, set_adapter_arrays, start_from
+from mlxtune.data.groups import tokens_of
 from mlxtune.data.passes import Layout
 from mlxtune.data.store import Groups, TokenStore, lengths_of
 from mlxtune.layers.adapter import without_adapters
@@ -67,12 +68,12 @@ class Reference:
             with without_adapters(self.model):
                 yield
             return
-        adapter, now = self.initial(), adapter_arrays(self.model)
+        now, adapter = adapter_arrays(self.model), fitted(self.initial(), self.model)
         try:
-            fresh = {name: array * (not name.endswith("lora_b")) for name, array in now.items()}
-            set_adapter_arrays(self.model, fresh, where=adapter.where)
             start_from(adapter, self.model)
-            yield
+            # Those that it does not have were fresh, and changed nothing.
+            with without_adapters(self.model, but=adapter.targets):
+                yield
         finally:
             set_adapter_arrays(self.model, now, where=adapter.where)
 
@@ -124,7 +125,7 @@ def _write(
         size = 0
         while at < len(groups) and size < _AT_ONCE:
             some += groups[at]
-            size += sum(len(sample.tokens) for sample in groups[at])
+            size += tokens_of(groups[at])
             at += 1
         first = done
         found = token_losses(model, some, batch_size, layout)

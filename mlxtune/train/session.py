@@ -248,7 +248,9 @@ def _reference_facts(recipe: Recipe, base: LoadedModel, hashes: dict[str, str]) 
     return {
         "model": hashes["model"],
         "settings": model | {"dtype": base.dtype},
-        "adapter": [initial, recipe.lora.model_dump(exclude={"dropout"})] if initial else [],
+        "adapter": [initial, recipe.lora.model_dump(exclude={"dropout", "init_from"})]
+        if initial
+        else [],
         "device": device_name(),
     }
 
@@ -256,7 +258,7 @@ def _reference_facts(recipe: Recipe, base: LoadedModel, hashes: dict[str, str]) 
 def _references(
     reference: Reference, corpus: Corpus, plan: Plan, reporter: Reporter, workers: Workers
 ) -> list[str]:
-    """Give the corpus the reference's log-probabilities; what there is to say of it."""
+    """Give the corpus the reference's log-probabilities; returns notes for the run."""
 
     def compute() -> list[str]:
         notes = []

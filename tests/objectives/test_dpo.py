@@ -31,7 +31,8 @@ GROUPS = random_groups((40, 33, 52, 28), prefix=18)
 
 def trl_loss(kind: str, logps: torch.Tensor, mask: torch.Tensor, reference: torch.Tensor):
     """TRL's own, of log-probabilities (2 * pairs, tokens): chosen answers first."""
-    trainer = pytest.importorskip("trl.trainer.dpo_trainer").DPOTrainer
+    from trl.trainer.dpo_trainer import DPOTrainer  # which takes seconds
+
     masked, pairs = logps * mask, len(logps) // 2
     none = torch.zeros_like(masked)
     outputs = SimpleNamespace(
@@ -74,7 +75,7 @@ def trl_loss(kind: str, logps: torch.Tensor, mask: torch.Tensor, reference: torc
         "ref_rejected_logps": reference[pairs:],
     }
     # As the trainer's forward pass would have them.
-    loss = trainer._compute_loss(this, lambda **_: outputs, inputs, False)
+    loss = DPOTrainer._compute_loss(this, lambda **_: outputs, inputs, False)
     return loss, {name: values[-1] for name, values in this._metrics["train"].items()}
 
 

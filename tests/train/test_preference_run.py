@@ -16,6 +16,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxtune.adapters.saved import SavedAdapter
+from mlxtune.adapters.store import adapter_arrays
 from mlxtune.data.render import Renderer
 from mlxtune.data.rules import Rules
 from mlxtune.data.sources import Source
@@ -27,6 +29,7 @@ from mlxtune.objectives.sft import SFT
 from mlxtune.recipe.load import dump_recipe
 from mlxtune.train import loop, session
 from mlxtune.train.metrics import Silent
+from mlxtune.train.reference import Reference
 from mlxtune.train.run import checkpoints
 from mlxtune.train.session import fine_tune
 from support.compare import distance
@@ -64,6 +67,16 @@ def notes_of(settings, path: Path, **options) -> tuple[str, ...]:
     noted = Noted()
     fine_tune(settings, path, noted, **options)
     return noted.notes
+
+
+def after_step_2(run: Path, to: Path, cache: Path) -> Path:
+    """A copy of a finished run as it was after its second step, and without the cache."""
+    shutil.copytree(run, to)
+    for step in ("step-4", "step-6"):
+        shutil.rmtree(to / "checkpoints" / step)
+    shutil.rmtree(to / "adapter")
+    shutil.rmtree(cache / "tokens")
+    return to
 
 
 COMPUTED = "the log-probabilities of the model before training were computed"
@@ -115,15 +128,10 @@ def test_killed_and_resumed_is_the_uninterrupted_run(preference, tmp_path, cache
 
 
 def test_without_its_cache_a_run_goes_on_as_it_would_have(preference, tmp_path, cache):
-    """The reference is computed again, by the model that has been trained meanwhile."""
+    """The reference is computed again, before the checkpoint is put back."""
     settings = preference(checkpoint={"steps": 2, "keep": 3}, train={"max_steps": 6})
     straight = fine_tune(settings, tmp_path / "straight", Silent())
-    again = tmp_path / "again"
-    shutil.copytree(straight.path, again)
-    for step in ("step-4", "step-6"):
-        shutil.rmtree(again / "checkpoints" / step)
-    shutil.rmtree(again / "adapter")
-    shutil.rmtree(cache / "tokens")
+    again = after_step_2(straight.path, tmp_path / "again", cache)
     assert COMPUTED in notes_of(settings, again, resume=True)
     assert same_arrays(adapter(session.Run(again)), adapter(straight))
     assert losses(session.Run(again)) == losses(straight)
@@ -156,8 +164,10 @@ def test_of_another_model_it_is_computed_again(preference, tmp_path, cache, tiny
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_a_run_that_begins_with_an_adapter_is_held_to_it(preference, tmp_path, cache, dora):
+    """Also where that has fewer layers than are trained."""
     lora = {"dora": dora}
-    first = fine_tune(preference(lora=lora), tmp_path / "first", Silent())
+    few = lora | {"target_modules": ["q_proj"]}
+    first = fine_tune(preference(lora=few), tmp_path / "first", Silent())
     settings = preference(
         lora=lora | {"init_from": str(first.path)}, checkpoint={"steps": 2, "keep": 3}
     )
@@ -165,12 +175,7 @@ def test_a_run_that_begins_with_an_adapter_is_held_to_it(preference, tmp_path, c
     entries = [entry for entry in second.metrics() if "held_out_loss" in entry]
     assert entries[0]["held_out_loss"] == pytest.approx(np.log(2), rel=1e-4)
     # Its cache gone, a run goes on next to the adapter that it began with.
-    again = tmp_path / "again"
-    shutil.copytree(second.path, again)
-    for step in ("step-4", "step-6"):
-        shutil.rmtree(again / "checkpoints" / step)
-    shutil.rmtree(again / "adapter")
-    shutil.rmtree(cache / "tokens")
+    again = after_step_2(second.path, tmp_path / "again", cache)
     fine_tune(settings, again, Silent(), resume=True)
     assert losses(session.Run(again)) == losses(second)
     # And without that adapter it says what is missing.
@@ -192,6 +197,24 @@ def test_without_its_adapters_a_model_is_what_it_was(dora):
     with without_adapters(model):
         assert mx.array_equal(model(tokens), plain)
     assert distance(model(tokens), plain) > 1e-4
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_a_trained_model_is_its_reference_for_a_while(dora):
+    """Also where training began with an adapter of fewer layers."""
+    tokens, few = mx.array([[5, 17, 99, 3]]), ["model.layers.0.self_attn.q_proj"]
+    begun = with_adapters(tiny_llama(), few, dora=dora)
+    kind = "dora" if dora else "lora"
+    saved = SavedAdapter(kind, 4, 2.0, adapter_arrays(begun), "base", 2, "here")
+    model = with_adapters(tiny_llama(), dora=dora)
+    if dora:  # magnitudes that were trained
+        moved = {n: 1.1 * a for n, a in adapter_arrays(model).items() if n.endswith(".m")}
+        model.load_weights(list(moved.items()), strict=False)
+    before = model(tokens)
+    with Reference(model, lambda: saved, {}).in_place():
+        assert distance(model(tokens), begun(tokens)) < 1e-6
+    assert mx.array_equal(model(tokens), before)
+    assert distance(before, begun(tokens)) > 1e-4
 
 
 # ------------------------------------------------------------------------ records
@@ -260,8 +283,8 @@ def test_sides_whose_prompts_differ_are_refused(tmp_path, renderer, cache, monke
     """As no template here does: both prompts are the one that a server sends."""
     made = Renderer.samples
 
-    def samples(self, conversation, *given):
-        found = made(self, conversation, *given)
+    def samples(self, conversation, *given, **named):
+        found = made(self, conversation, *given, **named)
         if conversation.answer() == GOOD["rejected"]:
             return [
                 replace(s, tokens=np.where(np.arange(len(s.tokens)) == 1, 7, s.tokens))
@@ -276,7 +299,7 @@ def test_sides_whose_prompts_differ_are_refused(tmp_path, renderer, cache, monke
 
 def test_a_side_that_is_several_samples_is_refused(tmp_path, renderer, cache, monkeypatch):
     made = Renderer.samples
-    monkeypatch.setattr(Renderer, "samples", lambda *given: made(*given) * 2)
+    monkeypatch.setattr(Renderer, "samples", lambda *given, **named: made(*given, **named) * 2)
     with pytest.raises(DataError, match="rewrites earlier turns of the chosen side"):
         store_of(tmp_path, renderer, [GOOD])
 
